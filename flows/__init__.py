@@ -1,0 +1,1 @@
+"""Order and parallelism of the stages, and the command line."""

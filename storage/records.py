@@ -1,0 +1,132 @@
+"""What is known of a drive and how it is cut: the records that every stage shares.
+
+Frames are numbered over the whole drive, 0 .. N-1, in presentation order over all clips;
+only frames that decode have a number. Ranges are half-open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video file, or one folder of images, of a drive."""
+
+    location: str  # path or fsspec URL
+    frames: int  # frames that decode
+    size_bytes: int
+    backend: str  # "decord", "pyav" or "images"
+
+
+@dataclass(frozen=True)
+class UnreadableFrame:
+    """A frame that the recording promises and that cannot be decoded."""
+
+    clip: int  # index into DriveRecord.clips
+    index: int  # position in the clip, in presentation order where known
+    reason: str
+
+
+@dataclass(frozen=True)
+class DriveRecord:
+    """What a recording really holds, as found by decoding all of it."""
+
+    name: str
+    location: str
+    clips: tuple[Clip, ...]
+    frames: int  # frames that decode, over all clips
+    width: int  # pixels, after rotation
+    height: int  # pixels, after rotation
+    fps: float  # median rate of the frame timestamps
+    duration_s: float
+    codec: str
+    rotation: int  # degrees clockwise that were applied: 0, 90, 180 or 270
+    cuts: tuple[int, ...] = ()  # frames that start a new scene (hard cuts), ascending, never 0
+    unreadable: tuple[UnreadableFrame, ...] = ()
+    problems: tuple[str, ...] = ()  # plain words, for people
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> DriveRecord:
+        """Inverse of `to_json`."""
+        return cls(
+            **{
+                **data,
+                "clips": tuple(Clip(**clip) for clip in data["clips"]),
+                "unreadable": tuple(UnreadableFrame(**u) for u in data["unreadable"]),
+                "cuts": tuple(data["cuts"]),
+                "problems": tuple(data["problems"]),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Frames written together: one Zarr shard in time, one unit of commit and of resume."""
+
+    index: int  # within the segment
+    start: int  # frame of the drive
+    stop: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Frames of one recurrent stream: sequential inside, independent of all others."""
+
+    index: int
+    start: int  # first frame of the drive that the stream sees
+    stop: int
+    part: int  # trajectory part: segments of one part overlap, parts are never aligned
+
+    @property
+    def frames(self) -> int:
+        """Number of frames."""
+        return self.stop - self.start
+
+    def chunks(self, chunk_frames: int) -> list[Chunk]:
+        """Cut into chunks of `chunk_frames`; the last one may be shorter."""
+        starts = range(self.start, self.stop, chunk_frames)
+        return [Chunk(i, s, min(s + chunk_frames, self.stop)) for i, s in enumerate(starts)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a drive is cut into segments and chunks."""
+
+    frames: int
+    chunk_frames: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def parts(self) -> int:
+        """Number of trajectory parts."""
+        return 1 + max((s.part for s in self.segments), default=-1)
+
+    def overlap(self, segment: Segment) -> range:
+        """Frames that `segment` shares with the segment before it; empty for the first of a part."""
+        if segment.index == 0:
+            return range(0)
+        before = self.segments[segment.index - 1]
+        if before.part != segment.part:
+            return range(0)
+        return range(segment.start, before.stop)
+
+    def owner_ranges(self) -> list[range]:
+        """For each segment, the frames it owns: a seam splits an overlap in the middle."""
+        seams = [s.start + len(self.overlap(s)) // 2 for s in self.segments] + [self.frames]
+        return [range(a, b) for a, b in zip(seams, seams[1:], strict=False)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        """Inverse of `to_json`."""
+        segments = tuple(Segment(**segment) for segment in data["segments"])
+        return cls(data["frames"], data["chunk_frames"], segments)
