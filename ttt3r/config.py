@@ -28,6 +28,7 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     rope_base: float = 100.0
     encoder_rope_fp16: bool = True  # round q and k as the reference does (section 3)
+    ray_map_encoder: bool = True  # released checkpoints hold one; images never use it
 
     def __post_init__(self) -> None:
         for width, heads in (
@@ -65,4 +66,5 @@ TINY = ModelConfig(
     patch_size=8,
     image_size=64,
     mlp_ratio=2.0,
+    ray_map_encoder=False,
 )

@@ -1,0 +1,244 @@
+"""The transformer's parts: rotary embedding, attention, MLP and blocks.
+
+Activations are [B, tokens, channels]. The residual stream is float32 even when the weights or
+autocast are bfloat16; heads are [B, tokens, heads, head_dim] until the attention itself.
+Sections and formulas refer to the model specification.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Rotary(NamedTuple):
+    """What turns one token by its position: tables for `rotate`, shared by all heads."""
+
+    cos: Tensor  # [tokens, 1, head_dim]
+    sin: Tensor  # [tokens, 1, head_dim], the sign of the rotation folded in
+
+
+def rotary_tables(positions: Tensor, head_dim: int, base: float = 100.0) -> Rotary:
+    """Cosines and sines of section 3: θ_j = position · base^(-j/Q), Q = head_dim / 4.
+
+    Args:
+        positions: [tokens, 2] (row, column); may be negative.
+        head_dim: channels of one head, a multiple of 4.
+        base: wavelength base.
+    """
+    if head_dim % 4:
+        raise ValueError(f"head_dim is {head_dim}; the rotary embedding needs a multiple of 4")
+    quarter = head_dim // 4
+    steps = torch.arange(quarter, device=positions.device, dtype=torch.float64)
+    angle = positions.double()[:, :, None] * base ** (-steps / quarter)  # [tokens, 2, Q]
+    cos, sin = angle.cos(), angle.sin()
+    cos = torch.stack((cos, cos), dim=2).flatten(1)  # [uy | vy | ux | vx]
+    sin = torch.stack((-sin, sin), dim=2).flatten(1)
+    return Rotary(cos.float()[:, None], sin.float()[:, None])
+
+
+def rotate(x: Tensor, rotary: Rotary, *, through_fp16: bool = False) -> Tensor:
+    """Turn the head vectors `x` [B, tokens, heads, head_dim] by their tokens' positions.
+
+    The arithmetic is float32; `through_fp16` rounds the input and the result to half precision,
+    as the reference does in its image encoder. The result has the dtype of `x`.
+    """
+    t = x.half().float() if through_fp16 else x.float()
+    swapped = t.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)  # [vy | uy | vx | ux]
+    turned = torch.addcmul(t * rotary.cos, swapped, rotary.sin)
+    return (turned.half() if through_fp16 else turned).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Fused softmax attention of [B, tokens, heads, head_dim]; returns [B, tokens, width]."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2).flatten(2)
+
+
+def _mean_logits(q: Tensor, k: Tensor) -> Tensor:
+    """Mean over heads and keys of q·k/sqrt(head_dim), float32 [B, queries]."""
+    mean_key = k.float().mean(dim=1, keepdim=True)
+    return (q.float() * mean_key).sum(dim=(2, 3)) / (q.shape[2] * q.shape[3] ** 0.5)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm with eps 1e-6, computed in float32; the result has the weights' dtype."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        normed = F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+        return normed.to(self.weight.dtype)
+
+
+def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Apply `layer` in float32 whatever its weights' dtype or autocast says."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), layer.weight.float(), layer.bias.float())
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between."""
+
+    def __init__(self, width: int, hidden: int, out: int | None = None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, out or width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+    def forward_fp32_out(self, x: Tensor) -> Tensor:
+        """Same, with the last layer in float32: for values that an exponential will magnify."""
+        return linear_fp32(self.fc2, F.gelu(self.fc1(x)))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one fused projection (rows: all q, all k, all v)."""
+
+    def __init__(self, width: int, heads: int, *, rope_fp16: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.rope_fp16 = rope_fp16
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (3 * self.heads, -1))  # [B, N, 3h, d]
+        qk, v = heads.split((2 * self.heads, self.heads), dim=2)
+        if rotary is not None:
+            qk = rotate(qk, rotary, through_fp16=self.rope_fp16)
+        q, k = qk.chunk(2, dim=2)
+        return self.proj(attend(q, k, v))
+
+    def forward_single(self, x: Tensor) -> Tensor:
+        """The attention of one token to itself [B, 1, width]: its softmax weight is 1."""
+        width = x.shape[-1]
+        return self.proj(F.linear(x, self.qkv.weight[2 * width :], self.qkv.bias[2 * width :]))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens x to tokens y, which come normalised."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.projq = nn.Linear(width, width)
+        self.projk = nn.Linear(width, width)
+        self.projv = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(
+        self, x: Tensor, y: Tensor, x_rotary: Rotary, y_rotary: Rotary, *, gate: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; with `gate`, also the mean scaled logit of each query [B, tokens of x].
+
+        The mean goes over all heads and all keys, in float32. Over the keys it commutes with the
+        dot product, so no attention map is built (section 6.6).
+        """
+        q, k, v = self._heads(x, y, x_rotary, y_rotary)
+        logits = _mean_logits(q, k) if gate else None
+        return self.proj(attend(q, k, v)), logits
+
+    def forward_unrotated(self, x: Tensor, y: Tensor) -> Tensor:
+        """Attention without positions."""
+        return self.proj(attend(*self._heads(x, y, None, None)))
+
+    def forward_single(self, y: Tensor) -> Tensor:
+        """Attention to a single token y [B, 1, width]: the same for every query."""
+        return self.proj(self.projv(y))
+
+    def _heads(
+        self, x: Tensor, y: Tensor, x_rotary: Rotary | None, y_rotary: Rotary | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.projq(x).unflatten(-1, (self.heads, -1))
+        k = self.projk(y).unflatten(-1, (self.heads, -1))
+        v = self.projv(y).unflatten(-1, (self.heads, -1))
+        if x_rotary is not None and y_rotary is not None:
+            q, k = rotate(q, x_rotary), rotate(k, y_rotary)
+        return q, k, v
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention and MLP, both with residuals (section 4)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, *, rope_fp16: bool) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(width)
+        self.attn = SelfAttention(width, heads, rope_fp16=rope_fp16)
+        self.norm2 = LayerNorm(width)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        x = x + self.attn(self.norm1(x), rotary)
+        return x + self.mlp(self.norm2(x))
+
+
+class DecoderBlock(nn.Module):
+    """Self-attention, cross-attention to the other side, MLP (section 6.3)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(width)
+        self.attn = SelfAttention(width, heads)
+        self.norm2 = LayerNorm(width)
+        self.cross_attn = CrossAttention(width, heads)
+        self.norm3 = LayerNorm(width)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.norm_y = LayerNorm(width)
+
+    def forward(
+        self, x: Tensor, y: Tensor, x_rotary: Rotary, y_rotary: Rotary, *, gate: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The new x; with `gate`, also the mean cross-attention logit of each token of x."""
+        x = x + self.attn(self.norm1(x), x_rotary)
+        crossed, logits = self.cross_attn(
+            self.norm2(x), self.norm_y(y), x_rotary, y_rotary, gate=gate
+        )
+        x = x + crossed
+        return x + self.mlp(self.norm3(x)), logits
+
+
+class ModulatedNorm(nn.Module):
+    """LayerNorm whose scale and shift come from a conditioning vector (section 7.2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(width)
+        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.mlp(condition)[:, None].chunk(2, dim=-1)
+        return self.norm(x) * (1 + scale) + shift
+
+
+class ModulatedBlock(nn.Module):
+    """Encoder block with modulated norms: `condition` is [B, width]."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = ModulatedNorm(width)
+        self.attn = SelfAttention(width, heads)
+        self.norm2 = ModulatedNorm(width)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor, condition: Tensor, rotary: Rotary) -> Tensor:
+        x = x + self.attn(self.norm1(x, condition), rotary)
+        return x + self.mlp(self.norm2(x, condition))
+
+
+class PatchEmbed(nn.Module):
+    """Cut images [B, C, H, W] into patches and embed each: [B, N, width], row by row."""
+
+    def __init__(self, channels: int, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch_size, patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        return tokens.float().contiguous()
