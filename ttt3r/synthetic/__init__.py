@@ -1,0 +1,5 @@
+"""Procedural worlds, rendered with exact depth, poses and intrinsics."""
+
+from ttt3r.synthetic.sequence import HELD_OUT_SEED, Sequences, WorldName, render, render_chunks
+
+__all__ = ["HELD_OUT_SEED", "Sequences", "WorldName", "render", "render_chunks"]
