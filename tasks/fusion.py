@@ -1,0 +1,503 @@
+"""TSDF fusion of depth frames into surface meshes, one spatial tile at a time.
+
+Space is cut into tiles, tiles into blocks, blocks into voxels. Tile (0, 0, 0) is centred on
+the origin of the world, the first camera, so that a straight drive runs through the middle
+of its tiles. A frame touches the blocks near its measured surface, and only
+those, in whatever tile they lie. Each tile is fused by itself, with a halo of one block, and
+keeps the triangles whose centroid lies inside it. As a block sees the same frames in the
+same order in every tile that holds it, neighbouring tiles meet to the last bit:
+`merge_meshes` of all tiles is the mesh of one large tile.
+
+Order of use: `choose_grid` once, `filter_depth` on every depth, `plan_tiles` over all
+frames, then `fuse_tile` (or `TileVolume`) for each tile, in parallel if wanted.
+
+Open3D needs seconds to import, so functions that use it import it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tasks.meshes import Mesh, weld
+
+_BYTES_PER_VOXEL = 20  # distance, weight and three colours, float32 each
+_CORNERS = np.array(list(itertools.product((-1, 1), repeat=3)))
+
+
+@dataclass(frozen=True)
+class FusionSettings:
+    """What a user may choose; None means that `choose_grid` derives it from the scene."""
+
+    voxel_m: float | None = None  # edge of a voxel; None: a pixel at the median depth
+    truncation_voxels: int = 5  # half thickness of the fused layer; at most 8
+    depth_limit_m: float | None = None  # ignore what is farther; None: 3 x the median depth
+    tile_m: float | None = None  # edge of a tile, rounded to whole blocks; None: 256 voxels
+    min_observations: int = 2  # frames that must agree that a surface is there
+    upsampling: int = 2  # depth is interpolated to this many samples a pixel and axis
+    confidence_quantile: float = 0.1  # share of the measurements to drop, least confident first
+    edge_jump: float = 0.1  # relative kink in inverse depth that marks a depth edge
+    max_incidence_deg: float = 86.0  # surfaces seen more obliquely are dropped
+    max_tile_bytes: int = 1_000_000_000  # bound on the volume of one tile
+
+    def __post_init__(self) -> None:
+        for name in ("voxel_m", "depth_limit_m", "tile_m"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < np.inf:
+                raise ValueError(f"{name} is {value}; expected metres above 0, or None")
+        if not 1 <= self.truncation_voxels <= 8:
+            raise ValueError(f"truncation_voxels is {self.truncation_voxels}; expected 1 to 8")
+        if self.min_observations < 1 or self.upsampling < 1:
+            raise ValueError(
+                f"min_observations is {self.min_observations} and upsampling "
+                f"{self.upsampling}; both must be at least 1"
+            )
+        if not 0 <= self.confidence_quantile < 1:
+            raise ValueError(
+                f"confidence_quantile is {self.confidence_quantile}; expected 0 to below 1"
+            )
+        if not 0 < self.max_incidence_deg < 90 or self.edge_jump <= 0:
+            raise ValueError(
+                f"max_incidence_deg is {self.max_incidence_deg} and edge_jump {self.edge_jump}; "
+                "expected an angle between 0 and 90 and a jump above 0"
+            )
+
+
+@dataclass(frozen=True)
+class FusionGrid:
+    """Every length and threshold of one fusion, resolved: the same for all tiles of a part."""
+
+    voxel_m: float
+    depth_limit_m: float
+    min_confidence: float  # measurements below are dropped
+    tile_blocks: int  # blocks along the edge of a tile
+    settings: FusionSettings = field(default_factory=FusionSettings)
+
+    def __post_init__(self) -> None:
+        if self.tile_blocks < 2:
+            raise ValueError(f"tile_blocks is {self.tile_blocks}; expected at least 2")
+        if self.tile_bytes > self.settings.max_tile_bytes:
+            raise ValueError(
+                f"a tile of {self.tile_m:g} m at voxels of {self.voxel_m:g} m may need "
+                f"{self.tile_bytes / 1e9:.2g} GB, more than max_tile_bytes "
+                f"({self.settings.max_tile_bytes / 1e9:.2g} GB); use smaller tiles"
+            )
+
+    @property
+    def block_voxels(self) -> int:
+        """Voxels along the edge of a block: the fused layer fits into one."""
+        return _block_voxels(self.settings)
+
+    @property
+    def block_m(self) -> float:
+        """Edge of a block, metres."""
+        return self.voxel_m * self.block_voxels
+
+    @property
+    def tile_m(self) -> float:
+        """Edge of a tile, metres."""
+        return self.block_m * self.tile_blocks
+
+    def first_block(self, index: tuple[int, int, int]) -> np.ndarray:
+        """Block at the low corner of a tile, int64 [3]."""
+        return np.array(index, np.int64) * self.tile_blocks - self.tile_blocks // 2
+
+    def tile_bounds(self, index: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Low corner, inside, and high corner, outside, of a tile: [3] metres of the world."""
+        first = self.first_block(index)
+        return first * self.block_m, (first + self.tile_blocks) * self.block_m
+
+    @property
+    def tile_bytes(self) -> int:
+        """Most memory that the volume of a tile can take, whatever the frames."""
+        return ((self.tile_blocks + 2) * self.block_voxels) ** 3 * _BYTES_PER_VOXEL
+
+
+@dataclass(frozen=True)
+class FusionFrame:
+    """One filtered depth image and where it was taken."""
+
+    depth: np.ndarray  # float32 [H,W] z-depth, metres of the world; NaN or <= 0: no measurement
+    intrinsics: np.ndarray  # [3,3] pixels; the centre of the top-left pixel is (0, 0)
+    T_world_cam: np.ndarray  # [4,4] rigid
+    color: np.ndarray | None = None  # uint8 [H,W,3] RGB; planning needs none, without: grey
+
+    def __post_init__(self) -> None:
+        if self.depth.ndim != 2 or min(self.depth.shape) < 2:
+            raise ValueError(f"depth has shape {self.depth.shape}; expected [H,W], 2 or more each")
+        if self.intrinsics.shape != (3, 3) or self.T_world_cam.shape != (4, 4):
+            raise ValueError(
+                f"intrinsics have shape {self.intrinsics.shape} and T_world_cam "
+                f"{self.T_world_cam.shape}; expected [3,3] and [4,4]"
+            )
+        if self.color is not None and (
+            self.color.shape != (*self.depth.shape, 3) or self.color.dtype != np.uint8
+        ):
+            raise ValueError(
+                f"color is {self.color.dtype} {self.color.shape}; "
+                f"expected uint8 {(*self.depth.shape, 3)}, one pixel for each of depth"
+            )
+        _check_rigid(self.T_world_cam)
+
+
+@dataclass(frozen=True)
+class PreparedFrame:
+    """A frame with its depth interpolated and the blocks it touches: ready for any tile."""
+
+    depth: np.ndarray  # float32 [h,w] metres, 0 where nothing was measured
+    intrinsics: np.ndarray  # [3,3] of `depth`
+    color: np.ndarray  # float32 [H,W,3] in [0,1]
+    color_intrinsics: np.ndarray  # [3,3] of `color`
+    T_world_cam: np.ndarray  # [4,4]
+    blocks: np.ndarray  # int32 [B,3], distinct and sorted
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One cube of the world, and the frames that see something in it."""
+
+    index: tuple[int, int, int]  # see `FusionGrid.tile_bounds`
+    frames: tuple[int, ...]  # positions in the sequence that was planned, ascending
+    blocks: int  # that all frames together touch, halo included
+
+
+def choose_grid(
+    settings: FusionSettings,
+    depths: np.ndarray,
+    focal_px: float,
+    confidences: np.ndarray | None = None,
+) -> FusionGrid:
+    """Resolve the settings that depend on the scene, once for a whole part of a drive.
+
+    The voxel is what one pixel covers at the median depth, kept between 1/250 and 1/40 of
+    that depth: finer than a network's depth is precise makes noise, not detail.
+
+    Args:
+        depths: any shape, metres of the world: a sample of the depths to fuse.
+        focal_px: in pixels of these depth images.
+        confidences: same shape as `depths`, for `confidence_quantile`.
+    """
+    is_valid = np.isfinite(depths) & (depths > 0)
+    if not is_valid.any():
+        raise ValueError(f"none of {depths.size} depth samples is positive: nothing to fuse")
+    if not 0 < focal_px < np.inf:
+        raise ValueError(f"focal_px is {focal_px}; expected pixels above 0")
+    median = float(np.median(depths[is_valid]))
+    voxel = settings.voxel_m or float(np.clip(median / focal_px, median / 250, median / 40))
+    block = voxel * _block_voxels(settings)
+    threshold = -np.inf
+    if confidences is not None and settings.confidence_quantile > 0:
+        threshold = float(np.quantile(confidences[is_valid], settings.confidence_quantile))
+    return FusionGrid(
+        voxel_m=voxel,
+        depth_limit_m=settings.depth_limit_m or 3 * median,
+        min_confidence=threshold,
+        tile_blocks=max(2, round((settings.tile_m or 256 * voxel) / block)),
+        settings=settings,
+    )
+
+
+def filter_depth(
+    depth: np.ndarray, confidence: np.ndarray | None, focal_px: float, grid: FusionGrid
+) -> np.ndarray:
+    """Set to NaN what should not be fused: far, doubtful, oblique, and at depth edges.
+
+    On a plane, inverse depth is a linear function of the pixel. So a kink in inverse depth
+    marks an edge or a flying pixel even on a road at a flat angle, where depth itself jumps
+    from row to row; its slope tells the angle of incidence.
+
+    Args:
+        depth: [...,H,W] metres of the world.
+        confidence: [...,H,W] or None.
+        focal_px: in pixels of these images.
+
+    Returns:
+        float32 [...,H,W], a copy.
+    """
+    if confidence is not None and confidence.shape != depth.shape:
+        raise ValueError(
+            f"confidence has shape {confidence.shape}, depth {depth.shape}; expected the same"
+        )
+    depth = np.array(depth, np.float32)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        depth[~((depth > 0) & np.isfinite(depth))] = np.nan
+        inverse = 1 / depth
+        max_slope = np.tan(np.radians(grid.settings.max_incidence_deg)) / focal_px
+        is_edge = _is_edge(inverse, -1, max_slope, grid.settings.edge_jump)
+        is_edge |= _is_edge(inverse, -2, max_slope, grid.settings.edge_jump)
+        depth[is_edge | (depth > grid.depth_limit_m)] = np.nan
+    if confidence is not None:
+        depth[~(confidence >= grid.min_confidence)] = np.nan
+    return depth
+
+
+def prepare(frame: FusionFrame, grid: FusionGrid) -> PreparedFrame:
+    """Interpolate the depth and find the blocks that it touches."""
+    depth, intrinsics = upsample_depth(frame.depth, frame.intrinsics, grid.settings.upsampling)
+    depth[~((depth > 0) & (depth <= grid.depth_limit_m))] = 0
+    blocks = touched_blocks(depth, intrinsics, frame.T_world_cam, grid)
+    if frame.color is None:
+        color = np.full((*frame.depth.shape, 3), 0.5, np.float32)
+    else:
+        color = frame.color.astype(np.float32) / 255
+    return PreparedFrame(depth, intrinsics, color, frame.intrinsics, frame.T_world_cam, blocks)
+
+
+def upsample_depth(
+    depth: np.ndarray, intrinsics: np.ndarray, factor: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Interpolate depth to `factor` samples a pixel along each axis; planes stay planes.
+
+    Interpolates inverse depth, which is linear on planes. Next to a pixel without a
+    measurement the nearest pixel is repeated instead.
+
+    Returns:
+        float32 [factor*H,factor*W], NaN where nothing was measured, and its [3,3] intrinsics.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        inverse = np.where(depth > 0, np.float32(1) / depth, np.float32(np.nan))
+        for axis in (0, 1) if factor > 1 else ():
+            inverse = _interpolate(inverse, axis, factor)
+        dense = np.where(inverse > 0, np.float32(1) / inverse, np.float32(np.nan))
+    return dense, _scale_intrinsics(intrinsics, factor)
+
+
+def touched_blocks(
+    depth: np.ndarray, intrinsics: np.ndarray, T_world_cam: np.ndarray, grid: FusionGrid
+) -> np.ndarray:
+    """Blocks within half a block of the measured surface: int32 [B,3], distinct and sorted.
+
+    Half a block is at least the truncation distance.
+    """
+    points = _world_points(depth, intrinsics, T_world_cam)
+    # A cell of half a block, grown by half a block each way, meets 2 x 2 x 2 blocks.
+    cells = _distinct(np.floor(points * (2 / grid.block_m)).astype(np.int64))
+    blocks = (cells[:, None] + _CORNERS) >> 1
+    return _distinct(blocks.reshape(-1, 3)).astype(np.int32)
+
+
+def plan_tiles(frames: Iterable[FusionFrame], grid: FusionGrid) -> list[Tile]:
+    """Tiles that hold measured surface, in order of their index.
+
+    Frames are read once and not kept; they need no colour. Give `fuse_tile` the same depths.
+    """
+    seen: dict[tuple[int, int, int], np.ndarray] = {}
+    frames_of: dict[tuple[int, int, int], list[int]] = {}
+    side = grid.tile_blocks + 2
+    for number, frame in enumerate(frames):
+        blocks = prepare(frame, grid).blocks
+        for index in _tiles_of(blocks, grid):
+            local = _local_blocks(blocks, index, grid)
+            seen.setdefault(index, np.zeros((side, side, side), bool))[tuple(local.T)] = True
+            frames_of.setdefault(index, []).append(number)
+    return [
+        Tile(index, tuple(frames_of[index]), int(seen[index].sum()))
+        for index in sorted(seen)
+        if seen[index][1:-1, 1:-1, 1:-1].any()
+        and len(frames_of[index]) >= grid.settings.min_observations
+    ]
+
+
+class TileVolume:
+    """The truncated signed distances of one tile and its halo; frames in, mesh out.
+
+    Memory is bounded by `grid.tile_bytes`, whatever the number of frames. Integrate the
+    frames of `tile.frames` in that order: neighbouring tiles fit only if they saw the same.
+    """
+
+    def __init__(self, tile: Tile, grid: FusionGrid) -> None:
+        self.tile = tile
+        self.grid = grid
+        side = grid.tile_blocks + 2
+        self._seen = np.zeros((side, side, side), bool)
+        self._volume = _new_volume(max(tile.blocks, 1), grid)
+
+    def integrate(self, frame: PreparedFrame) -> None:
+        """Add one frame; a frame that touches no block of the tile changes nothing."""
+        local = _local_blocks(frame.blocks, self.tile.index, self.grid)
+        if not len(local):  # Open3D raises on an empty list of blocks
+            return
+        self._seen[tuple(local.T)] = True
+        blocks = local + self.grid.first_block(self.tile.index) - 1
+        _integrate(self._volume, blocks.astype(np.int32), frame, self.grid)
+
+    def mesh(self) -> Mesh:
+        """The surface inside the tile, welded and in canonical order."""
+        stored, expected = self._volume.hashmap().size(), int(self._seen.sum())
+        if stored != expected:
+            raise RuntimeError(
+                f"tile {self.tile.index} holds {stored} blocks of the {expected} that its "
+                "frames touch: the volume dropped blocks, so its mesh would have holes"
+            )
+        if not expected:
+            return Mesh.empty()
+        # Open3D keeps voxels whose weight is strictly above the threshold.
+        threshold = self.grid.settings.min_observations - 0.5
+        extracted = self._volume.extract_triangle_mesh(threshold)
+        return weld(_clip(_mesh_from_open3d(extracted), self.tile, self.grid))
+
+
+def fuse_tile(tile: Tile, frames: Iterable[FusionFrame], grid: FusionGrid) -> Mesh:
+    """Surface inside one tile from `tile.frames`, in that order, read one by one."""
+    volume = TileVolume(tile, grid)
+    for frame in frames:
+        volume.integrate(prepare(frame, grid))
+    return volume.mesh()
+
+
+def _block_voxels(settings: FusionSettings) -> int:
+    return max(8, 2 * settings.truncation_voxels)
+
+
+def _check_rigid(T_world_cam: np.ndarray) -> None:
+    rotation = T_world_cam[:3, :3]
+    if not np.isfinite(T_world_cam).all():
+        raise ValueError("T_world_cam is not finite; leave frames without a pose out")
+    if np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-3 or np.linalg.det(rotation) < 0:
+        raise ValueError(
+            f"T_world_cam is not rigid (determinant {np.linalg.det(rotation):.4g}); "
+            "multiply depth by the scale of the segment instead of scaling the rotation"
+        )
+
+
+def _is_edge(inverse: np.ndarray, axis: int, max_slope: float, edge_jump: float) -> np.ndarray:
+    """Pixels of [...,H,W] at a kink or a steep slope along one axis; NaN is no neighbour."""
+    w = np.moveaxis(inverse, axis, -1)
+    is_edge = np.zeros(w.shape, bool)
+    kink = np.abs(w[..., :-2] - 2 * w[..., 1:-1] + w[..., 2:])
+    is_edge[..., 1:-1] = kink > edge_jump * w[..., 1:-1]
+    is_steep = np.abs(np.diff(w, axis=-1)) > max_slope * np.maximum(w[..., 1:], w[..., :-1])
+    is_edge[..., 1:] |= is_steep
+    is_edge[..., :-1] |= is_steep
+    return np.moveaxis(is_edge, -1, axis)
+
+
+def _interpolate(values: np.ndarray, axis: int, factor: int) -> np.ndarray:
+    """Linear interpolation of [H,W] along one axis, `factor` samples a pixel, NaN aware."""
+    length = values.shape[axis]
+    position = (np.arange(length * factor) + 0.5) / factor - 0.5
+    lower = np.clip(np.floor(position).astype(int), 0, length - 2)
+    step = (position - lower).astype(np.float32)
+    step = step[:, None] if axis == 0 else step[None, :]
+    first, second = values.take(lower, axis), values.take(lower + 1, axis)
+    nearest = np.where(step < 0.5, first, second)
+    blended = first + step * (second - first)
+    return np.where(blended > 0, blended, nearest)
+
+
+def _scale_intrinsics(intrinsics: np.ndarray, factor: int) -> np.ndarray:
+    """Intrinsics after each pixel is cut into factor x factor; pixel centres are integers."""
+    scaled = np.array(intrinsics, np.float64)
+    scaled[:2, :2] *= factor
+    scaled[:2, 2] = (scaled[:2, 2] + 0.5) * factor - 0.5
+    return scaled
+
+
+def _world_points(depth: np.ndarray, intrinsics: np.ndarray, T_world_cam: np.ndarray) -> np.ndarray:
+    """[P,3] world points of the pixels with a measurement."""
+    rows, columns = np.nonzero(depth > 0)
+    z = depth[rows, columns].astype(np.float64)
+    (fx, skew, cx), (_, fy, cy), _ = np.asarray(intrinsics, np.float64)
+    y = (rows - cy) / fy
+    x = (columns - cx - skew * y) / fx
+    camera = np.stack([x * z, y * z, z], axis=1)
+    return camera @ T_world_cam[:3, :3].T + T_world_cam[:3, 3]
+
+
+def _distinct(cells: np.ndarray) -> np.ndarray:
+    """Distinct rows of int64 [N,3], sorted; each number must fit into 21 bits."""
+    if not len(cells):
+        return cells.reshape(0, 3)
+    offset, bits = 1 << 20, 21
+    if np.abs(cells).max() >= offset:
+        raise ValueError(
+            f"a point lies {np.abs(cells).max()} cells from the origin; at most {offset} are "
+            "possible: the poses run away, or voxel_m is far too small"
+        )
+    x, y, z = (cells + offset).T
+    codes = np.unique((x << 2 * bits) | (y << bits) | z)
+    mask = (1 << bits) - 1
+    return np.stack([codes >> 2 * bits, (codes >> bits) & mask, codes & mask], axis=1) - offset
+
+
+def _local_blocks(blocks: np.ndarray, index: tuple[int, int, int], grid: FusionGrid) -> np.ndarray:
+    """Those of `blocks` that lie in the tile or its halo, counted from the halo's corner."""
+    local = blocks - (grid.first_block(index) - 1)
+    return local[((local >= 0) & (local < grid.tile_blocks + 2)).all(axis=1)]
+
+
+def _tiles_of(blocks: np.ndarray, grid: FusionGrid) -> list[tuple[int, int, int]]:
+    """Tiles that hold one of `blocks`, in the tile or in its halo."""
+    corners = blocks[:, None].astype(np.int64) + _CORNERS
+    tiles = (corners + grid.tile_blocks // 2) // grid.tile_blocks
+    return [(x, y, z) for x, y, z in _distinct(tiles.reshape(-1, 3)).tolist()]
+
+
+def _open3d() -> Any:
+    """The module, imported late: it takes seconds."""
+    try:
+        import open3d
+    except ImportError as error:
+        raise ImportError(
+            "fusion needs Open3D; install this package with the extra open3d or open3d-cpu"
+        ) from error
+    return open3d
+
+
+def _new_volume(block_count: int, grid: FusionGrid) -> Any:
+    o3d = _open3d()
+    return o3d.t.geometry.VoxelBlockGrid(
+        ("tsdf", "weight", "color"),
+        (o3d.core.float32,) * 3,
+        (1, 1, 3),
+        grid.voxel_m,
+        grid.block_voxels,
+        block_count,
+        o3d.core.Device("CPU:0"),
+    )
+
+
+def _integrate(volume: Any, blocks: np.ndarray, frame: PreparedFrame, grid: FusionGrid) -> None:
+    o3d = _open3d()
+    volume.integrate(
+        o3d.core.Tensor(blocks),
+        o3d.t.geometry.Image(o3d.core.Tensor(frame.depth[..., None])),
+        o3d.t.geometry.Image(o3d.core.Tensor(frame.color)),
+        o3d.core.Tensor(_open3d_intrinsics(frame.intrinsics)),
+        o3d.core.Tensor(_open3d_intrinsics(frame.color_intrinsics)),
+        o3d.core.Tensor(np.linalg.inv(frame.T_world_cam.astype(np.float64))),
+        1.0,
+        float(grid.depth_limit_m),
+        float(grid.settings.truncation_voxels),
+    )
+
+
+def _open3d_intrinsics(intrinsics: np.ndarray) -> np.ndarray:
+    """Open3D cuts pixel coordinates off to integers: its top-left pixel spans (0,0) to (1,1)."""
+    shifted = np.array(intrinsics, np.float64)
+    shifted[:2, 2] += 0.5
+    return shifted
+
+
+def _mesh_from_open3d(extracted: Any) -> Mesh:
+    if "indices" not in extracted.triangle or not len(extracted.triangle.indices):
+        return Mesh.empty()
+    colors = np.clip(extracted.vertex.colors.numpy() * 255, 0, 255)
+    return Mesh(
+        extracted.vertex.positions.numpy().astype(np.float32),
+        extracted.triangle.indices.numpy().astype(np.int32),
+        np.round(colors).astype(np.uint8),
+    )
+
+
+def _clip(mesh: Mesh, tile: Tile, grid: FusionGrid) -> Mesh:
+    """Keep triangles whose centroid is in the half-open tile: each belongs to one tile."""
+    corners = mesh.vertices[mesh.triangles].astype(np.float64)
+    centroids = corners.sum(axis=1) / 3
+    low, high = grid.tile_bounds(tile.index)
+    is_inside = ((centroids >= low) & (centroids < high)).all(axis=1)
+    return Mesh(mesh.vertices, mesh.triangles[is_inside], mesh.colors)

@@ -1,0 +1,268 @@
+"""Coloured triangle meshes: weld, clean, decimate, write and read.
+
+Mesh files are reproducible: `weld` puts vertices and triangles into one order, whatever
+order the threads of the extraction produced them in.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# Rotates OpenCV axes (right, down, forward) into those of glTF (right, up, backward).
+GLTF_FROM_OPENCV = np.diag([1.0, -1.0, -1.0])
+
+_PLY_VERTEX = np.dtype([("position", "<f4", 3), ("color", "u1", 3)])
+_PLY_TRIANGLE = np.dtype([("count", "u1"), ("vertices", "<i4", 3)])
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Triangles with a colour at each vertex; the front of a triangle is counter-clockwise."""
+
+    vertices: np.ndarray  # float32 [V,3] metres, world
+    triangles: np.ndarray  # int32 [F,3] rows of `vertices`
+    colors: np.ndarray  # uint8 [V,3] sRGB
+
+    def __post_init__(self) -> None:
+        if self.vertices.ndim != 2 or self.vertices.shape[1] != 3:
+            raise ValueError(f"vertices have shape {self.vertices.shape}; expected [V,3]")
+        if self.triangles.ndim != 2 or self.triangles.shape[1] != 3:
+            raise ValueError(f"triangles have shape {self.triangles.shape}; expected [F,3]")
+        if self.colors.shape != self.vertices.shape or self.colors.dtype != np.uint8:
+            raise ValueError(
+                f"colors are {self.colors.dtype} {self.colors.shape}; "
+                f"expected uint8 {self.vertices.shape}, one colour a vertex"
+            )
+
+    @classmethod
+    def empty(cls) -> Mesh:
+        """No vertices, no triangles."""
+        return cls(
+            np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32), np.zeros((0, 3), np.uint8)
+        )
+
+
+def weld(mesh: Mesh) -> Mesh:
+    """Join vertices at exactly the same place and put the mesh into its one canonical order.
+
+    Triangles that lose an edge and vertices without a triangle are dropped. Vertices come
+    out sorted by position, triangles start at their lowest vertex and are sorted, so equal
+    surfaces give equal bytes.
+    """
+    if not len(mesh.triangles):
+        return Mesh.empty()
+    vertices = mesh.vertices.astype(np.float32) + np.float32(0)  # -0 becomes 0
+    # Colours break ties, so that the colour that is kept does not depend on the input order.
+    order = np.lexsort((*mesh.colors.T[::-1], *vertices.T[::-1]))
+    ranked = vertices[order]
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (ranked[1:] != ranked[:-1]).any(axis=1)
+    target = np.empty(len(order), np.int32)
+    target[order] = np.cumsum(is_new) - 1
+    triangles = _sorted_triangles(_without_collapsed(target[mesh.triangles]))
+    return _without_unused(Mesh(ranked[is_new], triangles, mesh.colors[order][is_new]))
+
+
+def merge_meshes(meshes: Iterable[Mesh]) -> Mesh:
+    """One welded mesh of many, such as the tiles of a drive; see `weld`.
+
+    Tiles of one grid meet in vertices that are equal to the last bit, so that no tolerance
+    is needed. Merge before decimating: decimated tiles no longer meet.
+    """
+    parts = [mesh for mesh in meshes if len(mesh.triangles)]
+    if not parts:
+        return Mesh.empty()
+    counts = np.cumsum([0] + [len(mesh.vertices) for mesh in parts])
+    triangles = [m.triangles + np.int32(first) for m, first in zip(parts, counts, strict=False)]
+    return weld(
+        Mesh(
+            np.concatenate([mesh.vertices for mesh in parts]),
+            np.concatenate(triangles),
+            np.concatenate([mesh.colors for mesh in parts]),
+        )
+    )
+
+
+def remove_small_components(mesh: Mesh, min_triangles: int) -> Mesh:
+    """Drop connected pieces of fewer than `min_triangles` triangles: the specks of noise."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if not len(mesh.triangles):
+        return Mesh.empty()
+    a, b, c = mesh.triangles.T
+    ends = np.concatenate([a, b]), np.concatenate([b, c])
+    size = len(mesh.vertices)
+    links = coo_array((np.ones(len(ends[0]), bool), ends), shape=(size, size))
+    _, piece_of_vertex = connected_components(links, directed=False)
+    piece = piece_of_vertex[a]
+    is_kept = np.bincount(piece)[piece] >= min_triangles
+    return _without_unused(Mesh(mesh.vertices, mesh.triangles[is_kept], mesh.colors))
+
+
+def decimate(mesh: Mesh, target_triangles: int) -> Mesh:
+    """Simplify to about `target_triangles` triangles by quadric edge collapse.
+
+    A vertex takes the mean colour of the vertices that were collapsed into it. A mesh that
+    is small enough already comes back as it is.
+    """
+    import fast_simplification
+
+    if target_triangles < 1:
+        raise ValueError(f"target_triangles is {target_triangles}; expected at least 1")
+    if len(mesh.triangles) <= target_triangles:
+        return mesh
+    points, triangles = mesh.vertices.astype(np.float64), mesh.triangles.astype(np.int32)
+    _, _, collapses = fast_simplification.simplify(
+        points, triangles, target_count=target_triangles, return_collapses=True
+    )
+    # The replay tells where each vertex went; the simplification itself does not.
+    points, triangles, target = fast_simplification.replay_simplification(
+        points, triangles, collapses
+    )
+    colors = _mean_colors(mesh.colors, target, len(points))
+    return weld(Mesh(points.astype(np.float32), triangles.astype(np.int32), colors))
+
+
+def write_ply(mesh: Mesh) -> bytes:
+    """Binary PLY in world axes (OpenCV: x right, y down, z forward), metres, sRGB colours."""
+    header = (
+        "ply\nformat binary_little_endian 1.0\n"
+        "comment metres, axes of the first camera: x right, y down, z forward\n"
+        f"element vertex {len(mesh.vertices)}\n"
+        "property float x\nproperty float y\nproperty float z\n"
+        "property uchar red\nproperty uchar green\nproperty uchar blue\n"
+        f"element face {len(mesh.triangles)}\n"
+        "property list uchar int vertex_indices\nend_header\n"
+    )
+    vertices = np.empty(len(mesh.vertices), _PLY_VERTEX)
+    vertices["position"], vertices["color"] = mesh.vertices, mesh.colors
+    triangles = np.empty(len(mesh.triangles), _PLY_TRIANGLE)
+    triangles["count"], triangles["vertices"] = 3, mesh.triangles
+    return header.encode() + vertices.tobytes() + triangles.tobytes()
+
+
+def read_ply(data: bytes) -> Mesh:
+    """Inverse of `write_ply`, for PLY files of any writer that hold coloured triangles."""
+    import trimesh
+
+    if not data.startswith(b"ply"):
+        raise ValueError(f"not a PLY file: it starts with {data[:8]!r}")
+    if b"\nelement face 0\n" in data[:1000]:
+        return Mesh.empty()
+    loaded: Any = trimesh.load_mesh(io.BytesIO(data), file_type="ply", process=False)
+    return Mesh(
+        np.asarray(loaded.vertices, np.float32),
+        np.asarray(loaded.faces, np.int32),
+        np.array(loaded.visual.vertex_colors[:, :3], np.uint8),
+    )
+
+
+def write_glb(mesh: Mesh) -> bytes:
+    """Binary glTF 2.0, upright in any viewer: x right, y up, z backward.
+
+    World axes are OpenCV's, so y and z change sign; handedness stays. Colours are linear, as
+    glTF asks for, in 16 bits so that dark tones survive; the material is unlit, as the
+    light of the scene is in the colours already.
+    """
+    if not len(mesh.triangles):
+        raise ValueError("the mesh has no triangles; glTF cannot hold an empty mesh")
+    positions = (mesh.vertices @ GLTF_FROM_OPENCV).astype("<f4")
+    colors = np.full((len(positions), 4), 65535, "<u2")
+    colors[:, :3] = np.round(_linear_from_srgb(mesh.colors) * 65535)
+    arrays = [positions, colors, mesh.triangles.astype("<u4")]
+    description = json.dumps(_gltf_description(arrays), separators=(",", ":")).encode()
+    description += b" " * (-len(description) % 4)
+    body = b"".join(array.tobytes() for array in arrays)
+    length = 12 + 8 + len(description) + 8 + len(body)
+    return b"".join(
+        [
+            struct.pack("<4sII", b"glTF", 2, length),
+            struct.pack("<I4s", len(description), b"JSON"),
+            description,
+            struct.pack("<I4s", len(body), b"BIN\0"),
+            body,
+        ]
+    )
+
+
+def _gltf_description(arrays: list[np.ndarray]) -> dict[str, Any]:
+    positions, colors, triangles = arrays
+    offsets = np.cumsum([0] + [array.nbytes for array in arrays]).tolist()
+    unlit = "KHR_materials_unlit"
+    primitive = {"attributes": {"POSITION": 0, "COLOR_0": 1}, "indices": 2, "material": 0}
+    views = [
+        {"buffer": 0, "byteOffset": offset, "byteLength": array.nbytes, "target": target}
+        for offset, array, target in zip(offsets, arrays, (34962, 34962, 34963), strict=False)
+    ]
+    accessors = [
+        {
+            "bufferView": 0,
+            "componentType": 5126,
+            "count": len(positions),
+            "type": "VEC3",
+            "min": positions.min(axis=0).tolist(),
+            "max": positions.max(axis=0).tolist(),
+        },
+        {
+            "bufferView": 1,
+            "componentType": 5123,
+            "normalized": True,
+            "count": len(colors),
+            "type": "VEC4",
+        },
+        {"bufferView": 2, "componentType": 5125, "count": triangles.size, "type": "SCALAR"},
+    ]
+    return {
+        "asset": {"version": "2.0", "generator": "ttt3r-pipeline"},
+        "scene": 0,
+        "scenes": [{"nodes": [0]}],
+        "nodes": [{"mesh": 0}],
+        "meshes": [{"primitives": [primitive]}],
+        "materials": [{"extensions": {unlit: {}}, "doubleSided": True}],
+        "extensionsUsed": [unlit],
+        "buffers": [{"byteLength": offsets[-1]}],
+        "bufferViews": views,
+        "accessors": accessors,
+    }
+
+
+def _linear_from_srgb(colors: np.ndarray) -> np.ndarray:
+    """Linear light in [0,1] of uint8 sRGB values (IEC 61966-2-1)."""
+    c = colors.astype(np.float64) / 255
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+def _mean_colors(colors: np.ndarray, target: np.ndarray, count: int) -> np.ndarray:
+    """Mean of the colours that share a target; targets outside 0 .. count-1 are ignored."""
+    is_valid = (target >= 0) & (target < count)
+    rows = target[is_valid]
+    weights = np.maximum(np.bincount(rows, minlength=count), 1)
+    sums = [np.bincount(rows, colors[is_valid, i], minlength=count) for i in range(3)]
+    return np.round(np.stack(sums, axis=1) / weights[:, None]).astype(np.uint8)
+
+
+def _without_collapsed(triangles: np.ndarray) -> np.ndarray:
+    a, b, c = triangles.T
+    return triangles[(a != b) & (b != c) & (c != a)]
+
+
+def _sorted_triangles(triangles: np.ndarray) -> np.ndarray:
+    """Rotate each triangle to start at its lowest vertex, which keeps its front, and sort."""
+    start = triangles.argmin(axis=1)[:, None]
+    rotated = np.take_along_axis(triangles, (start + np.arange(3)) % 3, axis=1)
+    return rotated[np.lexsort(rotated.T[::-1])]
+
+
+def _without_unused(mesh: Mesh) -> Mesh:
+    is_used = np.zeros(len(mesh.vertices), bool)
+    is_used[mesh.triangles] = True
+    row = (np.cumsum(is_used) - 1).astype(np.int32)
+    return Mesh(mesh.vertices[is_used], row[mesh.triangles], mesh.colors[is_used])

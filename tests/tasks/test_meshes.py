@@ -1,0 +1,171 @@
+"""Welding, cleaning, decimating and writing of meshes."""
+
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+import trimesh
+
+from tasks.meshes import (
+    Mesh,
+    decimate,
+    merge_meshes,
+    read_ply,
+    remove_small_components,
+    weld,
+    write_glb,
+    write_ply,
+)
+
+
+def mesh(vertices, triangles, colors=None):
+    vertices = np.array(vertices, np.float32).reshape(-1, 3)
+    if colors is None:
+        colors = np.full(vertices.shape, 100)
+    return Mesh(vertices, np.array(triangles, np.int32), np.array(colors, np.uint8))
+
+
+def square(x, color=(100, 100, 100)):
+    """The unit square whose left edge is at x, in the plane z = 2."""
+    corners = [[x, 0, 2], [x + 1, 0, 2], [x + 1, 1, 2], [x, 1, 2]]
+    return mesh(corners, [[0, 1, 2], [0, 2, 3]], [color] * 4)
+
+
+def sphere(subdivisions=4):
+    ball = trimesh.creation.icosphere(subdivisions)
+    colors = np.where(ball.vertices[:, :1] > 0, [[200, 0, 0]], [[0, 0, 200]])
+    return mesh(ball.vertices, ball.faces, colors)
+
+
+def test_merge_meshes_joins_tiles_along_their_common_edge():
+    merged = merge_meshes([square(0), square(1)])
+    assert len(merged.vertices) == 6
+    assert len(merged.triangles) == 4
+    # The outline of a 2 x 1 rectangle of two squares has six edges; the seam is inside.
+    assert boundary_edges(merged) == 6
+
+
+def test_merge_meshes_does_not_depend_on_the_order_of_the_tiles():
+    tiles = [square(0, (10, 0, 0)), square(1, (20, 0, 0)), square(2, (30, 0, 0))]
+    forward, backward = merge_meshes(tiles), merge_meshes(tiles[::-1])
+    assert write_ply(forward) == write_ply(backward)
+
+
+def test_merge_meshes_of_nothing_is_empty():
+    assert len(merge_meshes([]).triangles) == 0
+    assert len(merge_meshes([Mesh.empty(), Mesh.empty()]).vertices) == 0
+
+
+def test_weld_gives_the_same_bytes_whatever_the_order_of_vertices_and_triangles():
+    ball = sphere(2)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(ball.vertices))
+    triangles = np.argsort(order)[ball.triangles]
+    triangles = np.roll(triangles, 1, axis=1)[rng.permutation(len(triangles))]
+    shuffled = mesh(ball.vertices[order], triangles, ball.colors[order])
+    assert write_ply(weld(shuffled)) == write_ply(weld(ball))
+
+
+def test_weld_keeps_the_front_of_triangles():
+    ball = weld(sphere(2))
+    assert trimesh.Trimesh(ball.vertices, ball.triangles, process=False).volume > 0
+
+
+def test_weld_drops_collapsed_triangles_and_unused_vertices():
+    corners = [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 0, 0], [9, 9, 9]]
+    welded = weld(mesh(corners, [[0, 1, 2], [1, 3, 2]]))
+    np.testing.assert_array_equal(welded.vertices, [[0, 0, 0], [0, 1, 0], [1, 0, 0]])
+    np.testing.assert_array_equal(welded.triangles, [[0, 2, 1]])
+
+
+def test_remove_small_components_drops_specks_only():
+    speck = mesh([[5, 5, 5], [6, 5, 5], [5, 6, 5]], [[0, 1, 2]])
+    kept = remove_small_components(merge_meshes([square(0), square(1), speck]), 4)
+    assert len(kept.triangles) == 4
+    assert kept.vertices.max() <= 2
+
+
+def test_decimate_keeps_shape_and_colours():
+    ball = sphere(5)
+    small = decimate(ball, 1000)
+    assert 900 <= len(small.triangles) <= 1000
+    np.testing.assert_allclose(np.linalg.norm(small.vertices, axis=1), 1, atol=0.01)
+    right, left = small.vertices[:, 0] > 0.2, small.vertices[:, 0] < -0.2
+    np.testing.assert_array_equal(np.unique(small.colors[right], axis=0), [[200, 0, 0]])
+    np.testing.assert_array_equal(np.unique(small.colors[left], axis=0), [[0, 0, 200]])
+
+
+def test_decimate_leaves_a_small_mesh_alone():
+    assert len(decimate(square(0), 2).triangles) == 2
+
+
+def test_decimate_refuses_a_target_of_nothing():
+    with pytest.raises(ValueError, match="target_triangles is 0"):
+        decimate(square(0), 0)
+
+
+def test_ply_reads_back_exactly():
+    ball = sphere(2)
+    again = read_ply(write_ply(ball))
+    np.testing.assert_array_equal(again.vertices, ball.vertices)
+    np.testing.assert_array_equal(again.triangles, ball.triangles)
+    np.testing.assert_array_equal(again.colors, ball.colors)
+
+
+def test_ply_of_an_empty_tile_reads_back():
+    assert len(read_ply(write_ply(Mesh.empty())).triangles) == 0
+
+
+def test_read_ply_says_what_is_wrong():
+    with pytest.raises(ValueError, match="not a PLY file"):
+        read_ply(b"glTF....")
+
+
+def test_glb_shows_the_scene_upright():
+    # 3 m ahead, 1 m to the right, and 2 m down in OpenCV axes.
+    corners = [[1, 2, 3], [2, 2, 3], [1, 4, 3]]
+    loaded = load_glb(mesh(corners, [[0, 1, 2]]))
+    # In glTF: up is +y, ahead is -z.
+    np.testing.assert_allclose(loaded.vertices[0], [1, -2, -3])
+    # The front, (1,0,0) x (0,2,0), looked ahead and still does.
+    np.testing.assert_allclose(loaded.face_normals[0], [0, 0, -1])
+
+
+def test_glb_colours_are_linear_and_unlit():
+    # sRGB 188 is half of full light: ((188/255 + 0.055) / 1.055) ** 2.4 = 0.503.
+    data = write_glb(mesh([[0, 0, 1], [1, 0, 1], [0, 1, 1]], [[0, 1, 2]], [[188, 0, 255]] * 3))
+    length = struct.unpack_from("<I", data, 12)[0]
+    description = json.loads(data[20 : 20 + length])
+    view = description["bufferViews"][description["accessors"][1]["bufferView"]]
+    color = struct.unpack_from("<4H", data, 28 + length + view["byteOffset"])
+    np.testing.assert_allclose(np.array(color) / 65535, [0.503, 0, 1, 1], atol=0.001)
+    assert "KHR_materials_unlit" in description["materials"][0]["extensions"]
+
+
+def test_glb_of_many_triangles_reads_back():
+    ball = sphere(3)
+    loaded = load_glb(ball)
+    assert len(loaded.faces) == len(ball.triangles)
+    assert loaded.is_watertight
+    assert loaded.volume > 0
+
+
+def test_glb_refuses_an_empty_mesh():
+    with pytest.raises(ValueError, match="no triangles"):
+        write_glb(Mesh.empty())
+
+
+def test_mesh_refuses_colours_that_do_not_fit():
+    with pytest.raises(ValueError, match="one colour a vertex"):
+        mesh([[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[0, 1, 2]], [[0, 0, 0]])
+
+
+def load_glb(m):
+    return trimesh.load_mesh(io.BytesIO(write_glb(m)), file_type="glb", process=False)
+
+
+def boundary_edges(m):
+    edges = np.sort(m.triangles[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
+    return int((np.unique(edges, axis=0, return_counts=True)[1] == 1).sum())
