@@ -66,44 +66,48 @@ class Film:
         self._grey = dice.chance("grey", 0.15)
 
     def develop(self, radiance: Tensor, start: int) -> Tensor:
-        """Linear RGB [B, T, H, W, 3] of frames start.. to uint8 RGB."""
-        frames, height, width = radiance.shape[1:4]
+        """Linear RGB [3, B, T, H, W] of frames start.. to uint8 [B, T, H, W, 3]."""
+        frames, height, width = radiance.shape[2:]
         clock = torch.arange(start, start + frames, device=radiance.device)
         colour = radiance * self._exposure(clock, frames)
         if not self._clean:
-            colour = colour * self._falloff(height, width)
+            colour *= self._falloff(height, width)
             colour = _soften(colour, self._blur)
-        colour = torch.pow(colour.clamp_(1e-6, 1.0), self._gamma.reshape(-1, 1, 1, 1, 1)) * 255.0
+        curve = self._gamma.reshape(-1, 1, 1, 1)
+        colour = colour.clamp_(1e-6, 1.0).log_().mul_(curve).exp_().mul_(255.0)
         if not self._clean:
-            grey = colour @ colour.new_tensor([0.299, 0.587, 0.114])
-            colour = torch.where(self._grey.reshape(-1, 1, 1, 1, 1), grey[..., None], colour)
-            colour = colour + self._grain(clock, height, width)
-        return (colour + 0.5).clamp_(0, 255).to(torch.uint8)
+            grey = (0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2])[None]
+            colour = colour.lerp_(grey, self._grey.reshape(-1, 1, 1, 1).float())
+            colour += self._grain(clock, height, width)
+        colour = colour.add_(0.5).clamp_(0, 255).to(torch.uint8)
+        return colour.permute(1, 2, 3, 4, 0).contiguous()
 
     def _exposure(self, clock: Tensor, frames: int) -> Tensor:
+        """Gain [3, B, T, 1, 1]."""
         gain = self._gain[:, None].expand(-1, frames)
         if not self._clean:
             drift = self._dice.noise("drift", (clock / 25.0)[None].expand(len(gain), -1))
             gain = gain * torch.exp(0.12 * drift)
-        gain = gain[..., None] * (1.0 if self._clean else self._balance[:, None])
-        return gain.expand(-1, -1, 3)[:, :, None, None]
+        tint = torch.ones_like(self._balance) if self._clean else self._balance
+        return (tint.t()[..., None] * gain)[..., None, None]
 
     def _falloff(self, height: int, width: int) -> Tensor:
+        """Vignette [B, 1, H, W]."""
         y = torch.linspace(-1, 1, height, device=self._gain.device)
         x = torch.linspace(-1, 1, width, device=self._gain.device)
         radius = (x**2)[None] + (y**2)[:, None]
-        return 1 - 0.5 * self._vignette.reshape(-1, 1, 1, 1, 1) * radius[None, None, ..., None]
+        return 1 - 0.5 * self._vignette.reshape(-1, 1, 1, 1) * radius
 
     def _grain(self, clock: Tensor, height: int, width: int) -> Tensor:
-        """Sensor noise [B, T, H, W, 3]: slices of one table, from a place drawn per frame."""
+        """Sensor noise [3, B, T, H, W]: slices of one table, from a place drawn per frame."""
         count = height * width * 3
         table = _noise_table(str(clock.device))
         clock = clock[None].expand(len(self._gain), -1)
         first = (self._dice.unit("grain", clock) * len(table)).long().flatten().tolist()
         table = torch.cat([table] * (2 + count // len(table)))
         slices = torch.stack([table[place : place + count] for place in first])
-        grain = slices.reshape(*clock.shape, height, width, 3)
-        return grain * self._noise.reshape(-1, 1, 1, 1, 1)
+        grain = slices.reshape(*clock.shape, 3, height, width).permute(2, 0, 1, 3, 4)
+        return grain * self._noise.reshape(-1, 1, 1, 1)
 
 
 @cache
@@ -112,12 +116,14 @@ def _noise_table(device: str) -> Tensor:
 
 
 def _soften(colour: Tensor, strength: Tensor) -> Tensor:
-    """Blur with the kernel (s/4, 1 - s/2, s/4) both ways; edges repeat."""
-    share = 0.25 * strength.reshape(-1, 1, 1, 1, 1)
-    for axis in (2, 3):
+    """Blur [3, B, T, H, W] with the kernel (s/4, 1 - s/2, s/4) both ways; edges repeat."""
+    share = 0.25 * strength.reshape(-1, 1, 1, 1)
+    for axis in (3, 4):
         size = colour.shape[axis]
-        first, last = colour.narrow(axis, 0, 1), colour.narrow(axis, size - 1, 1)
-        before = torch.cat([first, colour.narrow(axis, 0, size - 1)], dim=axis)
-        after = torch.cat([colour.narrow(axis, 1, size - 1), last], dim=axis)
-        colour = torch.lerp(colour, before, share) + (after - colour) * share
+        side = colour * share
+        colour = colour - 2 * side
+        colour.narrow(axis, 1, size - 1).add_(side.narrow(axis, 0, size - 1))
+        colour.narrow(axis, 0, size - 1).add_(side.narrow(axis, 1, size - 1))
+        colour.narrow(axis, 0, 1).add_(side.narrow(axis, 0, 1))
+        colour.narrow(axis, size - 1, 1).add_(side.narrow(axis, size - 1, 1))
     return colour

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -41,7 +42,6 @@ from ttt3r.synthetic.solids import (
 NEAR = 0.05  # metres; nothing closer than this is drawn
 _MISS = 0x7F800000 << 32  # the key of an infinite depth
 _SMALLEST = 0.35  # solids whose bounding sphere spans fewer pixels than this are left out
-_PAIRS = torch.tensor([(i, j) for i in range(8) for j in range(i)])
 
 
 @dataclass(frozen=True)
@@ -72,147 +72,155 @@ class Light:
 
 @dataclass(frozen=True)
 class Surface:
-    """What N pixels see, all linear RGB, metres, world frame."""
+    """What F frames see in P pixels each (the same ones); linear RGB, metres, world frame."""
 
-    pixel: Tensor  # [N] index into [B * T * H * W]
-    frame: Tensor  # [N] index into [B * T]
-    hit: Tensor  # [N] bool
-    depth: Tensor  # [N] z-depth; meaningless without a hit
-    direction: Tensor  # [3, N] ray, one unit of z-depth long
-    point: Tensor  # [3, N]
-    albedo: Tensor  # [3, N]
-    light: Tensor  # [3, N]
-    glow: Tensor  # [N]
-    layer: Tensor  # [N]
-    footprint: Tensor  # [N] width of the pixel on the surface
+    frames: slice  # of [B * T]
+    pixels: slice  # of [H * W]
+    hit: Tensor  # [F, P] bool
+    depth: Tensor  # [F, P] z-depth; 1 without a hit
+    direction: Tensor  # [3, F, P] ray, one unit of z-depth long
+    length: Tensor  # [F, P] of `direction`
+    point: Tensor  # [3, F, P]
+    albedo: Tensor  # [3, F, P]
+    light: Tensor  # [3, F, P]
+    glow: Tensor  # [F, P]
+    layer: Tensor  # [F, P]
+    footprint: Tensor  # [F, P] width of the pixel on the surface
 
 
 class RayCaster:
     """The solids of some views, ready to be intersected.
 
-    `nearest` is exact geometry; `surfaces` adds colour and light, piece by piece so that
-    the temporaries stay in cache.
+    `nearest` is exact geometry; `surfaces` adds colour and light. Both work piece by piece,
+    so that the temporaries stay in cache, and keep every quantity in a row of its own: torch
+    is several times slower on many short vectors.
     """
 
     def __init__(
-        self, views: Views, static: Solids, moving: Solids | None, light: Light, piece: int = 32768
+        self,
+        views: Views,
+        static: Solids,
+        moving: Solids | None,
+        light: Light,
+        piece: int | None = None,
     ) -> None:
-        self.views, self.piece = views, piece
+        device = static.centre.device
+        self.views, self.light = views, light
+        self.piece = piece or (24576 if device.type == "cpu" else 1 << 22)
         self._rows = _Rows(static, moving, light)
         self._aim(views)
         self._frame, self._row = self._visible(static, moving)
         self._project()
 
     def _aim(self, views: Views) -> None:
-        """Flatten the cameras: origins [F, 3], ray matrices [F, 3, 3] from (x, y, 1) pixels."""
+        """Flatten the cameras to columns [., F]: origin, rotation, rays per (x, y, 1) pixel."""
         frames = views.T_world_cam.shape[1]
-        self._rotation = views.T_world_cam[..., :3, :3].flatten(0, 1)
-        self._origin = views.T_world_cam[..., :3, 3].flatten(0, 1)
+        rotation = views.T_world_cam[..., :3, :3].flatten(0, 1)
         lens = views.intrinsics.repeat_interleave(frames, dim=0)
-        self._focal = lens[:, 0, 0]
         unproject = torch.zeros_like(lens)
         unproject[:, 0, 0], unproject[:, 0, 2] = 1 / lens[:, 0, 0], -lens[:, 0, 2] / lens[:, 0, 0]
         unproject[:, 1, 1], unproject[:, 1, 2] = 1 / lens[:, 1, 1], -lens[:, 1, 2] / lens[:, 1, 1]
         unproject[:, 2, 2] = 1.0
-        self._lens, self._rays = lens, self._rotation @ unproject
+        rays = (rotation @ unproject).reshape(-1, 9)
+        origin = views.T_world_cam[..., :3, 3].reshape(-1, 3)
+        self._cameras = torch.cat([origin, rotation.reshape(-1, 9), rays], dim=1).t().contiguous()
+        self._lens = torch.stack(
+            [lens[:, 0, 0], lens[:, 1, 1], lens[:, 0, 2], lens[:, 1, 2]]
+        ).contiguous()
 
     def _visible(self, static: Solids, moving: Solids | None) -> tuple[Tensor, Tensor]:
         """Pairs (frame, row) whose bounding sphere meets the view, ordered by kind."""
-        views = self.views
-        sequences, times = views.T_world_cam.shape[:2]
-        seen = self._meets(static.centre.unsqueeze(1), static, 0)
+        times = self.views.T_world_cam.shape[1]
+        seen = self._meets(static, 0)
         sequence, time, solid = seen.nonzero(as_tuple=True)
-        frame, row = sequence * times + time, sequence * static.centre.shape[1] + solid
+        frame, row = sequence * times + time, sequence * static.present.shape[1] + solid
         if moving is not None:
-            seen = self._meets(moving.centre, moving, static.centre[..., 0].numel())
-            sequence, time, solid = seen.nonzero(as_tuple=True)
+            first = static.present.numel()
+            sequence, time, solid = self._meets(moving, first).nonzero(as_tuple=True)
             flat = sequence * times + time
             frame = torch.cat([frame, flat])
-            moved = static.centre[..., 0].numel() + flat * moving.centre.shape[2] + solid
-            row = torch.cat([row, moved])
-        order = torch.argsort(self._rows.kind[row], stable=True)
+            row = torch.cat([row, first + flat * moving.present.shape[2] + solid])
+        order = torch.argsort(self._rows.kind.index_select(0, row), stable=True)
         return frame[order], row[order]
 
-    def _meets(self, centre: Tensor, solids: Solids, first_row: int) -> Tensor:
+    def _meets(self, solids: Solids, first_row: int) -> Tensor:
         """[B, T, P] bool: present, in reach, and its bounding sphere cuts the view pyramid."""
         views = self.views
-        sequences, times = views.T_world_cam.shape[:2]
-        radius = self._rows.radius[first_row : first_row + solids.present.numel()]
-        radius = radius.reshape(solids.present.shape)
-        present, station = solids.present, solids.station
-        if present.ndim == 2:
-            present, station, radius = present[:, None], station[:, None], radius[:, None]
-        offset = centre - views.T_world_cam[:, :, None, :3, 3]
-        x, y, z = torch.einsum("btpi,btij->btpj", offset, views.T_world_cam[..., :3, :3]).unbind(-1)
+        span = slice(first_row, first_row + solids.present.numel())
+        shape = solids.present.shape if solids.present.ndim == 3 else solids.present[:, None].shape
+        centre = self._rows.columns[:3, span].reshape(3, *shape)
+        radius = self._rows.radius[span].reshape(shape)
+        cameras = self._cameras[:12].reshape(12, *views.T_world_cam.shape[:2], 1)
+        offset = [centre[i] - cameras[i] for i in range(3)]
+        x, y, z = (
+            offset[0] * cameras[3 + j] + offset[1] * cameras[6 + j] + offset[2] * cameras[9 + j]
+            for j in range(3)
+        )
         focal = views.intrinsics[:, None, None, 0, 0]
         across = views.width / focal * 0.55  # half a view, and room for an off-centre lens
         down = views.height / focal * 0.55
-        margin_x, margin_y = radius * (1 + across**2).sqrt(), radius * (1 + down**2).sqrt()
-        seen = present & (z > NEAR - radius) & (z - radius < views.distance)
-        seen &= (x.abs() < z * across + margin_x) & (y.abs() < z * down + margin_y)
+        seen = solids.present.reshape(shape) & (z > NEAR - radius) & (z - radius < views.distance)
+        seen &= x.abs() < z * across + radius * (1 + across**2).sqrt()
+        seen &= y.abs() < z * down + radius * (1 + down**2).sqrt()
         seen &= radius * 2 * focal > _SMALLEST * z
         if views.reach is not None:
+            station = solids.station.reshape(shape)
             low, high = views.reach[:, :, None, 0], views.reach[:, :, None, 1]
             seen &= (station >= low) & (station <= high)
         return seen
 
     def _project(self) -> None:
-        """Ray transforms and pixel rectangles of all visible pairs, as columns [16, I]."""
-        frame, row, rows = self._frame, self._row, self._rows
-        offset = self._origin[frame] - rows.centre[row]
-        inverse = rows.inverse[row]
-        local_origin = torch.einsum("nij,nj->ni", inverse, offset)
-        local_rays = torch.bmm(inverse, self._rays[frame])
-        x0, y0, x1, y1 = self._rectangles(offset)
-        filled = ((x1 > x0) & (y1 > y0)).nonzero()[:, 0]
-        frame, row = frame[filled], row[filled]
-        x0, y0, x1, y1 = x0[filled], y0[filled], x1[filled], y1[filled]
-        self._frame, self._row = frame, row
-        self._counts = ((x1 - x0) * (y1 - y0)).to(torch.int64)
-        self._columns = torch.cat(
-            [
-                local_origin[filled].t(),
-                local_rays[filled].reshape(-1, 9).t(),
-                torch.stack([x0, y0, x1 - x0]),
-            ]
-        ).contiguous()
+        """Ray transforms and pixel rectangles of all visible pairs, as columns [15, I]."""
+        solid = self._rows.columns.index_select(1, self._row)
+        camera = self._cameras.index_select(1, self._frame)
+        offset = [camera[i] - solid[i] for i in range(3)]
+        inverse, basis, rotation, rays = solid[3:12], solid[12:21], camera[3:12], camera[12:21]
+        origin = [_dot(inverse[3 * i : 3 * i + 3], offset) for i in range(3)]
+        turned = [_dot(inverse[3 * i : 3 * i + 3], rays[j::3]) for i in range(3) for j in range(3)]
+        centre = [-_dot(rotation[j::3], offset) for j in range(3)]
+        axes = [_dot(rotation[j::3], basis[k::3]) for k in range(3) for j in range(3)]
+        bounds = self._rectangles(centre, axes)
+        filled = ((bounds[2] > bounds[0]) & (bounds[3] > bounds[1])).nonzero()[:, 0]
+        x0, y0, x1, y1 = bounds
+        columns = torch.stack([*origin, *turned, x0, y0, x1 - x0, y1 - y0]).index_select(1, filled)
+        self._columns = columns[:15]
+        self._frame, self._row = self._frame[filled], self._row[filled]
+        self._counts = (columns[14] * columns[15]).to(torch.int64)
+        kinds = self._rows.kind.index_select(0, self._row)
+        self._ends = torch.bincount(kinds, minlength=4).cumsum(0).tolist()
 
-    def _rectangles(self, offset: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Half-open pixel bounds x0, y0, x1, y1 [I] (float, whole numbers)."""
-        frame, row, rows = self._frame, self._row, self._rows
-        turn = self._rotation[frame].transpose(1, 2)
-        centre = -torch.einsum("nij,nj->ni", turn, offset)
-        spread = torch.bmm(turn, rows.basis[row])
-        shapes = _corner_table(offset.device)[rows.kind[row]]
-        corners = centre[:, None] + torch.bmm(shapes, spread.transpose(1, 2))  # [I, 8, 3]
-        lens = self._lens[frame]
-        z = corners[..., 2]
-        behind = (z < NEAR).any(dim=1)
-        low, high = _pixel_bounds(corners, z >= NEAR, lens)
-        clipped = behind.nonzero()[:, 0]
-        if len(clipped):
-            low[clipped], high[clipped] = _clipped_bounds(corners[clipped], lens[clipped])
-        size = torch.tensor([self.views.width, self.views.height], device=low.device)
-        low = torch.minimum((low - 0.01).ceil().clamp_(min=0), size)
-        high = torch.minimum((high + 0.01).floor().clamp_(min=-1) + 1, size)
-        return low[:, 0], low[:, 1], high[:, 0], high[:, 1]
+    def _rectangles(self, centre: list[Tensor], axes: list[Tensor]) -> list[Tensor]:
+        """Half-open pixel bounds x0, y0, x1, y1 [I] (float, whole numbers).
+
+        `centre` and `axes` (three axes of three coordinates) are in the camera's frame.
+        """
+        lens = self._lens.index_select(1, self._frame)
+        triangles = int((self._rows.kind.index_select(0, self._row) < TRIANGLE).sum())
+        parts = []
+        for shape, span in ((_CUBE, slice(0, triangles)), (_TRIANGLE, slice(triangles, None))):
+            parts.append(_bounds([c[span] for c in centre], [a[span] for a in axes], shape))
+        u0, v0, u1, v1 = (torch.cat([a, b]) for a, b in zip(*parts, strict=True))
+        width, height = self.views.width, self.views.height
+        return [
+            (u0 * lens[0] + (lens[2] - 0.01)).ceil_().clamp_(0, width),
+            (v0 * lens[1] + (lens[3] - 0.01)).ceil_().clamp_(0, height),
+            (u1 * lens[0] + (lens[2] + 0.01)).floor_().clamp_(-1, width - 1).add_(1),
+            (v1 * lens[1] + (lens[3] + 0.01)).floor_().clamp_(-1, height - 1).add_(1),
+        ]
 
     def nearest(self) -> tuple[Tensor, Tensor]:
-        """z-depth [F * H * W] (inf: nothing hit) and the pair hit (-1: none)."""
+        """z-depth [F, H * W] (inf: nothing hit) and the pair hit (-1: none)."""
         views = self.views
-        keys = torch.full(
-            (views.frames * views.height * views.width,), _MISS, device=self._row.device
-        )
-        kinds = self._rows.kind[self._row]
-        for kind in (BOX, CYLINDER, ELLIPSOID, TRIANGLE):
-            first = int((kinds < kind).sum())
-            last = first + int((kinds == kind).sum())
-            for start, stop in self._pieces(first, last):
+        area = views.height * views.width
+        keys = torch.full((views.frames * area,), _MISS, device=self._row.device)
+        first = 0
+        for kind, end in zip((BOX, CYLINDER, ELLIPSOID, TRIANGLE), self._ends, strict=True):
+            for start, stop in self._pieces(first, end):
                 self._scatter(kind, start, stop, keys)
-        hit = keys < _MISS
+            first = end
         depth = (keys >> 32).to(torch.int32).view(torch.float32)
-        depth = torch.where(hit, depth, torch.inf)
-        return depth, torch.where(hit, keys & 0xFFFFFFFF, -1)
+        pair = (keys & 0xFFFFFFFF).masked_fill_(keys >= _MISS, -1)
+        return depth.reshape(-1, area), pair.reshape(-1, area)
 
     def _pieces(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Ranges of pairs with about `piece` pixels each."""
@@ -228,14 +236,12 @@ class RayCaster:
     def _scatter(self, kind: int, start: int, stop: int, keys: Tensor) -> None:
         """Intersect pairs start..stop with the pixels of their rectangles."""
         counts = self._counts[start:stop]
-        device = counts.device
-        pair = torch.repeat_interleave(torch.arange(stop - start, device=device), counts)
-        columns = self._columns[:, start:stop]
+        number = torch.arange(start, stop, device=counts.device)
+        pair = torch.repeat_interleave(number - start, counts)
         firsts = (torch.cumsum(counts, 0) - counts).to(torch.float32)
-        bases = (self._frame[start:stop] * (self.views.height * self.views.width))[None]
-        columns = torch.cat([columns, firsts[None]]).index_select(1, pair)
+        columns = torch.cat([self._columns[:, start:stop], firsts[None]]).index_select(1, pair)
         ox, oy, oz, xx, xy, x1, yx, yy, y1, zx, zy, z1, left, top, width, first = columns.unbind(0)
-        place = torch.arange(len(pair), device=device, dtype=torch.float32) - first
+        place = torch.arange(len(pair), device=counts.device, dtype=torch.float32).sub_(first)
         row = ((place + 0.5) / width).floor_()
         column = place.addcmul_(row, width, value=-1.0).add_(left)
         row = row.add_(top)
@@ -243,85 +249,98 @@ class RayCaster:
         dy = torch.addcmul(y1, yx, column).addcmul_(yy, row)
         dz = torch.addcmul(z1, zx, column).addcmul_(zy, row)
         depth, hit = _INTERSECT[kind](ox, oy, oz, dx, dy, dz)
-        hit = hit & (depth > NEAR)
+        hit = hit.logical_and_(depth > NEAR)
         depth = depth.masked_fill_(hit.logical_not_(), torch.inf)
         key = depth.view(torch.int32).to(torch.int64).bitwise_left_shift_(32)
-        key += pair
-        key += start
-        pixel = row.mul_(self.views.width).add_(column).to(torch.int64)
-        pixel += bases[0].index_select(0, pair)
-        keys.scatter_reduce_(0, pixel, key, "amin")
+        first_pixel = self._frame[start:stop] * (self.views.height * self.views.width)
+        both = torch.stack([number, first_pixel]).index_select(1, pair)
+        pixel = row.mul_(self.views.width).add_(column).to(torch.int64).add_(both[1])
+        keys.scatter_reduce_(0, pixel, key.add_(both[0]), "amin")
 
     def surfaces(self, depth: Tensor, pair: Tensor) -> Iterator[Surface]:
-        """Colour and light of what `nearest` found, in pieces of pixels."""
+        """Colour and light of what `nearest` found, in pieces of frames or of pixels."""
         if len(self._row) == 0:
             raise ValueError("no solid is in view of any of these cameras")
-        for start in range(0, len(depth), self.piece):
-            stop = min(start + self.piece, len(depth))
-            yield self._surface(start, depth[start:stop], pair[start:stop])
+        frames, area = depth.shape
+        together = max(1, self.piece // area)
+        for frame in range(0, frames, together):
+            for pixel in range(0, area, self.piece):
+                chosen = slice(frame, min(frame + together, frames))
+                part = slice(pixel, min(pixel + self.piece, area))
+                yield self._surface(chosen, part, depth[chosen, part], pair[chosen, part])
 
-    def _surface(self, start: int, depth: Tensor, pair: Tensor) -> Surface:
+    def _surface(self, frames: slice, pixels: slice, depth: Tensor, pair: Tensor) -> Surface:
         hit = pair >= 0
-        pair = pair.clamp(min=0)
-        depth = torch.where(hit, depth, 1.0)
-        pixel = torch.arange(start, start + len(depth), device=depth.device)
-        area = self.views.height * self.views.width
-        frame = torch.div(pixel, area, rounding_mode="floor")
-        place = (pixel - frame * area).to(torch.float32)
-        y = ((place + 0.5) / self.views.width).floor_()
-        x = place.addcmul_(y, torch.full_like(y, self.views.width), value=-1.0)
-        rays = torch.cat([self._rays.reshape(-1, 9), self._origin, self._focal[:, None]], 1)
-        rays = rays.t().contiguous().index_select(1, frame)
+        depth = depth.masked_fill(~hit, 1.0)
+        place = torch.arange(pixels.start, pixels.stop, device=depth.device)
+        y = torch.div(place, self.views.width, rounding_mode="floor").float()
+        x = (place % self.views.width).float()
+        camera = self._cameras[:, frames, None]
         direction = torch.stack(
-            [rays[3 * i + 2] + rays[3 * i] * x + rays[3 * i + 1] * y for i in range(3)]
+            [camera[12 + 3 * i] * x + camera[13 + 3 * i] * y + camera[14 + 3 * i] for i in range(3)]
         )
-        point = torch.addcmul(rays[9:12], direction, depth)
-        local = self._columns[:12].index_select(1, pair)
-        rows = self._rows.columns.index_select(1, self._row.index_select(0, pair))
-        d = [local[5 + 3 * i] + local[3 + 3 * i] * x + local[4 + 3 * i] * y for i in range(3)]
-        p = [local[i] + d[i] * depth for i in range(3)]
-        length = (direction * direction).sum(0).sqrt_()
-        facing = _Facing(rows, p, d, length)
-        footprint = depth * length / rays[12] / facing.slant.sqrt()
-        albedo = _albedo(rows, p, point, facing, footprint)
-        light = rows[_AMBIENT] * (0.75 + 0.25 * facing.up) + rows[_SUN] * facing.sun.clamp_(min=0)
-        paint = rows[_PAINT:]
+        length = (direction[0].square() + direction[1].square() + direction[2].square()).sqrt_()
+        flat = pair.clamp(min=0).flatten()
+        local = self._columns[:12].index_select(1, flat).reshape(12, *depth.shape)
+        looks = self._rows.looks.index_select(1, self._row.index_select(0, flat))
+        looks = looks.reshape(-1, *depth.shape)
+        d = [
+            torch.addcmul(local[5 + 3 * i], local[3 + 3 * i], x).addcmul_(local[4 + 3 * i], y)
+            for i in range(3)
+        ]
+        p = [torch.addcmul(local[i], d[i], depth) for i in range(3)]
+        facing = _Facing(looks, p, d, length)
+        focal = self._lens[0, frames, None]
+        footprint = depth * length / (focal * facing.slant.sqrt_())
+        point = torch.addcmul(camera[:3], direction, depth)
+        albedo = _albedo(looks, p, point, facing, footprint)
+        paint = looks[_PAINT:]
+        light = self._shade(frames, facing)
         return Surface(
-            pixel, frame, hit, depth, direction, point, albedo, light,
+            frames, pixels, hit, depth, direction, length, point, albedo, light,
             paint[GLOW], paint[LAYER], footprint,
         )  # fmt: skip
 
+    def _shade(self, frames: slice, facing: _Facing) -> Tensor:
+        """Light [3, F, P] that falls on a surface."""
+        times = self.views.T_world_cam.shape[1]
+        sequence = torch.arange(frames.start, frames.stop, device=facing.up.device) // times
+        sun, ambient = (v[sequence].t()[..., None] for v in (self.light.sun, self.light.ambient))
+        sky = facing.up.mul_(0.25).add_(0.75)
+        return (ambient * sky).addcmul_(sun, facing.sun.clamp_(min=0)[None])
 
-# Columns of the row table: what shading needs of a solid.
-_KIND, _INVERSE_SIZE, _TO_SUN, _UP = 0, slice(1, 4), slice(4, 7), slice(7, 10)
-_SUN, _AMBIENT, _PAINT = slice(10, 13), slice(13, 16), 16
+
+# Columns of the table of looks: what shading needs of a solid.
+_KIND, _INVERSE_SIZE, _TO_SUN, _UP, _PAINT = 0, slice(1, 4), slice(4, 7), slice(7, 10), 10
 
 
 class _Rows:
-    """Static solids, then moving ones, flattened to rows."""
+    """Static solids, then moving ones, flattened to columns [., N]."""
 
     def __init__(self, static: Solids, moving: Solids | None, light: Light) -> None:
         parts = [static] if moving is None else [static, moving]
         self.kind = torch.cat([part.kind.flatten() for part in parts])
-        self.centre = torch.cat([part.centre.reshape(-1, 3) for part in parts])
-        self.basis = torch.cat([part.basis.reshape(-1, 3, 3) for part in parts])
-        self.inverse = _invert(self.basis)
-        self.radius = _bounding_radius(self.kind, self.basis)
+        centre = torch.cat([part.centre.reshape(-1, 3) for part in parts]).t()
+        basis = torch.cat([part.basis.reshape(-1, 9) for part in parts]).t().contiguous()
+        inverse = _invert(basis)
+        self.radius = _bounding_radius(self.kind, basis)
+        self.columns = torch.cat([centre, inverse, basis]).contiguous()
         owner = torch.cat([_owner(part) for part in parts])
-        paint = torch.cat([part.paint.flatten(0, -2) for part in parts])
-        sun = torch.einsum("nij,nj->ni", self.inverse, light.direction[owner])
-        self.columns = torch.cat(
-            [
-                self.kind[:, None].to(torch.float32),
-                self.inverse.norm(dim=2),
-                sun,
-                -self.inverse[:, :, 1],  # world up is -y
-                light.sun[owner],
-                light.ambient[owner],
-                paint,
-            ],
-            dim=1,
-        ).t().contiguous()  # fmt: skip
+        paint = torch.cat([part.paint.flatten(0, -2) for part in parts]).t()
+        sun = light.direction.t().contiguous().index_select(1, owner)
+        rows = [inverse[3 * i : 3 * i + 3] for i in range(3)]
+        looks = [
+            self.kind.to(torch.float32),
+            *[_dot(row, row).sqrt_() for row in rows],
+            *[_dot(row, sun) for row in rows],
+            *[-row[1] for row in rows],  # world up is -y
+        ]
+        self.looks = torch.cat([torch.stack(looks), paint]).contiguous()
+
+
+def _dot(a: Tensor | list[Tensor], b: Tensor | list[Tensor]) -> Tensor:
+    """Scalar products of vectors whose three coordinates are rows."""
+    return torch.addcmul(a[0] * b[0], a[1], b[1]).addcmul_(a[2], b[2])
 
 
 def _owner(solids: Solids) -> Tensor:
@@ -331,51 +350,80 @@ def _owner(solids: Solids) -> Tensor:
 
 
 def _invert(basis: Tensor) -> Tensor:
-    """Inverse of [N, 3, 3] by cross products: far faster than LAPACK for many small ones."""
-    a, b, c = basis.unbind(-1)
-    rows = torch.stack(
-        [torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], dim=1
-    )
-    return rows / (a * rows[:, 0]).sum(-1)[:, None, None]
+    """Inverse of matrices [9, N] (row by row) by cofactors."""
+    a, b, c, d, e, f, g, h, i = basis.unbind(0)
+    cofactors = torch.stack(
+        [
+            e * i - f * h, c * h - b * i, b * f - c * e,
+            f * g - d * i, a * i - c * g, c * d - a * f,
+            d * h - e * g, b * g - a * h, a * e - b * d,
+        ]
+    )  # fmt: skip
+    return cofactors / (a * cofactors[0] + b * cofactors[3] + c * cofactors[6])
 
 
 def _bounding_radius(kind: Tensor, basis: Tensor) -> Tensor:
     """Radius about the centre (a triangle's first corner) of a sphere that holds the solid."""
-    axes = basis.norm(dim=1)
-    corner = axes.square().sum(-1).sqrt()
-    side = torch.maximum(axes[:, 0], axes[:, 2])
-    round_ = axes.amax(-1)
-    return torch.where(kind == TRIANGLE, side, torch.where(kind == ELLIPSOID, round_, corner))
+    x, y, z = (_dot(basis[k::3], basis[k::3]) for k in range(3))
+    corner = (x + y + z).sqrt()
+    side = torch.maximum(x, z).sqrt()
+    widest = torch.maximum(torch.maximum(x, y), z).sqrt()
+    return torch.where(kind == TRIANGLE, side, torch.where(kind == ELLIPSOID, widest, corner))
 
 
-def _corner_table(device: torch.device) -> Tensor:
-    """Corners [4 kinds, 8, 3] of a hull around each unit shape."""
-    cube = torch.tensor([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
-    triangle = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 0, 1]])[[0, 1, 2, 0, 0, 0, 0, 0]]
-    return torch.stack([cube, cube, cube, triangle]).to(device, torch.float32)
+# Corners of a hull around each unit shape.
+_CUBE = [(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]
+_TRIANGLE = [(0, 0, 0), (1, 0, 0), (0, 0, 1)]
 
 
-def _pixel_bounds(corners: Tensor, valid: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-    """Lowest and highest pixel coordinates [I, 2] of the valid corners [I, K, 3]."""
-    scale = torch.stack([lens[:, 0, 0], lens[:, 1, 1]], dim=1)[:, None]
-    shift = torch.stack([lens[:, 0, 2], lens[:, 1, 2]], dim=1)[:, None]
-    pixels = corners[..., :2] / corners[..., 2:].clamp(min=NEAR * 0.5) * scale + shift
-    outside = ~valid[..., None]
-    low = pixels.masked_fill(outside, torch.inf).amin(dim=1)
-    high = pixels.masked_fill(outside, -torch.inf).amax(dim=1)
-    return low, high
+def _bounds(
+    centre: list[Tensor], axes: list[Tensor], corners: list[tuple[int, int, int]]
+) -> list[Tensor]:
+    """Lowest x/z and y/z, then highest ones, [I] each, of hulls in the camera's frame."""
+    places = []
+    for sx, sy, sz in corners:
+        places.append(
+            [
+                centre[j] + sum(s * axes[3 * k + j] for k, s in enumerate((sx, sy, sz)) if s)
+                for j in range(3)
+            ]
+        )
+    u, v, z = [], [], []
+    for px, py, pz in places:
+        inverse = pz.clamp(min=NEAR * 0.5).reciprocal_()
+        u.append(px * inverse)
+        v.append(py * inverse)
+        z.append(pz)
+    bounds = [_least(u), _least(v), _most(u), _most(v)]
+    clipped = (_least(z) < NEAR).nonzero()[:, 0]
+    if len(clipped):
+        hulls = torch.stack([torch.stack(place, dim=-1)[clipped] for place in places], dim=1)
+        for bound, value in zip(bounds, _clipped_bounds(hulls), strict=True):
+            bound[clipped] = value
+    return bounds
 
 
-def _clipped_bounds(corners: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds of hulls that cross the near plane: their corners in front, and where they cross."""
-    pairs = _PAIRS.to(corners.device)
+def _least(values: list[Tensor]) -> Tensor:
+    return reduce(torch.minimum, values)
+
+
+def _most(values: list[Tensor]) -> Tensor:
+    return reduce(torch.maximum, values)
+
+
+def _clipped_bounds(corners: Tensor) -> list[Tensor]:
+    """The same of hulls [I, K, 3] that cross the near plane: what is in front of it counts."""
+    pairs = torch.combinations(torch.arange(corners.shape[1], device=corners.device))
     a, b = corners[:, pairs[:, 0]], corners[:, pairs[:, 1]]
     crosses = (a[..., 2] >= NEAR) != (b[..., 2] >= NEAR)
     share = (NEAR - a[..., 2]) / torch.where(crosses, b[..., 2] - a[..., 2], 1.0)
     crossing = a + share.clamp(0, 1)[..., None] * (b - a)
     points = torch.cat([corners, crossing], dim=1)
-    valid = torch.cat([corners[..., 2] >= NEAR, crosses], dim=1)
-    return _pixel_bounds(points, valid, lens)
+    outside = ~torch.cat([corners[..., 2] >= NEAR, crosses], dim=1)[..., None]
+    place = points[..., :2] / points[..., 2:].clamp(min=NEAR * 0.5)
+    low = place.masked_fill(outside, torch.inf).amin(dim=1)
+    high = place.masked_fill(outside, -torch.inf).amax(dim=1)
+    return [low[:, 0], low[:, 1], high[:, 0], high[:, 1]]
 
 
 Hit = tuple[Tensor, Tensor]  # depth [N], hit [N] bool
@@ -433,57 +481,55 @@ _INTERSECT = {
 
 
 class _Facing:
-    """Which way the surface faces at local points p [3][N], seen along local rays d [3][N]."""
+    """Which way surfaces face, at local points p [3][...] seen along local rays d [3][...]."""
 
-    def __init__(self, rows: Tensor, p: list[Tensor], d: list[Tensor], length: Tensor) -> None:
-        kind = rows[_KIND]
+    def __init__(self, looks: Tensor, p: list[Tensor], d: list[Tensor], length: Tensor) -> None:
+        kind = looks[_KIND]
         size = [q.abs() for q in p]
-        flat = (kind == TRIANGLE).to(torch.float32)
-        x = ((size[0] >= size[1]) & (size[0] >= size[2])).to(torch.float32) * (1 - flat)
-        y = torch.maximum((size[1] >= size[2]).to(torch.float32) * (1 - x), flat)
-        self.sides, self.tops = x, y
-        ball = (kind == ELLIPSOID).to(torch.float32)
-        tube = ((kind == CYLINDER) & (size[1] < 0.999)).to(torch.float32)
-        bent = ball + tube
+        flat = kind > ELLIPSOID + 0.5
+        sides = ((size[0] >= size[1]) & (size[0] >= size[2]) & ~flat).float()
+        tops = ((size[1] >= size[2]) | flat).float() * (1 - sides)
+        self.sides, self.tops = sides, tops
+        ball = (kind == ELLIPSOID).float()
+        bent = ball + ((kind == CYLINDER) & (size[1] < 0.999)).float()
         straight = 1 - bent
         # Gradient of the unit shape; its image under inverse^T is the world normal.
         g = [
-            straight * x * torch.sign(p[0]) + bent * p[0],
-            straight * y * (torch.sign(p[1]) - flat) + ball * p[1],
-            straight * (1 - x - y) * torch.sign(p[2]) + bent * p[2],
+            torch.addcmul(bent * p[0], straight * sides, torch.sign(p[0])),
+            torch.addcmul(ball * p[1], straight * tops, torch.sign(p[1]) - flat.float()),
+            torch.addcmul(bent * p[2], straight * (1 - sides - tops), torch.sign(p[2])),
         ]
-        scale = rows[_INVERSE_SIZE]
-        norm = sum((g[i] * scale[i]).square_() for i in range(3)).sqrt_().clamp_(min=1e-12)  # type: ignore[union-attr]
-        along = (g[0] * d[0] + g[1] * d[1] + g[2] * d[2]) / (norm * length)
+        scaled = [g[i] * looks[1 + i] for i in range(3)]
+        norm = _dot(scaled, scaled).sqrt_().clamp_(min=1e-12)
+        along = _dot(g, d) / (norm * length)
         towards = -torch.sign(along) / norm  # turn the normal towards the viewer
-        self.slant = along.abs().clamp_(0.02, 1.0)
-        sun, up = rows[_TO_SUN], rows[_UP]
-        self.sun = (g[0] * sun[0] + g[1] * sun[1] + g[2] * sun[2]) * towards
-        self.up = (g[0] * up[0] + g[1] * up[1] + g[2] * up[2]) * towards
+        self.slant = along.abs_().clamp_(0.02, 1.0)
+        self.sun = _dot(g, looks[_TO_SUN]) * towards
+        self.up = _dot(g, looks[_UP]) * towards
 
 
 def _albedo(
-    rows: Tensor, p: list[Tensor], point: Tensor, facing: _Facing, footprint: Tensor
+    looks: Tensor, p: list[Tensor], point: Tensor, facing: _Facing, footprint: Tensor
 ) -> Tensor:
     """Paint at the hit: two colours mixed by the texture, a third over them by the mask."""
-    paint, scale = rows[_PAINT:], rows[_INVERSE_SIZE]
-    mx, my, mz = (p[i] / scale[i] for i in range(3))
+    paint = looks[_PAINT:]
+    mx, my, mz = (p[i] / looks[1 + i] for i in range(3))
     across = torch.lerp(mx, mz, facing.sides)
     down = torch.lerp(my, mz, facing.tops)
-    fixed = (paint[LAYER] > ON_OBJECT).to(torch.float32)
+    fixed = (paint[LAYER] > ON_OBJECT).float()
     rate = paint[TEXTURE_RATE]
     grey = texture.sample(
         paint[TEXTURE],
-        torch.lerp(across, point[0], fixed) * rate + paint[OFFSET_ACROSS],
-        torch.lerp(down, point[2], fixed) * rate + paint[OFFSET_DOWN],
+        torch.addcmul(paint[OFFSET_ACROSS], torch.lerp(across, point[0], fixed), rate),
+        torch.addcmul(paint[OFFSET_DOWN], torch.lerp(down, point[2], fixed), rate),
         footprint * rate,
     )
     cover = texture.sample(
         paint[MASK],
-        across * paint[MASK_RATE_ACROSS] + paint[MASK_OFFSET_ACROSS],
-        down * paint[MASK_RATE_DOWN] + paint[MASK_OFFSET_DOWN],
+        torch.addcmul(paint[MASK_OFFSET_ACROSS], across, paint[MASK_RATE_ACROSS]),
+        torch.addcmul(paint[MASK_OFFSET_DOWN], down, paint[MASK_RATE_DOWN]),
         footprint * torch.maximum(paint[MASK_RATE_ACROSS], paint[MASK_RATE_DOWN]),
     )
-    cover = cover * (1 - facing.tops) * (paint[MASK] > 0.5).to(torch.float32)
-    colour = torch.lerp(paint[COLOUR_LOW], paint[COLOUR_HIGH], grey)
-    return torch.lerp(colour, paint[COLOUR_MASK], cover)
+    cover = cover * (1 - facing.tops) * (paint[MASK] > 0.5).float()
+    colour = torch.lerp(paint[COLOUR_LOW], paint[COLOUR_HIGH], grey[None])
+    return colour.lerp_(paint[COLOUR_MASK], cover[None])

@@ -70,9 +70,9 @@ class Road:
         self.z = self._integrate(torch.cos(middle))
         ahead = self._heading(station[None] + 1.0)
         self.curvature = (ahead - self._heading(station[None] - 1.0)) / 2.0
-        self.frame = torch.stack(
-            [self.x, self.z, torch.sin(self.heading), torch.cos(self.heading), self.curvature], -1
-        ).float()  # [B, samples, 5], for looking up many places at once
+        columns = [self.x, self.z, torch.sin(self.heading), torch.cos(self.heading)]
+        # [5, B * samples]: for looking up many places at once
+        self.table = torch.stack([*columns, self.curvature]).float().flatten(1)
 
     def _heading(self, station: Tensor) -> Tensor:
         """Heading [B, S]: levels drawn every _BEND metres, blended in the middle between them."""

@@ -25,6 +25,7 @@ from ttt3r.synthetic.solids import (
 FURNITURE, PICTURES = 20, 10
 _CLEARANCE = 0.3  # metres between the camera's region and any furniture
 _WAVES = 3
+_ONE = torch.ones(())
 
 _WALL_TEXTURES = (texture.PLASTER, texture.CLOUDS, texture.BRICKS, texture.STRIPES, texture.SPOTS,
                   texture.GRAIN, texture.PATCHES, texture.TILES)  # fmt: skip
@@ -233,10 +234,9 @@ class Rooms:
         """Nothing moves in a room."""
         return None
 
-    def finish(self, seen: Surface, frames: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Linear RGB [3, N], z-depth [N] and validity [N] of what pixels see."""
-        colour = seen.albedo * torch.lerp(seen.light, torch.ones_like(seen.light), seen.glow)
-        return colour, seen.depth, seen.hit
+    def colour(self, seen: Surface, frames: int) -> Tensor:
+        """Linear RGB [3, F, P] of what pixels see."""
+        return seen.albedo.mul_(torch.lerp(seen.light, _ONE.to(seen.light), seen.glow))
 
 
 def _ellipse_radius(half: Tensor, direction: Tensor) -> Tensor:

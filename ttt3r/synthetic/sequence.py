@@ -41,7 +41,7 @@ class World(Protocol):
     def poses(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]: ...
     def static(self, start: int, stop: int) -> Solids: ...
     def moving(self, start: int, stop: int) -> Solids | None: ...
-    def finish(self, seen: Surface, frames: int) -> tuple[Tensor, Tensor, Tensor]: ...
+    def colour(self, seen: Surface, frames: int) -> Tensor: ...
 
 
 _WORLDS = {"streets": Streets, "rooms": Rooms}
@@ -144,8 +144,8 @@ def _render_slice(
             width * supersample, reach, scene.distance,
         )  # fmt: skip
         colour = _look(scene, fine, static, moving)[0]
-        colour = colour.unflatten(3, (width, supersample)).unflatten(2, (height, supersample))
-        colour = colour.mean(dim=(3, 5))
+        colour = colour.unflatten(4, (width, supersample)).unflatten(3, (height, supersample))
+        colour = colour.mean(dim=(4, 6))
     images = film.develop(colour, start)
     return Sequences(images, depth, valid, T_world_cam, intrinsics)
 
@@ -161,21 +161,14 @@ def _magnify(intrinsics: Tensor, factor: int) -> Tensor:
 def _look(
     scene: World, views: Views, static: Solids, moving: Solids | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Linear RGB [B, T, H, W, 3], depth and validity [B, T, H, W] of some views."""
+    """Linear RGB [3, B, T, H, W], depth and validity [B, T, H, W] of some views."""
     caster = RayCaster(views, static, moving, scene.light)
-    found = caster.nearest()
-    sequences, times = views.T_world_cam.shape[:2]
-    colour = torch.empty(len(found[0]), 3, device=found[0].device)
-    depth, valid = torch.empty_like(found[0]), torch.empty_like(found[1], dtype=torch.bool)
-    start = 0
-    for seen in caster.surfaces(*found):
-        stop = start + len(seen.depth)
-        rgb, depth[start:stop], valid[start:stop] = scene.finish(seen, times)
-        colour[start:stop] = rgb.t()
-        start = stop
-    shape = (sequences, times, views.height, views.width)
-    depth = depth.masked_fill_(~valid, torch.inf)
-    return colour.reshape(*shape, 3), depth.reshape(shape), valid.reshape(shape)
+    depth, pair = caster.nearest()
+    colour = torch.empty(3, *depth.shape, device=depth.device)
+    for seen in caster.surfaces(depth, pair):
+        colour[:, seen.frames, seen.pixels] = scene.colour(seen, views.T_world_cam.shape[1])
+    shape = (*views.T_world_cam.shape[:2], views.height, views.width)
+    return colour.reshape(3, *shape), depth.reshape(shape), (pair >= 0).reshape(shape)
 
 
 def _concatenate(pieces: list[Sequences]) -> Sequences:

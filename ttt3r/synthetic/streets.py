@@ -52,6 +52,7 @@ class Streets:
         self._hand = torch.where(dice.chance("drives on the left", 0.25), -1.0, 1.0)
         self._built = dice.uniform("built", 0.1, 1.0)
         self._green = dice.uniform("green", 0.0, 0.7)
+        self._asphalt = self._draw_asphalt()
         self.light = self._draw_light()
 
     def _extend(self, frames: int) -> None:
@@ -465,86 +466,105 @@ class Streets:
 
     # ---- colours that depend on the place on the road ------------------------------------
 
-    def finish(self, seen: Surface, frames: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Linear RGB [3, N], z-depth [N] and validity [N]: road markings, haze and sky."""
-        sequence = torch.div(seen.frame, frames, rounding_mode="floor")
-        albedo = seen.albedo
-        ground = (seen.hit & (seen.layer > ON_ROAD - 0.5)).nonzero()[:, 0]
+    def colour(self, seen: Surface, frames: int) -> Tensor:
+        """Linear RGB [3, F, P] of what pixels see: with road markings, haze and sky."""
+        device = seen.depth.device
+        sequence = torch.arange(seen.frames.start, seen.frames.stop, device=device) // frames
+        ground = (seen.hit & (seen.layer > ON_ROAD - 0.5)).flatten().nonzero()[:, 0]
+        albedo = seen.albedo.flatten(1)
         if len(ground):
-            albedo[:, ground] = self._road_colour(seen, ground, sequence[ground])
-        colour = albedo * seen.light
-        haze = self._haze.t().index_select(1, sequence)
-        length = (seen.direction * seen.direction).sum(0).sqrt()
-        veil = 1 - torch.exp(-self._thick.index_select(0, sequence) * length * seen.depth)
-        colour = torch.lerp(colour, haze, veil)
-        sky = (~seen.hit).nonzero()[:, 0]
+            albedo.index_copy_(1, ground, self._road_colour(seen, ground, sequence))
+        colour = albedo.reshape(seen.albedo.shape).mul_(seen.light)
+        haze = self._haze[sequence].t()[..., None]
+        thick = -self._thick[sequence][:, None]
+        veil = 1 - (thick * seen.length).mul_(seen.depth).exp_()
+        colour = colour.lerp_(haze, veil[None]).flatten(1)
+        sky = seen.hit.logical_not().flatten().nonzero()[:, 0]
         if len(sky):
-            colour[:, sky] = self._sky(seen.direction[:, sky], sequence[sky])
-        return colour, seen.depth, seen.hit
+            owner = sequence.index_select(0, sky // seen.hit.shape[1])
+            direction = seen.direction.flatten(1).index_select(1, sky)
+            colour.index_copy_(1, sky, self._sky(direction, owner))
+        return colour.reshape(seen.albedo.shape)
 
     def _sky(self, direction: Tensor, sequence: Tensor) -> Tensor:
-        """Gradient from horizon to zenith with a layer of clouds."""
-        up = (-direction[1] / (direction * direction).sum(0).sqrt()).clamp(0.0, 1.0)
-        haze, zenith = self._haze.t()[:, sequence], self._zenith.t()[:, sequence]
+        """Gradient from horizon to zenith with a layer of clouds, [3, N]."""
+        level = (direction[0] ** 2 + direction[2] ** 2).sqrt().clamp(min=1e-3)
+        up = (-direction[1] / torch.hypot(level, direction[1])).clamp(0.0, 1.0)
+        looks = torch.cat([self._haze.t(), self._zenith.t(), self._clouds[None]])
+        looks = looks.index_select(1, sequence)
+        haze, zenith = looks[:3], looks[3:6]
         colour = torch.lerp(haze, zenith, (up * 1.6).clamp(max=1.0).sqrt())
         far = 0.35 / (up + 0.12)
-        level = (direction[0] ** 2 + direction[2] ** 2).sqrt().clamp(min=1e-3)
         cloud = texture.sample(
             torch.full_like(up, texture.CLOUDS),
-            direction[0] / level * far * 0.4 + sequence * 0.37,
+            direction[0] / level * far * 0.4 + looks[6] * 7.0,
             direction[2] / level * far * 0.4,
             far * 0.004,
         )
-        cover = self._clouds[sequence] * ((cloud - 0.45) * 3).clamp(0, 1) * (up * 4).clamp(max=1)
+        cover = looks[6] * ((cloud - 0.45) * 3).clamp(0, 1) * (up * 4).clamp(max=1)
         return torch.lerp(colour, haze * 1.05, cover)
+
+    def _draw_asphalt(self) -> Tensor:
+        """What `_road_colour` needs of each sequence, [15, B]."""
+        dice = self._dice
+        tone = dice.log_uniform("asphalt", 0.05, 0.22)
+        tints = [tone * dice.uniform(f"asphalt {k}", 0.92, 1.08) for k in "rgb"]
+        return torch.stack(
+            [
+                *tints,
+                self._edge,
+                self._lane,
+                self._lanes * self._lane,
+                (self._lanes > 1.5).float(),
+                1 / dice.uniform("dash", 6.0, 12.0),
+                dice.uniform("dash share", 0.3, 0.6),
+                dice.chance("solid middle", 0.3).float(),
+                dice.chance("border", 0.6).float(),
+                dice.uniform("marking", 0.35, 0.8),
+                dice.chance("yellow middle", 0.3).float(),
+            ]
+        )
 
     def _road_colour(self, seen: Surface, pixel: Tensor, sequence: Tensor) -> Tensor:
         """Asphalt and markings over the terrain's own colour [3, N]."""
-        x, z = seen.point[0, pixel], seen.point[2, pixel]
-        station, side = self._on_road(x, z, seen.glow[pixel], sequence)
-        width = seen.footprint[pixel]
-        dice = self._dice
-        edge, lane, lanes = (v[sequence] for v in (self._edge, self._lane, self._lanes))
+        owner = sequence.index_select(0, pixel // seen.hit.shape[1])
+        flat = torch.stack([seen.point[0], seen.point[2], seen.glow, seen.footprint]).flatten(1)
+        x, z, guess, width = flat.index_select(1, pixel).unbind(0)
+        station, side = self._on_road(x, z, guess, owner)
+        looks = self._asphalt.index_select(1, owner)
+        edge, lane, half, many, rate, share, solid, border, paint_, yellow = looks[3:].unbind(0)
         coarse = texture.sample(torch.full_like(x, texture.CLOUDS), x / 9, z / 9, width / 9)
         fine = texture.sample(torch.full_like(x, texture.GRAIN), x / 1.7, z / 1.7, width / 1.7)
-        tone = dice.log_uniform("asphalt", 0.05, 0.22)[sequence]
-        worn = 0.12 * torch.cos(side / lane * 2 * math.pi).abs()
-        tone = tone * (0.55 + 0.45 * coarse + 0.5 * fine - worn)
-        tint = torch.stack([dice.uniform(f"asphalt {k}", 0.92, 1.08) for k in "rgb"])[:, sequence]
-        line = 0.075 + 0 * width
-        dash = (station / dice.uniform("dash", 6.0, 12.0)[sequence]) % 1
-        broken = (dash < dice.uniform("dash share", 0.3, 0.6)[sequence]).to(torch.float32)
-        solid = dice.chance("solid middle", 0.3)[sequence].to(torch.float32)
-        middle = _stripe(side, line, width) * torch.maximum(broken, solid)
-        lane_line = _stripe(side.abs() - lane, line, width) * broken * (lanes > 1.5)
-        border = (
-            _stripe(side.abs() - lane * lanes, line, width) * dice.chance("border", 0.6)[sequence]
+        worn = 0.12 * torch.cos(side / lane * (2 * math.pi)).abs_()
+        tone = 0.55 + 0.45 * coarse + 0.5 * fine - worn
+        dash = station * rate
+        broken = (dash - dash.floor() < share).float()
+        across = side.abs()
+        middle = _stripe(side, 0.075, width) * torch.maximum(broken, solid)
+        lines = _stripe(across - lane, 0.075, width) * broken * many
+        lines = torch.maximum(lines, _stripe(across - half, 0.075, width) * border)
+        lines = torch.maximum(lines, self._crossing(station, side, width))
+        bright = paint_ * (0.75 + 0.4 * fine)
+        middle_rgb = torch.stack(
+            [bright, bright * (1 - 0.25 * yellow), bright * (1 - 0.85 * yellow)]
         )
-        crossing = self._crossing(station, side, edge, width)
-        marks = torch.maximum(torch.maximum(middle, lane_line), torch.maximum(border, crossing))
-        paint_ = dice.uniform("marking", 0.35, 0.8)[sequence] * (0.75 + 0.4 * fine)
-        yellow = torch.stack([paint_, paint_ * 0.75, paint_ * 0.15])
-        white = paint_[None].expand(3, -1)
-        is_yellow = (middle > 0.01) & dice.chance("yellow middle", 0.3)[sequence]
-        road = torch.lerp(tone * tint, torch.where(is_yellow, yellow, white), marks * 0.9)
-        on_road = _stripe(side, edge, width)
-        return torch.lerp(seen.albedo[:, pixel], road, on_road)
+        road = torch.lerp(looks[:3] * tone, bright[None], 0.9 * lines[None])
+        road = road.lerp_(middle_rgb, 0.9 * middle[None])
+        soil = seen.albedo.flatten(1).index_select(1, pixel)
+        return soil.lerp_(road, _stripe(side, edge, width)[None])
 
     @staticmethod
-    def _crossing(station: Tensor, side: Tensor, edge: Tensor, width: Tensor) -> Tensor:
+    def _crossing(station: Tensor, side: Tensor, width: Tensor) -> Tensor:
         """Zebra crossings, 3 m long, every 90 m."""
         along = station - torch.floor(station / 90.0) * 90.0 - 45.0
-        bars = (side / 1.0 - torch.floor(side / 1.0)) * 1.0 - 0.5
-        return _stripe(along, torch.full_like(width, 1.5), width) * _stripe(
-            bars, torch.full_like(width, 0.25), width
-        )
+        bars = side - torch.floor(side) - 0.5
+        return _stripe(along, 1.5, width) * _stripe(bars, 0.25, width)
 
     def _on_road(
         self, x: Tensor, z: Tensor, guess: Tensor, sequence: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Station and metres right of the road's middle, by Newton steps from a guess."""
-        count = self._road.frame.shape[1]
-        table = self._road.frame.reshape(-1, 5).t().contiguous()
+        table, count = self._road.table, self._road.heading.shape[1]
         base, station = sequence * count, guess
         side = torch.zeros_like(x)
         for _ in range(3):
@@ -571,6 +591,6 @@ def _with_station(paint_rows: Tensor, station: Tensor) -> Tensor:
     return rows
 
 
-def _stripe(distance: Tensor, half: Tensor, width: Tensor) -> Tensor:
+def _stripe(distance: Tensor, half: Tensor | float, width: Tensor) -> Tensor:
     """Share of a pixel of some width that lies within `half` of a line."""
     return ((half - distance.abs()) / width.clamp(min=1e-4) + 0.5).clamp(0, 1)

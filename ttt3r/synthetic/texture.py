@@ -187,33 +187,33 @@ def _bank(device: str) -> tuple[Tensor, Tensor]:
         if size > 1:
             images = images.reshape(-1, size // 2, 2, size // 2, 2).mean(axis=(2, 4))
     table = torch.from_numpy(np.concatenate(quads, axis=1)).float().contiguous()
-    return table.to(device), torch.tensor(offsets, device=device)
+    return table.to(device), torch.tensor(offsets, dtype=torch.int32, device=device)
 
 
 def sample(texture: Tensor, across: Tensor, down: Tensor, footprint: Tensor) -> Tensor:
     """Look textures up, bilinear in the mip level that fits the footprint.
 
     Args:
-        texture: [N] index into the bank, float or integer.
-        across, down: [N] surface coordinates in repeats of the texture.
-        footprint: [N] width of a pixel on the surface, in repeats.
+        texture: [...] index into the bank, float or integer.
+        across, down: [...] surface coordinates in repeats of the texture.
+        footprint: [...] width of a pixel on the surface, in repeats.
 
     Returns:
-        [N] values in 0..1.
+        [...] values in 0..1.
     """
     table, offsets = _bank(str(across.device))
     level = torch.log2(footprint * SIZE + 1e-6).round_().clamp_(0, LEVELS - 1).to(torch.int32)
-    bits = (LEVELS - 1) - level
-    size = torch.bitwise_left_shift(torch.ones_like(bits), bits)
+    size = torch.bitwise_right_shift(torch.full_like(level, SIZE), level)
     scale = size.to(torch.float32)
-    x = (across - across.floor()) * scale - 0.5
-    y = (down - down.floor()) * scale - 0.5
+    x = (across - across.floor()).mul_(scale).sub_(0.5)
+    y = (down - down.floor()).mul_(scale).sub_(0.5)
     left, top = x.floor(), y.floor()
-    x, y = x - left, y - top
-    column = left.to(torch.int32) & (size - 1)
-    row = top.to(torch.int32) & (size - 1)
-    texel = (texture.to(torch.int32) * size + row) * size + column
-    texel = texel + offsets.to(torch.int32).index_select(0, level)
-    upper = torch.lerp(table[0].index_select(0, texel), table[1].index_select(0, texel), x)
-    lower = torch.lerp(table[2].index_select(0, texel), table[3].index_select(0, texel), x)
-    return torch.lerp(upper, lower, y)
+    column = left.to(torch.int32).bitwise_and_(size - 1)
+    row = top.to(torch.int32).bitwise_and_(size - 1)
+    texel = texture.to(torch.int32).mul_(size).add_(row).mul_(size).add_(column).flatten()
+    texel += offsets.index_select(0, level.flatten())
+    quad = table.index_select(1, texel).reshape(4, *x.shape)
+    x, y = x.sub_(left), y.sub_(top)
+    upper = torch.lerp(quad[0], quad[1], x)
+    lower = torch.lerp(quad[2], quad[3], x)
+    return upper.lerp_(lower, y)
