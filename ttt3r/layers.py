@@ -47,14 +47,21 @@ def rotate(x: Tensor, rotary: Rotary, *, through_fp16: bool = False) -> Tensor:
     as the reference does in its image encoder. The result has the dtype of `x`.
     """
     t = x.half().float() if through_fp16 else x.float()
-    swapped = t.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)  # [vy | uy | vx | ux]
+    uy, vy, ux, vx = t.chunk(4, dim=-1)
+    swapped = torch.cat((vy, uy, vx, ux), dim=-1)
     turned = torch.addcmul(t * rotary.cos, swapped, rotary.sin)
     return (turned.half() if through_fp16 else turned).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Fused softmax attention of [B, tokens, heads, head_dim]; returns [B, tokens, width]."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if q.device.type == "cpu":
+        # There the bfloat16 kernel gains nothing, and its backward is five times slower.
+        with torch.autocast("cpu", enabled=False):
+            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2)
 
 

@@ -1,0 +1,147 @@
+"""Frames as the network wants them, and back to the pixels of the recording (section 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SQUARE_SIZE = 224  # this image size means a square crop, all others keep the aspect
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Resize to `resized_*`, then crop `width` x `height` from (left, top); pixels."""
+
+    resized_width: int
+    resized_height: int
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def fit(width: int, height: int, image_size: int, patch_size: int) -> Fit:
+    """How frames of `width` x `height` pixels become the network's input.
+
+    Args:
+        width: of the recording, pixels.
+        height: of the recording, pixels.
+        image_size: target for the long side; 224 gives a square crop.
+        patch_size: the sides of the result are multiples of it.
+
+    Raises:
+        ValueError: if no such result exists.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"a frame of {width}x{height} pixels has nothing to resize")
+    if patch_size < 2 or patch_size % 2:
+        raise ValueError(f"the patch size is {patch_size}; expected a positive even number")
+    long_side = max(width, height)
+    target = image_size
+    if image_size == SQUARE_SIZE:
+        target = round(SQUARE_SIZE * max(width / height, height / width))
+    resized = round(width * target / long_side), round(height * target / long_side)
+    half_width, half_height = _half_crop(*resized, image_size, patch_size)
+    result = Fit(
+        *resized,
+        left=resized[0] // 2 - half_width,
+        top=resized[1] // 2 - half_height,
+        width=2 * half_width,
+        height=2 * half_height,
+    )
+    _check(result, (width, height), image_size, patch_size)
+    return result
+
+
+def _half_crop(width: int, height: int, image_size: int, patch_size: int) -> tuple[int, int]:
+    """Half the sides of the centre crop of a resized image."""
+    centre_x, centre_y = width // 2, height // 2
+    if image_size == SQUARE_SIZE:
+        return (min(centre_x, centre_y),) * 2
+    half_width = 2 * centre_x // patch_size * (patch_size // 2)
+    if width == height:  # square images become 4:3
+        return half_width, 3 * half_width // 4
+    return half_width, 2 * centre_y // patch_size * (patch_size // 2)
+
+
+def _check(found: Fit, source: tuple[int, int], image_size: int, patch_size: int) -> None:
+    if found.width == 0 or found.height == 0:
+        raise ValueError(
+            f"a frame of {source[0]}x{source[1]} pixels is {found.resized_width}x"
+            f"{found.resized_height} at image size {image_size}: too thin for one patch of "
+            f"{patch_size} pixels; choose a larger image size or crop the recording"
+        )
+    if found.width % patch_size or found.height % patch_size:
+        raise ValueError(
+            f"a frame of {source[0]}x{source[1]} pixels becomes {found.width}x{found.height} at "
+            f"image size {image_size}, which is no multiple of the patch size {patch_size}; "
+            f"choose an image size that is a multiple of {4 * patch_size}"
+        )
+
+
+def preprocess(frame: np.ndarray, image_size: int, patch_size: int) -> np.ndarray:
+    """Resize and crop one RGB frame.
+
+    Args:
+        frame: [H, W, 3] uint8.
+        image_size: see `fit`.
+        patch_size: see `fit`.
+
+    Returns:
+        [h, w, 3] uint8.
+    """
+    if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
+        raise ValueError(f"a frame is {frame.dtype} {frame.shape}; expected uint8 [H, W, 3]")
+    height, width = frame.shape[:2]
+    shape = fit(width, height, image_size, patch_size)
+    shrinks = max(width, height) > max(shape.resized_width, shape.resized_height)
+    kernel = Image.Resampling.LANCZOS if shrinks else Image.Resampling.BICUBIC
+    resized = Image.fromarray(frame).resize((shape.resized_width, shape.resized_height), kernel)
+    rows = slice(shape.top, shape.top + shape.height)
+    return np.asarray(resized)[rows, shape.left : shape.left + shape.width].copy()
+
+
+def as_tensor(images: np.ndarray | Tensor) -> Tensor:
+    """The same memory where torch allows it: read-only arrays are copied."""
+    if isinstance(images, np.ndarray) and not images.flags.writeable:
+        images = images.copy()
+    return torch.as_tensor(images)
+
+
+def normalise(images: np.ndarray | Tensor) -> Tensor:
+    """Colours [..., h, w, 3] uint8 to the network's input [..., 3, h, w], float32 in [-1, 1]."""
+    images = as_tensor(images)
+    if images.dtype != torch.uint8 or images.ndim < 3 or images.shape[-1] != 3:
+        raise ValueError(
+            f"images are {images.dtype} {tuple(images.shape)}; expected uint8 [..., h, w, 3]"
+        )
+    return images.float().div_(255).sub_(0.5).div_(0.5).movedim(-1, -3)
+
+
+def source_intrinsics(focal_px: float, shape: Fit, width: int, height: int) -> np.ndarray:
+    """Pinhole matrix of the recording's own pixels: undoes crop and resize.
+
+    Args:
+        focal_px: focal length in pixels of the network's input, whose principal point is
+            (w // 2, h // 2).
+        shape: how frames became the network's input.
+        width: of the recording, pixels.
+        height: of the recording, pixels.
+
+    Returns:
+        [3, 3] float64; the centre of the top-left pixel is (0, 0).
+    """
+    scale_x, scale_y = shape.resized_width / width, shape.resized_height / height
+    centre_x = (shape.width // 2 + shape.left + 0.5) / scale_x - 0.5
+    centre_y = (shape.height // 2 + shape.top + 0.5) / scale_y - 0.5
+    return np.array(
+        [
+            [focal_px / scale_x, 0.0, centre_x],
+            [0.0, focal_px / scale_y, centre_y],
+            [0.0, 0.0, 1.0],
+        ]
+    )
