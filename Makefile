@@ -1,0 +1,52 @@
+# make setup | demo | test | check | lock
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# A GPU user sets TORCH_INDEX_URL to the index that pytorch.org names for his CUDA version.
+TORCH_INDEX_URL ?=
+export TTT3R_DEMO_OUTPUT ?= out/demo
+
+BIN := .venv/bin
+READY := .venv/.ready
+# Nothing is sent anywhere; warnings of a missing pip upgrade help nobody.
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test test-all check lock clean
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml deploy/apt-packages.txt
+	deploy/install-system-packages.sh
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --require-hashes --no-deps -r requirements.lock
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup
+	$(BIN)/ttt3r demo --output $(TTT3R_DEMO_OUTPUT)
+
+test: setup
+	$(BIN)/pytest -q
+
+test-all: setup
+	$(BIN)/pytest -q -m 'not gpu'
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Resolves every pin anew; torch stays out (see deploy/lock-overrides.txt).
+lock: setup
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml deploy/lock-additions.txt \
+	  --extra dev --extra open3d-cpu --override deploy/lock-overrides.txt \
+	  --python-version 3.11 --generate-hashes --upgrade --quiet --no-header \
+	  --no-emit-index-url --no-emit-find-links -o requirements.lock
+
+clean:
+	rm -rf .venv build out *.egg-info

@@ -1,0 +1,44 @@
+"""What the Prefect UI shows of a run: tables and pictures."""
+
+from __future__ import annotations
+
+import base64
+import re
+from typing import Any
+
+from prefect.artifacts import create_image_artifact, create_table_artifact
+
+from storage.reconstruction import ReconstructionStore
+from tasks.summary import summarise
+
+
+def artifact_key(*words: str) -> str:
+    """Words as an artifact key: lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
+
+
+def publish_drive(url: str) -> None:
+    """Publish a drive's figures as a table, and its trajectory and depth as pictures."""
+    store = ReconstructionStore.open(url)
+    summary = summarise(store)
+    drive = str(store.attributes["drive"]["name"])
+    create_table_artifact(
+        key=artifact_key("drive", drive),
+        table=[{"figure": name, "value": str(value)} for name, value in summary.items()],
+        description=f"Reconstruction of {drive} at {url}",
+    )
+    for picture in store.list_files("report/"):
+        if picture.endswith(".png"):
+            data = base64.b64encode(store.get_file(picture)).decode()
+            create_image_artifact(
+                key=artifact_key("picture", drive, picture.rsplit("/", 1)[-1].removesuffix(".png")),
+                image_url=f"data:image/png;base64,{data}",
+                description=f"{picture} of {drive}",
+            )
+
+
+def publish_collection(outcomes: list[dict[str, Any]]) -> None:
+    """Publish what became of every drive as a table."""
+    create_table_artifact(
+        key="collection", table=outcomes, description="Drives of the collection and their results"
+    )

@@ -1,0 +1,460 @@
+"""The command line `ttt3r`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Commands import what they need when they run: torch, Open3D and Prefect take seconds.
+app = typer.Typer(
+    name="ttt3r",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="""Turn long videos, above all drive logs, into camera poses, depth and a mesh.
+
+    Start with [bold]ttt3r demo[/bold], then [bold]ttt3r reconstruct VIDEO --output DIR[/bold].
+    Locations are local paths or URLs (s3://bucket/folder). Poses are camera-to-world, axes
+    right-down-forward; metres are the network's estimate.
+    """,
+)
+weights_app = typer.Typer(no_args_is_help=True, help="List, fetch, show and import weights.")
+app.add_typer(weights_app, name="weights")
+
+USER_ERROR, WORK_ERROR = 2, 1
+
+StoreUrl = Annotated[str, typer.Argument(help="A drive's reconstruction: DIR/NAME.zarr or a URL.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Weights = Annotated[
+    str, typer.Option(help="Name, path or URL of the weights (`ttt3r weights list`).")
+]
+
+
+class ExportFormat(StrEnum):
+    """What `export` writes."""
+
+    tum = "tum"
+    kitti = "kitti"
+    ply = "ply"
+    glb = "glb"
+
+
+class TrajectoryFormat(StrEnum):
+    """What ground truth comes in."""
+
+    tum = "tum"
+    kitti = "kitti"
+
+
+class Precision(StrEnum):
+    """Arithmetic of the network."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    quiet_prefect()
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        fail("interrupted; run the same command again to go on where it stopped", 130)
+    except Exception as error:
+        if os.environ.get("TTT3R_TRACEBACK"):
+            raise
+        fail(one_line(error), USER_ERROR if isinstance(error, ValueError | OSError) else WORK_ERROR)
+
+
+def fail(message: str, code: int) -> None:
+    """Print one line on stderr and exit."""
+    typer.secho(f"ttt3r: {message}", fg="red", err=True)
+    sys.exit(code)
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line."""
+    text = " ".join(str(error).split())
+    known = isinstance(error, ValueError | OSError | RuntimeError)
+    return text if text and known else f"{type(error).__name__}: {text}"
+
+
+def quiet_prefect() -> None:
+    """Keep Prefect's home in the cache directory and its log off the terminal.
+
+    Whoever has set up Prefect already, keeps his server, profile and logging.
+    """
+    home = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect"))
+    if not home.exists():
+        os.environ.setdefault("PREFECT_HOME", str(cache_dir() / "prefect"))
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    # The first start of its own server sets up a database: slow on a busy machine.
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")
+
+
+def cache_dir() -> Path:
+    """Where weights and Prefect's own database are kept."""
+    return Path.home() / ".cache" / "ttt3r"
+
+
+def print_json(data: Any) -> None:
+    """Print JSON, two spaces deep."""
+    typer.echo(json.dumps(data, indent=2))
+
+
+def print_figures(figures: dict[str, Any]) -> None:
+    """Print one figure a line."""
+    width = max(map(len, figures), default=0)
+    for name, value in figures.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else "-" if value is None else value
+        typer.echo(f"{name:<{width}}  {shown}")
+
+
+@app.command()
+def probe(
+    video: Annotated[str, typer.Argument(help="Video, folder of clips or folder of images.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a recording really holds, by decoding all of it."""
+    from storage.video import probe_drive
+
+    record, _ = probe_drive(video)
+    figures = {
+        "frames": record.frames,
+        "width": record.width,
+        "height": record.height,
+        "fps": record.fps,
+        "duration_s": record.duration_s,
+        "codec": record.codec,
+        "rotation": record.rotation,
+        "problems": list(record.problems),
+    }
+    if as_json:
+        details = {
+            "cuts": list(record.cuts),
+            "clips": [clip.__dict__ for clip in record.clips],
+            "unreadable": [frame.__dict__ for frame in record.unreadable],
+        }
+        print_json({**figures, **details})
+        return
+    print_figures({**figures, "problems": "; ".join(record.problems) or "none"})
+
+
+@app.command()
+def reconstruct(
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="A drive, or a folder or glob of drives.")
+    ],
+    output: Annotated[str, typer.Option(help="Folder or URL that takes <drive>.zarr.")],
+    weights: Weights = "compact",
+    rule: Annotated[str, typer.Option(help="Update rule of the state.")] = "ttt3r",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.auto,
+    lanes: Annotated[int, typer.Option(min=1, help="Segments that run in lock step.")] = 4,
+    segment_frames: Annotated[
+        int | None, typer.Option(min=2, help="Frames of a segment [default: the weights' own].")
+    ] = None,
+    overlap_frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames that segments share [default: a quarter].")
+    ] = None,
+    chunk_frames: Annotated[int, typer.Option(min=1, help="Frames written together.")] = 32,
+    focal_px: Annotated[
+        float | None, typer.Option(help="Known focal length, pixels of the recording.")
+    ] = None,
+    voxel_m: Annotated[
+        float | None, typer.Option(help="Edge of a voxel, metres [default: from the depth].")
+    ] = None,
+    depth_limit_m: Annotated[
+        float | None, typer.Option(help="Fuse no depth beyond [default: 3 x the median].")
+    ] = None,
+) -> None:
+    """Turn a drive, or a collection of drives, into poses, depth, a mesh and a report.
+
+    A second run does only what is not finished. Exit code 1: some drive failed.
+    """
+    from pydantic import ValidationError
+
+    from tasks.config import (
+        AlignConfig,
+        FuseConfig,
+        InferConfig,
+        PlanConfig,
+        ReconstructionConfig,
+    )
+
+    try:
+        config = ReconstructionConfig(
+            plan=PlanConfig(segment_frames, overlap_frames, chunk_frames),
+            infer=InferConfig(weights, rule, device, precision.value, lanes),
+            align=AlignConfig(focal_px),
+            fuse=FuseConfig(voxel_m, depth_limit_m),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    run_reconstruction(source, output, config)
+
+
+def run_reconstruction(source: str, output: str, config: Any) -> None:
+    """Run the flow that fits the input, show its progress, print what came out."""
+    from flows.progress import progress_of
+    from flows.reconstruct_collection import reconstruct_collection
+    from flows.reconstruct_drive import check_config, reconstruct_drive, store_url
+    from storage.video import is_collection, list_drives
+
+    check_config(config)
+    drives = list_drives(source)
+    with progress_of([store_url(output, drive.name) for drive in drives]):
+        if is_collection(source):
+            outcomes = reconstruct_collection(source, output, config, raise_on_failure=False)
+        else:
+            reconstruct_drive(drives[0].location, output, config, drives[0].name)
+            outcomes = [{"url": store_url(output, drives[0].name), "error": None}]
+    for outcome in outcomes:
+        print_result(outcome)
+    failed = sum(outcome["error"] is not None for outcome in outcomes)
+    if failed:
+        fail(f"{failed} of {len(outcomes)} drives failed; their stores say why", WORK_ERROR)
+
+
+def print_result(outcome: dict[str, Any]) -> None:
+    """Where a drive's mesh and report are, or why there are none."""
+    from storage.reconstruction import ReconstructionStore
+
+    if outcome["error"]:
+        typer.secho(f"{outcome['url']}\n  failed: {outcome['error']}", fg="red")
+        return
+    store = ReconstructionStore.open(outcome["url"])
+    typer.echo(outcome["url"])
+    for warning in (store.read_commit("report") or {}).get("warnings", []):
+        typer.secho(f"  warning: {warning}", fg="yellow")
+    for label, name in (
+        ("mesh", "fusion/mesh.ply"),
+        ("preview", "fusion/preview.glb"),
+        ("report", "report/report.html"),
+    ):
+        if store.list_files(name):
+            typer.echo(f"  {label:<8}{store.file_url(name)}")
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="Folder that takes the result.")] = "out/demo",
+) -> None:
+    """Reconstruct the bundled sample drive and compare it with its ground truth."""
+    from tasks.config import ReconstructionConfig
+    from tasks.evaluate import evaluate_store
+
+    sample = Path(__file__).parent / "samples" / "street.mp4"
+    run_reconstruction(str(sample), output, ReconstructionConfig())
+    truth = sample.with_name("street_groundtruth_tum.txt")
+    figures = evaluate_store(f"{output}/street.zarr", str(truth), "tum")
+    typer.echo("\nagainst the sample's ground truth:")
+    print_figures(figures)
+
+
+@app.command()
+def status(
+    output: Annotated[str, typer.Argument(help="A reconstruction, or a folder or URL of them.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say how far every drive under OUTPUT is."""
+    from tasks.summary import list_stores, progress
+
+    rows = [progress(url) for url in list_stores(output)]
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        done = f"{row['chunks_done']}/{row['chunks']} chunks"
+        typer.echo(f"{row['drive']:<32} {row['stage']:<10} {done:<18} {row['error'] or ''}")
+
+
+@app.command()
+def inspect(
+    url: StoreUrl,
+    as_json: AsJson = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every committed chunk back, check its digest.")
+    ] = False,
+) -> None:
+    """Say what is stored, what is finished and how good it is."""
+    from storage.reconstruction import ReconstructionStore
+    from tasks.summary import summarise
+
+    store = ReconstructionStore.open(url)
+    damaged = store.verify() if verify else None
+    if as_json:
+        print_json({**store.describe(), "figures": summarise(store), "damaged": damaged})
+    else:
+        print_figures(summarise(store))
+    if damaged:
+        fail(f"{len(damaged)} committed chunks are damaged: {', '.join(damaged)}", WORK_ERROR)
+
+
+@app.command()
+def export(
+    url: StoreUrl,
+    format: Annotated[ExportFormat, typer.Option(help="What to write.")],
+    to: Annotated[
+        str | None, typer.Option(help="File or URL to write [default: <drive>.<ending> here].")
+    ] = None,
+    part: Annotated[
+        int | None, typer.Option(help="Trajectory part [default: the longest].")
+    ] = None,
+) -> None:
+    """Write the trajectory (tum, kitti) or the mesh (ply, glb) to a file."""
+    from tasks.export import export_store
+
+    typer.echo(export_store(url, format.value, to, part))
+
+
+@app.command()
+def report(url: StoreUrl) -> None:
+    """Write the report of a drive anew and print where it is."""
+    from storage.reconstruction import ReconstructionStore
+    from tasks.report import report_stage
+
+    report_stage.fn(url)
+    typer.echo(ReconstructionStore.open(url).file_url("report/report.html"))
+
+
+@app.command()
+def evaluate(
+    url: StoreUrl,
+    ground_truth: Annotated[str, typer.Option(help="Trajectory file, camera-to-world.")],
+    format: Annotated[TrajectoryFormat, typer.Option(help="Format of the file.")],
+    depth: Annotated[
+        str | None, typer.Option(help="Folder of 16-bit PNG depth, named by frame, millimetres.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a drive's trajectory, and depth, with ground truth."""
+    from tasks.evaluate import evaluate_store
+
+    figures = evaluate_store(url, ground_truth, format.value, depth)
+    if as_json:
+        print_json(figures)
+    else:
+        print_figures(figures)
+
+
+@app.command()
+def verify(
+    golden: Annotated[Path, typer.Option(help="Folder of sequence files (*.npz).")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Check the network against recorded outputs of the reference implementation."""
+    from ttt3r.parity import verify_folder
+
+    rows = verify_folder(golden, device)
+    for row in rows:
+        mark = "ok  " if row.ok else "FAIL"
+        typer.echo(
+            f"{mark} {row.file:<32} {row.array:<20} L2 {row.worst_l2:.2e}  max {row.worst_max:.2e}"
+        )
+    wrong = [row for row in rows if not row.ok]
+    if wrong:
+        fail(f"{len(wrong)} of {len(rows)} arrays are beyond the limits", WORK_ERROR)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(context: typer.Context) -> None:
+    """Train the compact network on rendered worlds (see `ttt3r train --help`)."""
+    importlib.import_module("ttt3r.training.__main__").main(context.args)
+
+
+@app.command()
+def serve() -> None:
+    """Offer both flows as deployments on this machine, until interrupted.
+
+    Needs a server (`prefect server start`). Then, from anywhere:
+    prefect deployment run 'reconstruct-drive/local' --param location=... --param output=...
+    """
+    os.environ.setdefault("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    from prefect import serve as serve_deployments
+
+    from flows.reconstruct_collection import reconstruct_collection
+    from flows.reconstruct_drive import reconstruct_drive
+
+    flows = (reconstruct_drive, reconstruct_collection)
+    serve_deployments(*(flow.to_deployment(name="local") for flow in flows))
+
+
+@weights_app.command("list")
+def weights_list(as_json: AsJson = False) -> None:
+    """List weights that are bundled, cached or can be fetched."""
+    from ttt3r.weights import list_weights
+
+    entries = list_weights()
+    if as_json:
+        print_json([{**e.__dict__, "path": e.path and str(e.path)} for e in entries])
+        return
+    for e in entries:
+        size = f"{e.size_bytes / 1e6:.1f} MB" if e.size_bytes else "-"
+        typer.echo(f"{e.name:<20} {e.where:<10} {size:>11}  {e.licence}  {e.notes}")
+
+
+@weights_app.command("show")
+def weights_show(weights: Annotated[str, typer.Argument(help="Name, path or URL.")]) -> None:
+    """Show what is recorded of weights: configuration, hash, licence."""
+    from ttt3r.weights import weights_info
+
+    print_json(weights_info(weights).to_json())
+
+
+@weights_app.command("fetch")
+def weights_fetch(
+    source: Annotated[str, typer.Argument(help="A name of the list, a URL or hub:ORG/REPO/FILE.")],
+    sha256: Annotated[str | None, typer.Option(help="Expected SHA-256 of the file.")] = None,
+) -> None:
+    """Download weights into the cache; a broken download goes on where it stopped."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    from ttt3r.weights import fetch
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task(source, total=None)
+        path = fetch(
+            source,
+            expected_sha256=sha256,
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+        )
+    typer.echo(str(path))
+
+
+@weights_app.command("import")
+def weights_import(
+    checkpoint: Annotated[Path, typer.Argument(help="A released checkpoint (*.pth).")],
+    to: Annotated[
+        Path | None, typer.Option(help="File to write [default: beside it, .safetensors].")
+    ] = None,
+    heads: Annotated[
+        tuple[int, int, int],
+        typer.Option(help="Attention heads of encoder, decoder and state decoder."),
+    ] = (16, 12, 16),
+) -> None:
+    """Turn a released checkpoint into safetensors, running nothing that is in it."""
+    from ttt3r.weights import import_checkpoint
+
+    target = to or checkpoint.with_suffix(".safetensors")
+    info = import_checkpoint(
+        checkpoint,
+        target,
+        enc_num_heads=heads[0],
+        dec_num_heads=heads[1],
+        state_dec_num_heads=heads[2],
+    )
+    typer.echo(f"{target}\n{info.licence}\n{info.identity}")

@@ -1,0 +1,61 @@
+"""Progress bars on the terminal, read from the store: the same for any number of workers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from storage.reconstruction import StoreMissing
+from tasks.summary import progress
+
+POLL_S = 1.0
+
+
+@contextmanager
+def progress_of(urls: Sequence[str]) -> Iterator[None]:
+    """Show how far the drives at `urls` are while the block runs; silent without a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    stop = threading.Event()
+    bars = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[stage]}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    with bars:
+        watcher = threading.Thread(target=_watch, args=(bars, urls, stop), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            watcher.join()
+
+
+def _watch(bars: Progress, urls: Sequence[str], stop: threading.Event) -> None:
+    rows: dict[str, Any] = {}
+    while not stop.wait(POLL_S):
+        for url in urls:
+            try:
+                state = progress(url)
+            except StoreMissing:
+                continue
+            if url not in rows:
+                rows[url] = bars.add_task(state["drive"], total=None, stage=state["stage"])
+            bars.update(
+                rows[url],
+                total=state["chunks"] or None,
+                completed=state["chunks_done"],
+                stage=state["stage"],
+            )

@@ -1,0 +1,88 @@
+"""One drive: from video to poses, depth, mesh and report."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from prefect import flow
+
+from flows.artifacts import publish_drive
+from storage.reconstruction import ReconstructionStore
+from storage.video import drive_name
+from tasks.align import align_stage
+from tasks.config import ReconstructionConfig
+from tasks.fuse import fuse_tiles_stage, merge_tiles_stage, plan_tiles_stage
+from tasks.infer import infer_stage, resolve_device
+from tasks.plan import plan_stage
+from tasks.probe import probe_stage
+from tasks.report import report_stage
+from ttt3r.state import find_rule
+from ttt3r.weights import weights_info
+
+
+def store_url(output: str, name: str) -> str:
+    """Where the reconstruction of the drive `name` lies under `output`."""
+    return f"{output.rstrip('/')}/{name}.zarr"
+
+
+@flow(name="reconstruct-drive", flow_run_name="{location}", persist_result=False)
+def reconstruct_drive(
+    location: str,
+    output: str,
+    config: ReconstructionConfig = ReconstructionConfig(),  # noqa: B008 (frozen)
+    name: str | None = None,
+) -> str:
+    """Turn one drive into poses, depth, a mesh and a report.
+
+    What is already finished is not done again; a failure is recorded in the drive's store.
+
+    Args:
+        location: video file, folder of clips or folder of images; path or fsspec URL.
+        output: folder or URL that takes `<name>.zarr`.
+        config: settings of all stages.
+        name: name of the drive; None: that of the file or folder.
+
+    Returns:
+        URL of the drive's Zarr group.
+    """
+    url = store_url(output, name or drive_name(location))
+    try:
+        run_stages(location, name or drive_name(location), url, config)
+    except Exception as error:
+        record_failure(url, error)
+        raise
+    return url
+
+
+def check_config(config: ReconstructionConfig) -> None:
+    """Find a user's mistakes before anything is computed.
+
+    Raises:
+        ValueError: unknown weights or rule, or a device that is not there.
+    """
+    weights_info(config.infer.weights)
+    find_rule(config.infer.rule)
+    resolve_device(config.infer)
+
+
+def run_stages(location: str, name: str, url: str, config: ReconstructionConfig) -> None:
+    """All stages of one drive, in order."""
+    check_config(config)
+    probe_stage(location, name, url)
+    ReconstructionStore.open(url).drop_commits("failed")
+    for group in plan_stage(url, config):
+        infer_stage(url, group, config.infer)
+    align_stage(url, config.align, config.infer)
+    for batch in range(plan_tiles_stage(url, config.fuse, config.infer)):
+        fuse_tiles_stage(url, batch, config.fuse, config.infer)
+    merge_tiles_stage(url, config.fuse)
+    report_stage(url)
+    publish_drive(url)
+
+
+def record_failure(url: str, error: Exception) -> None:
+    """Say in the drive's store that the last attempt failed, and why."""
+    ReconstructionStore.create(url, {}).commit(
+        "failed",
+        {"error": f"{type(error).__name__}: {error}", "time": datetime.now(UTC).isoformat()},
+    )

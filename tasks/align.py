@@ -1,0 +1,215 @@
+"""Align: one camera model and one trajectory from the segments of a drive."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from prefect import task
+
+from storage.reconstruction import ReconstructionStore
+from storage.records import DriveRecord, Plan, Segment
+from tasks.config import AlignConfig, InferConfig
+from tasks.infer import segment_key
+from tasks.keys import stage_key
+from tasks.plan import read_plan
+from tasks.retries import STAGE_OPTIONS
+from ttt3r.alignment import (
+    AlignmentError,
+    AlignSettings,
+    OverlapFit,
+    Sim3,
+    align_overlap,
+    balance_scales,
+    blend_seam,
+    chain,
+    drive_intrinsics,
+)
+from ttt3r.config import ModelConfig
+from ttt3r.geometry import depth_to_pointmap, intrinsics_from_focal
+from ttt3r.images import fit, source_intrinsics
+from ttt3r.weights import WeightsInfo, weights_info
+
+VERSION = 1
+# A field of view of 60 degrees, where neither the network nor the user knows the focal length.
+FALLBACK_FOCAL = 0.866
+
+Array = NDArray[np.float64]
+log = logging.getLogger(__name__)
+
+
+@task(name="align", task_run_name="align {url}", tags=["cpu"], **STAGE_OPTIONS)
+def align_stage(url: str, config: AlignConfig, infer: InferConfig) -> None:
+    """Place all segments in one world per part and write the trajectory.
+
+    Raises:
+        ChunkMissing: a segment has not been inferred.
+    """
+    store, info = ReconstructionStore.open(url), weights_info(infer.weights)
+    plan = read_plan(store)
+    key = align_key(store, plan, config, infer, info)
+    if (store.read_commit("align") or {}).get("key") == key:
+        return
+    began = time.perf_counter()
+    focal, spread, focal_source = camera_focal(store, plan, config, info.config)
+    fits = fit_seams(store, plan, focal, AlignSettings(scale_prior_sigma=config.scale_prior_sigma))
+    placements = place_segments(plan, fits)
+    arrays = build_trajectory(store, plan, placements, fits, focal, info.config)
+    store.write_trajectory(arrays)
+    record = {
+        "seconds": time.perf_counter() - began,
+        "focal_px_model": focal,
+        "focal_spread": spread,
+        "focal_source": focal_source,
+        "seams": [{"segment": i, **fit.to_json()} for i, fit in sorted(fits.items())],
+    }
+    store.commit("align", {"key": key, **record})
+
+
+def align_key(
+    store: ReconstructionStore,
+    plan: Plan,
+    config: AlignConfig,
+    infer: InferConfig,
+    info: WeightsInfo,
+) -> str:
+    """Key of the trajectory: all segments and the alignment's settings."""
+    segments = [segment_key(store, plan, segment, infer, info) for segment in plan.segments]
+    return stage_key("align", VERSION, segments, config)
+
+
+def camera_focal(
+    store: ReconstructionStore, plan: Plan, config: AlignConfig, model: ModelConfig
+) -> tuple[float, float, str]:
+    """Focal length at the network's resolution, its relative spread, and where it comes from."""
+    record = DriveRecord.from_json(store.attributes["drive"])
+    shape = fit(record.width, record.height, model.image_size, model.patch_size)
+    if config.focal_px is not None:
+        return config.focal_px * shape.resized_width / record.width, 0.0, "given"
+    focals = [read_all(store, s, "intrinsics")[:, 0, 0] for s in plan.segments]
+    try:
+        focal, spread = drive_intrinsics(np.concatenate(focals), None, shape.height, shape.width)
+    except AlignmentError as error:
+        log.warning("%s: %s; a field of view of 60 degrees is assumed", store.url, error)
+        return FALLBACK_FOCAL * max(shape.height, shape.width), 0.0, "assumed"
+    return focal, spread, "estimated"
+
+
+def read_all(store: ReconstructionStore, segment: Segment, name: str) -> NDArray[Any]:
+    """One array of a whole segment."""
+    return store.read(segment, name, segment.start, segment.stop)
+
+
+def fit_seams(
+    store: ReconstructionStore, plan: Plan, focal: float, settings: AlignSettings
+) -> dict[int, OverlapFit]:
+    """For each segment that overlaps the one before it: how it lies in that one's frame."""
+    return {
+        segment.index: _fit_seam(store, plan, segment, focal, settings)
+        for segment in plan.segments
+        if plan.overlap(segment)
+    }
+
+
+def _fit_seam(
+    store: ReconstructionStore, plan: Plan, segment: Segment, focal: float, settings: AlignSettings
+) -> OverlapFit:
+    before, shared = plan.segments[segment.index - 1], plan.overlap(segment)
+
+    def read(of: Segment, name: str) -> Array:
+        return store.read(of, name, shared.start, shared.stop).astype(np.float64)
+
+    depth_a, depth_b = read(before, "depth"), read(segment, "depth")
+    T_a_cam, T_b_cam = read(before, "cam_to_seg"), read(segment, "cam_to_seg")
+    return align_overlap(
+        lift(depth_a, focal, T_a_cam),
+        lift(depth_b, focal, T_b_cam),
+        depth_a,
+        read(before, "confidence"),
+        read(segment, "confidence"),
+        settings,
+        depth_b=depth_b,
+        T_a_cam=T_a_cam,
+        T_b_cam=T_b_cam,
+    )
+
+
+def lift(depth: Array, focal: float, T_x_cam: Array) -> Array:
+    """Points [F, H, W, 3] in frame x of depth [F, H, W], by one focal length in pixels."""
+    frames, height, width = depth.shape
+    intrinsics = intrinsics_from_focal(torch.full((frames,), focal).double(), height, width)
+    points = depth_to_pointmap(torch.from_numpy(depth), intrinsics).numpy()
+    rotated = np.einsum("fij,fhwj->fhwi", T_x_cam[:, :3, :3], points)
+    return rotated + T_x_cam[:, None, None, :3, 3]
+
+
+def place_segments(plan: Plan, fits: dict[int, OverlapFit]) -> list[Sim3]:
+    """Segment-to-world of all segments; the world of a part is its first segment's frame."""
+    placements: list[Sim3] = []
+    for part in range(plan.parts):
+        indices = [s.index for s in plan.segments if s.part == part]
+        placements += chain(*balance_scales([fits[i] for i in indices[1:]]))
+    return placements
+
+
+def build_trajectory(
+    store: ReconstructionStore,
+    plan: Plan,
+    placements: list[Sim3],
+    fits: dict[int, OverlapFit],
+    focal: float,
+    model: ModelConfig,
+) -> dict[str, NDArray[Any]]:
+    """The arrays of `trajectory/`: poses blended across the seams, placements, cameras, owners."""
+    record = DriveRecord.from_json(store.attributes["drive"])
+    shape = fit(record.width, record.height, model.image_size, model.patch_size)
+    at_model = intrinsics_from_focal(torch.tensor(focal).double(), shape.height, shape.width)
+    seams = [fits.get(segment.index) for segment in plan.segments]
+    return {
+        "cam_to_world": blend_poses(store, plan, placements),
+        "seg_to_world": np.stack([placement.matrix() for placement in placements]),
+        "scale": np.array([placement.scale for placement in placements]),
+        "seam_residual": np.array([_or_nan(fit and fit.residual) for fit in seams]),
+        "seam_inlier_share": np.array([_or_nan(fit and fit.inlier_share) for fit in seams]),
+        "intrinsics": at_model.numpy(),
+        "intrinsics_source": source_intrinsics(focal, shape, record.width, record.height),
+        **frame_figures(store, plan),
+    }
+
+
+def _or_nan(value: float | None) -> float:
+    return np.nan if value is None else value
+
+
+def blend_poses(store: ReconstructionStore, plan: Plan, placements: list[Sim3]) -> Array:
+    """Camera-to-world [N, 4, 4] of all frames, going over from segment to segment smoothly."""
+    cam_to_world = np.full((plan.frames, 4, 4), np.nan)
+    for segment, placement in zip(plan.segments, placements, strict=True):
+        poses = placement.apply_pose(read_all(store, segment, "cam_to_seg").astype(np.float64))
+        shared = len(plan.overlap(segment))
+        seam = cam_to_world[segment.start : segment.start + shared]
+        blended = np.concatenate([blend_seam(seam, poses[:shared]), poses[shared:]])
+        cam_to_world[segment.start : segment.stop] = blended
+    return cam_to_world
+
+
+def frame_figures(store: ReconstructionStore, plan: Plan) -> dict[str, NDArray[Any]]:
+    """Per frame [N]: owning segment, part, median confidence, learning rate and focal length."""
+    owners = list(zip(plan.segments, plan.owner_ranges(), strict=True))
+
+    def collect(name: str, reduce: Any) -> NDArray[Any]:
+        rows = [reduce(store.read(s, name, own.start, own.stop)) for s, own in owners]
+        return np.concatenate(rows).astype(np.float32)
+
+    lengths = [len(own) for _, own in owners]
+    return {
+        "segment": np.repeat([s.index for s, _ in owners], lengths).astype(np.int32),
+        "part": np.repeat([s.part for s, _ in owners], lengths).astype(np.int32),
+        "confidence": collect("confidence", lambda c: np.median(c, axis=(1, 2))),
+        "gate": collect("gate", lambda g: g[:, 2]),
+        "focal": collect("intrinsics", lambda k: k[:, 0, 0]),
+    }

@@ -1,0 +1,93 @@
+"""Everything a user can set about a reconstruction, checked where it enters."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class PlanConfig:
+    """How a drive is cut."""
+
+    segment_frames: Annotated[int, Field(ge=2)] | None = None
+    """Frames of one recurrent stream; None: what the weights recommend; 0 is refused."""
+    overlap_frames: Annotated[int, Field(ge=1)] | None = None
+    """Frames that neighbouring segments share at least; None: a quarter of a segment."""
+    chunk_frames: Annotated[int, Field(ge=1)] = 32
+    """Frames written and committed together."""
+    split_at_cuts: bool = True
+    """Start a new trajectory part at every hard cut."""
+
+    def __post_init__(self) -> None:
+        segment, overlap = self.segment_frames, self.overlap_frames
+        if segment is not None and overlap is not None and overlap > segment // 2:
+            raise ValueError(
+                f"overlap_frames is {overlap} of segment_frames {segment}; it can be at most half, "
+                "or three segments would share one frame"
+            )
+
+
+@dataclass(frozen=True, config=STRICT)
+class InferConfig:
+    """How the network runs. Only `weights` and `rule` change the result beyond rounding."""
+
+    weights: str = "compact"
+    """Name, path or URL of the weights (`ttt3r weights list`)."""
+    rule: str = "ttt3r"
+    """Update rule of the state."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: float32 on a CPU, bfloat16 on a GPU."""
+    lanes: Annotated[int, Field(ge=1)] = 4
+    """Segments that run in lock step on one device."""
+    segments_per_task: Annotated[int, Field(ge=1)] = 16
+    """Segments of one GPU task."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class AlignConfig:
+    """How segments become one trajectory."""
+
+    focal_px: Positive | None = None
+    """Known focal length in pixels of the recording; None: the network's estimate."""
+    scale_prior_sigma: Positive = 0.3
+    """Standard deviation of the log of one segment's scale around the model's metres."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class FuseConfig:
+    """How depth becomes a mesh."""
+
+    voxel_m: Positive | None = None
+    """Edge of a voxel in metres; None: about a pixel's footprint at the median depth."""
+    depth_limit_m: Positive | None = None
+    """Depth beyond this is not fused; None: three times the median depth."""
+    confidence_cut: Share = 0.1
+    """Share of the least confident measurements that is not fused."""
+    min_observations: Annotated[int, Field(ge=1)] = 2
+    """Frames that must agree that a surface is there."""
+    smallest_piece: Annotated[int, Field(ge=1)] = 50
+    """Loose pieces of fewer triangles are dropped from the mesh."""
+    frame_step: Annotated[int, Field(ge=1)] = 1
+    """Fuse every n-th frame only."""
+    preview_triangles: Annotated[int, Field(ge=100)] = 60_000
+    """Size of the decimated preview."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ReconstructionConfig:
+    """Settings of all stages; a stage is redone only when its own part changes."""
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    infer: InferConfig = field(default_factory=InferConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    fuse: FuseConfig = field(default_factory=FuseConfig)

@@ -1,0 +1,68 @@
+"""Export: trajectory or mesh of a drive in the formats that other tools read."""
+
+from __future__ import annotations
+
+import fsspec
+import numpy as np
+
+from storage.reconstruction import ReconstructionStore
+from ttt3r.metrics import kitti_text, tum_text
+
+
+def export_store(url: str, format: str, to: str | None = None, part: int | None = None) -> str:
+    """Write one part of a drive.
+
+    Args:
+        url: the drive's store.
+        format: tum, kitti (camera-to-world, metres as estimated), ply or glb.
+        to: file or URL; None: `<drive>.<ending>` in the working directory.
+        part: trajectory part; None: the longest.
+
+    Returns:
+        Where it was written.
+
+    Raises:
+        ValueError: that stage has not finished, or there is no such part.
+    """
+    store = ReconstructionStore.open(url)
+    part = choose_part(store, part)
+    ending = format if format in ("ply", "glb") else f"{format}.txt"
+    target = to or f"{store.attributes['drive']['name']}.{ending}"
+    data = mesh_bytes(store, format, part) if format in ("ply", "glb") else None
+    with fsspec.open(target, "wb") as file:
+        file.write(data if data is not None else trajectory_bytes(store, format, part))
+    return target
+
+
+def choose_part(store: ReconstructionStore, part: int | None) -> int:
+    """`part`, or the longest one if None."""
+    frames = np.bincount(store.read_trajectory()["part"])
+    if part is None:
+        return int(frames.argmax())
+    if not 0 <= part < len(frames):
+        raise ValueError(
+            f"there is no trajectory part {part} in {store.url}; it has {len(frames)}, from 0"
+        )
+    return part
+
+
+def trajectory_bytes(store: ReconstructionStore, format: str, part: int) -> bytes:
+    """The part's trajectory file."""
+    arrays = store.read_trajectory()
+    mine = arrays["part"] == part
+    poses = arrays["cam_to_world"][mine]
+    if format == "kitti":
+        return kitti_text(poses).encode()
+    return tum_text(store.read_frames()["timestamp"][mine], poses).encode()
+
+
+def mesh_bytes(store: ReconstructionStore, format: str, part: int) -> bytes:
+    """The part's mesh file."""
+    merged = store.read_commit("fuse/merged")
+    if merged is None:
+        raise ValueError(f"{store.url} has no mesh yet; run `ttt3r reconstruct` again")
+    mesh = next(mesh for mesh in merged["meshes"] if mesh["part"] == part)
+    if not mesh["triangles"]:
+        raise ValueError(f"part {part} of {store.url} has an empty mesh; there is nothing to write")
+    folder = mesh["folder"]
+    return store.get_file(f"{folder}/mesh.{format}")

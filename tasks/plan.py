@@ -1,0 +1,102 @@
+"""Plan: cut a drive into overlapping segments, and segments into groups for the GPU tasks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from importlib.metadata import version
+from itertools import pairwise
+
+from prefect import task
+
+from storage.reconstruction import ReconstructionStore
+from storage.records import DriveRecord, Plan, Segment
+from tasks.config import PlanConfig, ReconstructionConfig
+from tasks.keys import stage_key
+from tasks.retries import STAGE_OPTIONS
+from ttt3r.weights import weights_info
+
+VERSION = 1
+VERSIONED = ("ttt3r-pipeline", "torch", "numpy", "zarr", "prefect", "av", "decord")
+
+
+def cut_into_segments(frames: int, cuts: tuple[int, ...], segment: int, overlap: int) -> Plan:
+    """Cut `frames` into segments of at most `segment` frames that share at least `overlap`.
+
+    A hard cut starts a new part; inside a part segments are equally long and equally spaced.
+    """
+    bounds = [0, *(c for c in sorted(set(cuts)) if 0 < c < frames), frames]
+    segments: list[Segment] = []
+    for part, (start, stop) in enumerate(pairwise(bounds)):
+        length = min(segment, stop - start)
+        count = 1 if length < segment else math.ceil((stop - start - overlap) / (segment - overlap))
+        step = (stop - start - length) / max(count - 1, 1)
+        for i in range(count):
+            first = start + round(i * step)
+            segments.append(Segment(len(segments), first, first + length, part))
+    return Plan(frames, 0, tuple(segments))
+
+
+def plan_drive(record: DriveRecord, config: PlanConfig, recommended_frames: int) -> Plan:
+    """Plan of one drive; `recommended_frames` stands in for a segment length not set.
+
+    Raises:
+        ValueError: the drive has no frames.
+    """
+    if record.frames < 1:
+        raise ValueError(f"{record.name} has no frame that decodes; there is nothing to plan")
+    segment = config.segment_frames or recommended_frames
+    overlap = min(config.overlap_frames or max(segment // 4, 1), segment // 2)
+    cuts = record.cuts if config.split_at_cuts else ()
+    plan = cut_into_segments(record.frames, cuts, segment, overlap)
+    longest = max(s.frames for s in plan.segments)
+    return Plan(plan.frames, min(config.chunk_frames, longest), plan.segments)
+
+
+def group_segments(plan: Plan, size: int) -> list[tuple[int, ...]]:
+    """Indices of segments, `size` to a GPU task."""
+    indices = [s.index for s in plan.segments]
+    return [tuple(indices[i : i + size]) for i in range(0, len(indices), size)]
+
+
+@task(name="plan", task_run_name="plan {url}", tags=["cpu"], **STAGE_OPTIONS)
+def plan_stage(url: str, config: ReconstructionConfig) -> list[tuple[int, ...]]:
+    """Plan the drive in the store at `url`; return the groups of segments to infer.
+
+    Records beside the plan what it is made with: configuration, weights and versions.
+    """
+    store = ReconstructionStore.open(url)
+    record = DriveRecord.from_json(store.attributes["drive"])
+    info = weights_info(config.infer.weights)
+    plan = plan_drive(record, config.plan, info.segment_frames)
+    key = stage_key("plan", VERSION, require_key(store, "probe"), plan)
+    store.update_attributes(
+        {
+            "plan": plan.to_json(),
+            "configuration": asdict(config),
+            "weights": info.to_json(),
+            "versions": {name: version(name) for name in VERSIONED},
+        }
+    )
+    if (store.read_commit("plan") or {}).get("key") != key:
+        store.commit("plan", {"key": key})
+    return group_segments(plan, config.infer.segments_per_task)
+
+
+def read_plan(store: ReconstructionStore) -> Plan:
+    """The plan in a store."""
+    return Plan.from_json(store.attributes["plan"])
+
+
+def require_key(store: ReconstructionStore, stage: str) -> str:
+    """Key of a finished stage.
+
+    Raises:
+        ValueError: the stage has not finished.
+    """
+    commit = store.read_commit(stage)
+    if commit is None:
+        raise ValueError(
+            f"stage {stage!r} of {store.url} has not finished; run `ttt3r reconstruct` again"
+        )
+    return str(commit["key"])

@@ -1,0 +1,212 @@
+"""Report: one self-contained page per drive, and its pictures."""
+
+from __future__ import annotations
+
+import base64
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from prefect import task
+
+from storage.reconstruction import ReconstructionStore
+from storage.records import DriveRecord, Plan
+from tasks import report_figures as figures
+from tasks.frames import DriveInput
+from tasks.keys import stage_key
+from tasks.meshes import read_ply
+from tasks.plan import require_key
+from tasks.retries import STAGE_OPTIONS
+from tasks.summary import summarise
+from ttt3r.weights import WeightsInfo
+
+VERSION = 1
+STRIP_FRAMES = 6
+# Above this, neighbouring segments disagree so much that a seam can be seen.
+LARGE_SEAM_RESIDUAL = 0.1
+LARGE_FOCAL_SPREAD = 0.2
+
+
+@task(name="report", task_run_name="report {url}", tags=["cpu"], **STAGE_OPTIONS)
+def report_stage(url: str) -> None:
+    """Write `report/report.html` and its pictures, unless they are up to date."""
+    store = ReconstructionStore.open(url)
+    key = stage_key("report", VERSION, require_key(store, "fuse/merged"))
+    if (store.read_commit("report") or {}).get("key") == key:
+        return
+    trajectory = store.read_trajectory()
+    part = int(np.bincount(trajectory["part"]).argmax())
+    columns = strip(store, trajectory)
+    notes = warnings(store)
+    page = render(store, trajectory, part, columns, notes)
+    store.put_file("report/report.html", page.encode())
+    store.put_file("report/trajectory.png", figures.trajectory_png(trajectory, part))
+    store.put_file("report/frames.png", figures.strip_png([c["images"] for c in columns]))
+    store.commit("report", {"key": key, "warnings": notes})
+
+
+def warnings(store: ReconstructionStore) -> list[str]:
+    """What a user should know before trusting the result, in plain words."""
+    record = DriveRecord.from_json(store.attributes["drive"])
+    plan = Plan.from_json(store.attributes["plan"])
+    info = WeightsInfo.from_json(store.attributes["weights"])
+    notes = []
+    if not info.trained:
+        notes.append(
+            "The weights are UNTRAINED (random): poses, depth and mesh mean nothing. They show "
+            "only that the pipeline runs."
+        )
+    elif info.notes:
+        notes.append(f"Weights {info.name}: {info.notes}")
+    notes += record.problems
+    if plan.parts > 1:
+        notes.append(
+            f"The recording has hard cuts: it became {plan.parts} separate parts, each with a "
+            "world of its own."
+        )
+    align = store.read_commit("align") or {}
+    notes += _alignment_warnings(align, len(plan.segments) - plan.parts)
+    notes.append(
+        "Metres are the network's estimate: nothing outside the video (GNSS, a known "
+        "trajectory) fixes the scale."
+    )
+    return notes
+
+
+def _alignment_warnings(align: dict[str, Any], seams: int) -> list[str]:
+    notes = []
+    residuals = [s["residual"] for s in align["seams"] if s["residual"] is not None]
+    bad = sum(residual > LARGE_SEAM_RESIDUAL for residual in residuals)
+    if bad:
+        notes.append(
+            f"At {bad} of {seams} seams neighbouring segments disagree by more than "
+            f"{LARGE_SEAM_RESIDUAL:.0%} of the depth: expect steps in the mesh and drift."
+        )
+    if any(s["method"] == "poses" for s in align["seams"]):
+        notes.append("Some seams had too few valid points and were joined by poses alone.")
+    if align["focal_source"] == "assumed":
+        notes.append(
+            "The focal length could not be estimated; a field of view of 60 degrees is assumed. "
+            "Give the true one with --focal-px."
+        )
+    elif align["focal_spread"] > LARGE_FOCAL_SPREAD:
+        notes.append(
+            f"Estimates of the focal length scatter by {align['focal_spread']:.0%}; if you know "
+            "it, give it with --focal-px."
+        )
+    return notes
+
+
+def strip(store: ReconstructionStore, trajectory: figures.Arrays) -> list[dict[str, Any]]:
+    """Some frames over the whole drive, with depth and confidence, as pictures."""
+    info = WeightsInfo.from_json(store.attributes["weights"])
+    drive = DriveInput.from_store(store, info.config)
+    count = min(STRIP_FRAMES, drive.plan.frames)
+    columns = []
+    for frame in np.linspace(0, drive.plan.frames - 1, count).round().astype(int).tolist():
+        segment = drive.plan.segments[int(trajectory["segment"][frame])]
+        color = next(iter(drive.read(frame, frame + 1)))
+        depth = store.read(segment, "depth", frame, frame + 1)[0]
+        confidence = store.read(segment, "confidence", frame, frame + 1)[0]
+        images = figures.strip_cells(color, depth, confidence)
+        columns.append({"frame": frame, "time": drive.frames.timestamp[frame], "images": images})
+    return columns
+
+
+def render(
+    store: ReconstructionStore,
+    trajectory: figures.Arrays,
+    part: int,
+    columns: list[dict[str, Any]],
+    notes: list[str],
+) -> str:
+    """The page. Text from outside (names, problems) is escaped by the template."""
+    from plotly.offline import get_plotlyjs
+
+    record = DriveRecord.from_json(store.attributes["drive"])
+    plan = Plan.from_json(store.attributes["plan"])
+    mesh = read_ply(store.get_file("fusion/preview.ply"))
+    summary = summarise(store)
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        resources.files(__package__).joinpath("report.html.jinja").read_text()
+    )
+    return template.render(
+        drive=record,
+        tiles=tiles(summary),
+        warnings=notes,
+        parts=plan.parts,
+        plotly_js=Markup(f"<script>{get_plotlyjs()}</script>"),
+        top_view=_embed(figures.top_view(trajectory, part)),
+        scene=_embed(figures.scene(mesh, trajectory, part)) if len(mesh.triangles) else None,
+        mesh_file=store.file_url("fusion/mesh.glb"),
+        strip=[_encode_column(column) for column in columns],
+        over_time=_embed(figures.over_time(trajectory, store.read_frames()["timestamp"], plan)),
+        timings=timings(store),
+        facts=facts(store, summary),
+    )
+
+
+def _embed(figure: Any) -> Markup:
+    return Markup(figure.to_html(full_html=False, include_plotlyjs=False))
+
+
+def _encode_column(column: dict[str, Any]) -> dict[str, Any]:
+    names = ("frame", "depth", "confidence")
+    cells = [
+        {"alt": name, "data": base64.b64encode(figures.png(image, figures.THUMBNAIL_PX)).decode()}
+        for name, image in zip(names, column["images"], strict=True)
+    ]
+    return {"frame": column["frame"], "time": column["time"], "cells": cells}
+
+
+def tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures that matter most, with their labels."""
+    shown = [
+        (f"{summary['frames']:,}", "frames"),
+        (f"{summary['duration_s']:.1f} s", "of video"),
+        (f"{summary['length_m_estimated']:.1f} m", "path, estimated"),
+        (f"{summary['segments']}", "segments"),
+        (f"{summary['mesh_triangles']:,}", "triangles"),
+    ]
+    if "inference_frames_per_s" in summary:
+        shown.append((f"{summary['inference_frames_per_s']:.1f}", "frames/s through the network"))
+    if "seam_residual_median" in summary:
+        shown.append((f"{summary['seam_residual_median']:.1%}", "median seam residual"))
+    return shown
+
+
+def timings(store: ReconstructionStore) -> list[tuple[str, str]]:
+    """Busy seconds of each stage, from the commits."""
+    commits = store.commits()
+    infer = [record for name, record in commits.items() if name.startswith("infer/")]
+    fuse = [record for name, record in commits.items() if name.startswith("fuse/")]
+
+    def total(records: list[dict[str, Any]], name: str) -> float:
+        return float(sum(record.get(name, 0.0) for record in records))
+
+    seconds = {
+        "probe": total([commits.get("probe", {})], "seconds"),
+        "infer: network": total(infer, "infer_seconds"),
+        "infer: waiting for frames": total(infer, "wait_seconds"),
+        "infer: writing": total(infer, "write_seconds"),
+        "align": total([commits.get("align", {})], "seconds"),
+        "fuse": total(fuse, "seconds"),
+    }
+    return [(name, f"{value:.1f} s") for name, value in seconds.items()]
+
+
+def facts(store: ReconstructionStore, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What ran: weights and licence, configuration, versions."""
+    attributes = store.attributes
+    info = WeightsInfo.from_json(attributes["weights"])
+    rows = [
+        ("weights", f"{info.name} ({info.source}), sha256 {info.sha256}"),
+        ("licence of the weights", info.licence),
+    ]
+    rows += [(name, str(value)) for name, value in summary.items() if value is not None]
+    for stage, settings in attributes["configuration"].items():
+        rows.append((stage, ", ".join(f"{k} = {v}" for k, v in settings.items())))
+    rows.append(("versions", ", ".join(f"{k} {v}" for k, v in attributes["versions"].items())))
+    return rows

@@ -1,0 +1,29 @@
+"""What is worth another try."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import Task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+
+# A mistake of the user or of the input stays what it is, however often it is tried.
+FINAL_ERRORS = (ValueError, TypeError, KeyError)
+RETRY_DELAYS_S = [10, 60, 300]
+
+
+def is_worth_retrying(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether the failure may be the network's, the store's or the machine's."""
+    error = state.result(raise_on_failure=False)
+    return not isinstance(error, FINAL_ERRORS)
+
+
+# The store decides what is finished: Prefect caches no result.
+STAGE_OPTIONS: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+    "retries": len(RETRY_DELAYS_S),
+    "retry_delay_seconds": RETRY_DELAYS_S,
+    "retry_condition_fn": is_worth_retrying,
+}

@@ -1,0 +1,127 @@
+"""How far a reconstruction is, and how good: figures for people, from the store alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fsspec
+import numpy as np
+
+from storage.reconstruction import ReconstructionStore
+from storage.records import DriveRecord, Plan
+
+STAGES = ("probe", "plan", "infer", "align", "fuse", "report")
+
+
+def list_stores(location: str) -> list[str]:
+    """URLs of the reconstructions at or directly under `location`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    fs, path = fsspec.core.url_to_fs(location)
+    path = path.rstrip("/")
+    if path.endswith(".zarr") and fs.exists(path):
+        return [location.rstrip("/")]
+    names = fs.ls(path, detail=False) if fs.exists(path) else []
+    found = sorted(n.rstrip("/") for n in names if n.rstrip("/").endswith(".zarr"))
+    if not found:
+        raise ValueError(
+            f"there is no reconstruction (<drive>.zarr) at {location}; give the --output of "
+            "`ttt3r reconstruct`"
+        )
+    return [f"{location.rstrip('/')}/{name.rsplit('/', 1)[-1]}" for name in found]
+
+
+def progress(url: str) -> dict[str, Any]:
+    """Drive, stage that is next or `done`, chunks finished and planned, and the last failure."""
+    store = ReconstructionStore.open(url)
+    commits = {name: store.read_commit(name) for name in ("probe", "plan", "align", "report")}
+    commits["fuse"] = store.read_commit("fuse/merged")
+    chunks, done = count_chunks(store)
+    commits["infer"] = {} if chunks and done == chunks else None
+    stage = next((name for name in STAGES if commits[name] is None), "done")
+    failed = store.read_commit("failed")
+    name = store.attributes.get("drive", {}).get("name") or url.rsplit("/", 1)[-1][: -len(".zarr")]
+    return {
+        "drive": name,
+        "url": url,
+        "stage": stage,
+        "chunks": chunks,
+        "chunks_done": done,
+        "error": None if failed is None else failed["error"],
+    }
+
+
+def count_chunks(store: ReconstructionStore) -> tuple[int, int]:
+    """Chunks that the plan asks for, and how many of them are committed."""
+    if "plan" not in store.attributes:
+        return 0, 0
+    plan = Plan.from_json(store.attributes["plan"])
+    wanted = {
+        f"infer/{segment.index:04d}/{chunk.index:04d}"
+        for segment in plan.segments
+        for chunk in segment.chunks(plan.chunk_frames)
+    }
+    return len(wanted), len(wanted & set(store.commits("infer")))
+
+
+def summarise(store: ReconstructionStore) -> dict[str, Any]:
+    """Figures of a reconstruction, as far as it is: plain numbers and words."""
+    figures: dict[str, Any] = {
+        key: value for key, value in progress(store.url).items() if key != "url"
+    }
+    if "drive" in store.attributes:
+        record = DriveRecord.from_json(store.attributes["drive"])
+        figures |= {
+            "frames": record.frames,
+            "frames_unreadable": len(record.unreadable),
+            "recording": f"{record.width} x {record.height}, {record.codec}, {record.fps:.4g} fps",
+            "duration_s": record.duration_s,
+        }
+    if "plan" in store.attributes:
+        plan = Plan.from_json(store.attributes["plan"])
+        figures |= {"segments": len(plan.segments), "parts": plan.parts}
+    figures |= _inference_figures(store) | _trajectory_figures(store) | _mesh_figures(store)
+    return figures
+
+
+def _inference_figures(store: ReconstructionStore) -> dict[str, Any]:
+    records = list(store.commits("infer").values())
+    seconds = sum(record.get("infer_seconds", 0.0) for record in records)
+    frames = sum(record.get("frames_inferred", 0) for record in records)
+    if not seconds or not frames:
+        return {}
+    devices = sorted({str(record.get("device")) for record in records})
+    return {"inference_frames_per_s": frames / seconds, "device": ", ".join(devices)}
+
+
+def _trajectory_figures(store: ReconstructionStore) -> dict[str, Any]:
+    commit = store.read_commit("align")
+    if commit is None:
+        return {}
+    arrays = store.read_trajectory()
+    residuals = [s["residual"] for s in commit["seams"] if s["residual"] is not None]
+    figures = {
+        "length_m_estimated": path_length(arrays["cam_to_world"], arrays["part"]),
+        "median_confidence": float(np.median(arrays["confidence"])),
+        "focal_px": float(arrays["intrinsics_source"][0, 0]),
+        "focal_source": commit["focal_source"],
+    }
+    if residuals:
+        figures["seam_residual_median"] = float(np.median(residuals))
+        figures["seam_residual_worst"] = float(np.max(residuals))
+    return figures
+
+
+def path_length(T_world_cam: Any, part: Any) -> float:
+    """Length of the camera's path, metres, jumps between parts left out."""
+    steps = np.linalg.norm(np.diff(T_world_cam[:, :3, 3], axis=0), axis=1)
+    return float(steps[np.diff(part) == 0].sum())
+
+
+def _mesh_figures(store: ReconstructionStore) -> dict[str, Any]:
+    merged = store.read_commit("fuse/merged")
+    if merged is None:
+        return {}
+    return {"mesh_triangles": sum(mesh["triangles"] for mesh in merged["meshes"])}
