@@ -1,8 +1,15 @@
 """Fixtures that several test folders share."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Helpers beside this file are plain modules; pytest's importlib mode does not find them.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from seaweed import Seaweed, running_seaweed
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -13,3 +20,17 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"SKIPPED LOUDLY: real recordings are not at {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """A real S3 server on loopback; the environment leads fsspec and zarr to it."""
+    with (
+        running_seaweed(tmp_path_factory.mktemp("seaweed")) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+            patch.delenv(name, raising=False)
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server

@@ -1,0 +1,326 @@
+"""Folders of named objects, local or remote by one interface: whole, atomic, durable writes.
+
+An object is either there as a whole or not there: a reader never sees half of one, whenever
+the writer dies. Names are relative, with "/" between parts. Objects whose last part starts
+with "." or ends with ".partial" are unfinished writes and never listed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+
+import fsspec
+from fsspec.core import split_protocol
+from zarr.abc.store import Store
+from zarr.storage import FsspecStore, LocalStore
+
+from storage.errors import CommitExists, StoreUnavailable
+
+# A listing that a connection remembers would hide what other writers add.
+REMOTE_OPTIONS = {"use_listings_cache": False}
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it is a safe relative object name, else raise ValueError."""
+    parts = name.split("/")
+    bad = any(not p or p.startswith(".") or "\\" in p or not p.isprintable() for p in parts)
+    if bad:
+        raise ValueError(
+            f"{name!r} is not a name inside the store; expected parts joined by '/', none of "
+            "them empty or starting with '.', no leading '/', no backslash"
+        )
+    return name
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether the object is what a killed writer left of a temporary file."""
+    last = PurePosixPath(name).name
+    return last.startswith(".") or last.endswith(".partial")
+
+
+def open_folder(url: str) -> Folder:
+    """The folder at a local path or any fsspec URL; touches nothing yet."""
+    if "::" in url:
+        raise ValueError(f"{redacted(url)} chains file systems with '::'; expected one plain URL")
+    protocol, path = split_protocol(url)
+    if protocol in (None, "file", "local"):
+        return LocalFolder(Path(path).expanduser(), url)
+    return RemoteFolder(url)
+
+
+def redacted(url: str) -> str:
+    """`url` without a user name and password before the host."""
+    scheme, separator, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}" if separator else url
+
+
+class Folder(ABC):
+    """Objects by name below one location."""
+
+    url: str
+
+    @abstractmethod
+    def read(self, name: str) -> bytes | None:
+        """Content of the object, or None where there is none."""
+
+    @abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Create or replace the object; once this returns it survives a loss of power."""
+
+    @abstractmethod
+    def write_new(self, name: str, data: bytes) -> None:
+        """Create the object; of several writers with different data exactly one succeeds.
+
+        Raises:
+            CommitExists: the object is there already.
+        """
+
+    @abstractmethod
+    def upload(self, name: str, source: Path) -> None:
+        """Create or replace the object with the content of a local file."""
+
+    @abstractmethod
+    def download(self, name: str, target: Path) -> None:
+        """Copy the object to a local file; FileNotFoundError where there is none."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Remove the object if it is there."""
+
+    @abstractmethod
+    def delete_tree(self, prefix: str) -> None:
+        """Remove all objects below `prefix/`."""
+
+    @abstractmethod
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Names and sizes in bytes of all finished objects below `prefix/`, in name order."""
+
+    @abstractmethod
+    def is_file(self) -> bool:
+        """Whether the location is one file instead of a folder."""
+
+    @abstractmethod
+    def zarr_store(self) -> Store:
+        """The same folder for zarr."""
+
+    def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
+        """Contents of those of the objects that are there."""
+        found = {name: self.read(name) for name in names}
+        return {name: data for name, data in found.items() if data is not None}
+
+    def object_url(self, name: str) -> str:
+        """Full path or URL of the object."""
+        return f"{self.url.rstrip('/')}/{name}"
+
+
+class LocalFolder(Folder):
+    """Objects as files: temporary name, fsync, rename, fsync of the directory."""
+
+    def __init__(self, root: Path, url: str) -> None:
+        self.root = root
+        self.url = url
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self.root / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        self._put(name, lambda temporary: temporary.write_bytes(data), os.replace)
+
+    def write_new(self, name: str, data: bytes) -> None:
+        try:
+            self._put(name, lambda temporary: temporary.write_bytes(data), os.link)
+        except FileExistsError as error:
+            raise CommitExists(f"{self.object_url(name)} exists already") from error
+
+    def upload(self, name: str, source: Path) -> None:
+        self._put(name, lambda temporary: shutil.copyfile(source, temporary), os.replace)
+
+    def _put(
+        self,
+        name: str,
+        fill: Callable[[Path], object],
+        publish: Callable[[Path, Path], object],
+    ) -> None:
+        target = self.root / name
+        _make_folder(target.parent)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+        try:
+            fill(temporary)
+            _fsync(temporary)
+            publish(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _fsync(target.parent)
+
+    def download(self, name: str, target: Path) -> None:
+        shutil.copyfile(self.root / name, target)
+
+    def delete(self, name: str) -> None:
+        target = self.root / name
+        try:
+            target.unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        _fsync(target.parent)
+
+    def delete_tree(self, prefix: str) -> None:
+        target = self.root / prefix
+        if target.is_dir():
+            shutil.rmtree(target)
+            _fsync(target.parent)
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        found = {}
+        for folder, _, files in os.walk(self.root / prefix):
+            for file in files:
+                path = Path(folder, file)
+                name = path.relative_to(self.root).as_posix()
+                if not is_unfinished(name):
+                    found[name] = _size(path)
+        return {name: size for name, size in sorted(found.items()) if size is not None}
+
+    def is_file(self) -> bool:
+        return self.root.is_file()
+
+    def zarr_store(self) -> Store:
+        return LocalStore(self.root)
+
+
+class RemoteFolder(Folder):
+    """Objects on any fsspec file system whose puts are atomic, such as S3."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.filesystem, root = fsspec.core.url_to_fs(url, **REMOTE_OPTIONS)
+        self.root = root.rstrip("/")
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return self.filesystem.cat_file(self._path(name))
+        except FileNotFoundError:
+            return None
+
+    def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
+        wanted = {self._path(name): name for name in names}
+        if not wanted:
+            return {}
+        found = self.filesystem.cat(list(wanted), on_error="return")
+        for content in found.values():
+            if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+                raise content
+        return {wanted[p]: data for p, data in found.items() if isinstance(data, bytes)}
+
+    def write(self, name: str, data: bytes) -> None:
+        self.filesystem.pipe_file(self._path(name), data)
+
+    def write_new(self, name: str, data: bytes) -> None:
+        try:
+            self.filesystem.pipe_file(self._path(name), data, mode="create")
+        except OSError as error:
+            if not _is_lost_race(error):
+                raise
+            # A put that was retried because its answer got lost meets its own object.
+            if self.read(name) == data:
+                return
+            raise CommitExists(f"{self.object_url(name)} exists already") from error
+
+    def upload(self, name: str, source: Path) -> None:
+        self.filesystem.put_file(str(source), self._path(name))
+
+    def download(self, name: str, target: Path) -> None:
+        self.filesystem.get_file(self._path(name), str(target))
+
+    def delete(self, name: str) -> None:
+        try:
+            self.filesystem.rm_file(self._path(name))
+        except FileNotFoundError:
+            return
+
+    def delete_tree(self, prefix: str) -> None:
+        try:
+            self.filesystem.rm(self._path(prefix), recursive=True)
+        except FileNotFoundError:
+            return
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        found = self.filesystem.find(self._path(prefix), detail=True)
+        start = len(self.root) + 1
+        names = {path[start:]: int(info["size"]) for path, info in found.items()}
+        return {n: s for n, s in sorted(names.items()) if n and n[-1] != "/"}
+
+    def is_file(self) -> bool:
+        return False  # S3 lets an object and a folder share a name
+
+    def zarr_store(self) -> Store:
+        return FsspecStore.from_url(self.url, storage_options=dict(REMOTE_OPTIONS))
+
+
+def explain(error: Exception, url: str) -> StoreUnavailable | None:
+    """Say in one line, without secrets, why a location cannot be used; None if unknown."""
+    reason = _reason(error)
+    return StoreUnavailable(f"{redacted(url)}: {reason}") if reason else None
+
+
+def _reason(error: Exception) -> str | None:
+    kind = type(error).__name__
+    if kind in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"):
+        return (
+            "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        )
+    if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError"):
+        return "the server does not answer; check AWS_ENDPOINT_URL and the network"
+    if isinstance(error, PermissionError):
+        return "access denied; check the permissions, or the credentials and their rights"
+    if isinstance(error, FileNotFoundError):
+        return "the bucket or parent does not exist; create it first"
+    if isinstance(error, OSError):
+        return f"cannot be used: {error.strerror or kind}"
+    return None
+
+
+def _is_lost_race(error: OSError) -> bool:
+    """Whether a conditional put was refused as the object exists (errors differ by server)."""
+    if isinstance(error, FileExistsError):
+        return True
+    response = getattr(error.__cause__, "response", None) or {}
+    return response.get("Error", {}).get("Code") == "PreconditionFailed"
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # removed since it was listed
+        return None
+
+
+def _make_folder(path: Path) -> None:
+    """Make the folder and its parents so that they survive a loss of power."""
+    if path.is_dir():
+        return
+    _make_folder(path.parent)
+    try:
+        path.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,759 @@
+"""ReconstructionStore: what one drive became, in one Zarr group on local disk or S3."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.core.array import Array
+from zarr.core.array_spec import ArrayConfigParams
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from storage import layout
+from storage.commits import Commits, plain
+from storage.errors import (
+    ChunkMissing,
+    CommitExists,
+    DataDamaged,
+    NotAStore,
+    StoreError,
+    StoreMissing,
+    StoreTooNew,
+)
+from storage.layout import ArraySpec, by_name, chunk_commit, segment_name
+from storage.objects import Folder, check_name, explain, open_folder, redacted
+from storage.records import Chunk, Segment
+
+__all__ = [
+    "ChunkMissing",
+    "CommitExists",
+    "DataDamaged",
+    "NotAStore",
+    "ReconstructionStore",
+    "StoreError",
+    "StoreMissing",
+    "StoreTooNew",
+]
+
+SEGMENT_SPECS = by_name(layout.SEGMENT_ARRAYS)
+STATE_SPECS = by_name(layout.STATE_ARRAYS)
+CHUNK_SPECS = SEGMENT_SPECS | {f"state_{name}": spec for name, spec in STATE_SPECS.items()}
+# zarr forgets this when an array is opened again; without it NaN and False are not written.
+WRITE_ALL: ArrayConfigParams = {"write_empty_chunks": True}
+WRITERS = 4  # arrays of a chunk that are written at the same time
+
+
+class ReconstructionStore:
+    """Poses, depth, states and files of one drive, written chunk by chunk in any order.
+
+    A chunk's commit is written last, so a killed task leaves nothing that reads as finished.
+    A chunk is a whole Zarr shard: parallel writers of different chunks need no lock. Readers
+    get committed data or an error, never the fill value of something missing.
+
+    Writing again drops the commit first. Two things want one writer at a time: the attributes
+    of the store, and the creation of one segment. Depth and confidence are rounded within the
+    bounds that `storage.layout` states; all else that is float32 or wider is exact.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        """Use `create` or `open`."""
+        self._folder = folder
+        self._commits = Commits(folder)
+        self._zarr = folder.zarr_store()
+        # By commit name, what this object wrote and has not committed yet.
+        self._pending: dict[str, dict[str, Any]] = {}
+
+    # ---- the store as a whole
+
+    @classmethod
+    def create(cls, url: str | Path, attributes: Mapping[str, Any]) -> ReconstructionStore:
+        """Make a store at `url`, or open the one that is there, and set its attributes.
+
+        Raises:
+            NotAStore: something else is there; it is left untouched.
+            StoreTooNew: a store of a newer schema is there.
+            StoreUnavailable: no credentials, no such bucket, not writable, no answer.
+        """
+        with _explained(url):
+            folder = open_folder(str(url).rstrip("/"))
+            found = _root_attributes(folder)
+            if found is None:
+                _refuse_other_content(folder)
+            _write_root(folder, found, attributes)
+            groups = [f"{group}/zarr.json" for group in layout.GROUPS]
+            _in_parallel(lambda name: folder.write(name, _group_document({})), groups)
+            return cls(folder)
+
+    @classmethod
+    def open(cls, url: str | Path) -> ReconstructionStore:
+        """The store at `url`; writes nothing.
+
+        Raises:
+            StoreMissing: nothing is there.
+            NotAStore, StoreTooNew, StoreUnavailable: as for `create`.
+        """
+        with _explained(url):
+            folder = open_folder(str(url).rstrip("/"))
+            if _root_attributes(folder) is None:
+                raise StoreMissing(
+                    f"no reconstruction at {redacted(folder.url)}; check the location, or run "
+                    "the reconstruction that makes it"
+                )
+            return cls(folder)
+
+    @property
+    def url(self) -> str:
+        """Path or URL of the Zarr group."""
+        return self._folder.url
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Attributes of the Zarr group, as they are now."""
+        found = _root_attributes(self._folder)
+        if found is None:
+            raise StoreMissing(f"the reconstruction at {redacted(self.url)} is gone")
+        return found
+
+    def update_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """Set attributes by name and keep the others; NaN and infinities become null."""
+        _write_root(self._folder, self.attributes, attributes)
+
+    # ---- commits
+
+    def commit(self, name: str, record: Mapping[str, Any], *, exclusive: bool = False) -> None:
+        """Say that `name` ("plan", "align", "infer/0003/0001") is finished; call it last.
+
+        The record should hold `key`; the store adds digests of what this object wrote for it.
+        A key `files` {name: digest from `put_file`} lets `verify` check those too.
+
+        Raises:
+            CommitExists: `exclusive`, and the name is committed already.
+        """
+        additions = self._pending.get(name, {})
+        self._commits.write(name, {**record, **additions}, exclusive=exclusive)
+        self._pending.pop(name, None)
+
+    def read_commit(self, name: str) -> dict[str, Any] | None:
+        """The record of a finished stage or chunk, else None."""
+        return self._commits.read(name)
+
+    def commits(self, prefix: str = "") -> dict[str, dict[str, Any]]:
+        """Records of `prefix` itself and of all below `prefix/`, by name."""
+        return self._commits.all(prefix)
+
+    def drop_commits(self, prefix: str) -> None:
+        """Declare `prefix` and all below `prefix/` unfinished; "" drops everything."""
+        self._commits.drop(prefix)
+
+    # ---- frames and trajectory: written as a whole
+
+    def write_frames(
+        self, timestamp: np.ndarray, clip: np.ndarray, index: np.ndarray, flags: np.ndarray
+    ) -> None:
+        """Replace the table of the drive's frames; readable once "probe" is committed.
+
+        Args:
+            timestamp: [N] seconds from the start.
+            clip: [N] position of the source clip in the drive record.
+            index: [N] frame number in the clip.
+            flags: [N] bits of KEYFRAME, DAMAGED and DUPLICATE of `storage.records`.
+        """
+        arrays = {"timestamp": timestamp, "clip": clip, "index": index, "flags": flags}
+        self._write_whole("probe", layout.FRAMES, layout.FRAME_ARRAYS, arrays)
+
+    def read_frames(self) -> dict[str, np.ndarray]:
+        """The arrays of `write_frames`; ChunkMissing before "probe" is committed."""
+        return self._read_whole("probe", layout.FRAMES, layout.FRAME_ARRAYS)
+
+    def write_trajectory(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace the trajectory; readable once "align" is committed.
+
+        Args:
+            arrays: any of `storage.layout.TRAJECTORY_ARRAYS` by name.
+        """
+        self._write_whole("align", layout.TRAJECTORY, layout.TRAJECTORY_ARRAYS, arrays)
+
+    def read_trajectory(self) -> dict[str, np.ndarray]:
+        """The arrays last written; ChunkMissing before "align" is committed."""
+        return self._read_whole("align", layout.TRAJECTORY, layout.TRAJECTORY_ARRAYS)
+
+    def _write_whole(
+        self,
+        stage: str,
+        group: str,
+        specs: tuple[ArraySpec, ...],
+        arrays: Mapping[str, np.ndarray],
+    ) -> None:
+        known = by_name(specs)
+        _check_names(arrays, known, set())
+        sizes = layout.dimension_sizes([known[name] for name in arrays], arrays)
+        encoded = {n: known[n].encode(a, known[n].shape(sizes)) for n, a in arrays.items()}
+        self._commits.drop(stage)
+        self._folder.delete_tree(group)
+        objects = {f"{group}/zarr.json": _group_document({})}
+        for name, values in encoded.items():
+            objects |= _whole_array(f"{group}/{name}", known[name], values)
+        self._write_objects(objects)
+        digests = {f"{group}/{name}": _digest(values) for name, values in encoded.items()}
+        self._pending[stage] = {"digests": digests}
+
+    def _read_whole(
+        self, stage: str, group: str, specs: tuple[ArraySpec, ...]
+    ) -> dict[str, np.ndarray]:
+        record = self._commits.read(stage)
+        if record is None:
+            raise ChunkMissing(
+                f"{group} of {redacted(self.url)} is not finished: no commit {stage!r}; run the "
+                f"{stage} stage again"
+            )
+        written = {path.rpartition("/")[2] for path in record.get("digests", ())}
+        names = [spec.name for spec in specs if spec.name in written]
+        with self._damage_named(f"{group}; drop commit {stage!r} and run the stage again"):
+            arrays = {name: np.asarray(self._array(f"{group}/{name}")[...]) for name in names}
+        if self._commits.read(stage) != record:
+            raise ChunkMissing(f"{group} of {redacted(self.url)} changed while being read; retry")
+        return arrays
+
+    # ---- segments
+
+    def create_segment(
+        self,
+        segment: Segment,
+        chunk_frames: int,
+        height: int,
+        width: int,
+        embed: int,
+        state_tokens: tuple[int, int],
+        pose_memory: tuple[int, int],
+    ) -> None:
+        """Size the arrays of a segment; leaves a segment of the same shape as it is.
+
+        A segment of another shape, range or chunking loses its commits first, then its data.
+
+        Args:
+            segment: which frames of the drive.
+            chunk_frames: frames in each chunk but the last.
+            height, width: of the depth, pixels.
+            embed: length E of the descriptor.
+            state_tokens: (S, D) of the state after each chunk.
+            pose_memory: (M, 2D) of the state after each chunk.
+        """
+        chunks = len(segment.chunks(chunk_frames))
+        sizes = {"frame": segment.frames, "y": height, "x": width, "embed": embed, "chunk": chunks}
+        sizes |= {"row4": 4, "col4": 4, "row3": 3, "col3": 3}
+        sizes["quantile"] = len(layout.GATE_QUANTILES)
+        sizes["token"], sizes["channel"] = state_tokens
+        sizes["slot"], sizes["pair"] = pose_memory
+        wanted = {
+            "start": segment.start,
+            "stop": segment.stop,
+            "chunk_frames": chunk_frames,
+            "sizes": sizes,
+        }
+        current = self._segment_layout(segment) or {}
+        if {name: current.get(name) for name in wanted} != wanted:
+            self._commits.drop(f"infer/{segment.index:04d}")
+            self._make_segment(segment, wanted)
+
+    def _make_segment(self, segment: Segment, wanted: dict[str, Any]) -> None:
+        """Remove what is there and make empty arrays; the group's attributes come last."""
+        group = segment_name(segment.index)
+        self._folder.delete(f"{group}/zarr.json")
+        self._folder.delete_tree(group)
+        self._write_objects(_empty_segment(group, segment, wanted))
+        # Commits name the creation that they belong to, so those of a removed one are void.
+        attributes = {**wanted, "creation": uuid.uuid4().hex}
+        self._folder.write(f"{group}/zarr.json", _group_document(attributes))
+
+    def write_chunk(self, segment: Segment, chunk: Chunk, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write the data of one chunk; they count for nothing before `commit_chunk`.
+
+        Args:
+            segment: created with `create_segment`.
+            chunk: one of its chunks, of F frames.
+            arrays: `depth` [F, H, W], `confidence` [F, H, W], `cam_to_seg` [F, 4, 4],
+                `intrinsics` [F, 3, 3], `descriptor` [F, E], `gate` [F, 5], and the state after
+                the chunk: `state_tokens` [S, D], `state_pose_memory` [M, 2D] and, unless
+                False, `state_first`.
+
+        Raises:
+            ValueError: a name, shape or type is not as declared, or the chunk is not one of
+                the segment's.
+        """
+        found = self._require_layout(segment)
+        _check_chunk(segment, chunk, found["chunk_frames"])
+        encoded = _encode_chunk(arrays, chunk, found["sizes"])
+        commit = chunk_commit(segment.index, chunk.index)
+        self._folder.delete(f"{layout.COMMITS}/{commit}.json")
+        group = segment_name(segment.index)
+        stored = {_array_path(group, name): values for name, values in encoded.items()}
+        _in_parallel(lambda path: self._write_rows(segment, chunk, path, stored[path]), stored)
+        self._pending[commit] = {
+            "creation": found["creation"],
+            "frames": [chunk.start, chunk.stop],
+            "digests": {path: _digest(values) for path, values in stored.items()},
+        }
+
+    def _write_rows(self, segment: Segment, chunk: Chunk, path: str, values: np.ndarray) -> None:
+        """Write one whole shard in one put.
+
+        Zarr would first read what is there and merge: slow, and it trips over a damaged shard.
+        """
+        document = self._folder.read(f"{path}/zarr.json")
+        if document is None:
+            raise DataDamaged(f"array {path} of {redacted(self.url)} is gone; {_redo(segment)}")
+        shard = _encode_rows(document, _rows(path, segment, chunk), values)
+        self._write_objects({f"{path}/{name}": data for name, data in shard.items()})
+
+    def _write_objects(self, objects: Mapping[str, bytes]) -> None:
+        _in_parallel(lambda name: self._folder.write(name, objects[name]), objects)
+
+    def commit_chunk(self, segment: Segment, chunk: Chunk, record: Mapping[str, Any]) -> None:
+        """Say that the chunk last written through this object is finished.
+
+        Args:
+            record: at least `key`, which `is_chunk_done` compares; attempt, timings, host and
+                device belong here too. The store adds digests of the stored values.
+        """
+        name = chunk_commit(segment.index, chunk.index)
+        if name not in self._pending:
+            raise ValueError(
+                f"{name} has no data to commit; call write_chunk on the same store object first"
+            )
+        self.commit(name, record)
+
+    def is_chunk_done(self, segment: Segment, chunk: Chunk, key: str) -> bool:
+        """Whether the chunk is committed under this key, in arrays that are still there."""
+        record = self._chunk_record(segment, chunk, self._segment_layout(segment))
+        return record is not None and record.get("key") == key
+
+    def _chunk_record(
+        self, segment: Segment, chunk: Chunk, found: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
+        record = self._commits.read(chunk_commit(segment.index, chunk.index))
+        if record is None or found is None or record.get("creation") != found["creation"]:
+            return None
+        return record if record.get("frames") == [chunk.start, chunk.stop] else None
+
+    def read(self, segment: Segment, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of a per-frame array of a segment.
+
+        Args:
+            segment: whose view of the frames; neighbours overlap.
+            name: one of `storage.layout.SEGMENT_ARRAYS`.
+            start, stop: frames of the drive, half-open, inside the segment.
+
+        Returns:
+            [stop - start, ...]; float16 arrays come as float32.
+
+        Raises:
+            ChunkMissing: some of the frames are not finished.
+            DataDamaged: the stored data cannot be decoded.
+            ValueError: no such array, or frames outside the segment.
+        """
+        _check_names([name], SEGMENT_SPECS, set())
+        if not segment.start <= start <= stop <= segment.stop:
+            raise ValueError(
+                f"frames {start}..{stop} are not inside segment {segment.index}, which holds "
+                f"{segment.start}..{segment.stop}"
+            )
+        found = self._require_layout(segment)
+        for chunk in segment.chunks(found["chunk_frames"]):
+            if chunk.start < stop and start < chunk.stop:
+                self._require_chunk(segment, chunk, found)
+        path = f"{segment_name(segment.index)}/{name}"
+        rows = slice(start - segment.start, stop - segment.start)
+        with self._damage_named(f"{path}, frames {start}..{stop}; {_redo(segment)}"):
+            return _widened(np.asarray(self._array(path)[rows]))
+
+    def read_state(self, segment: Segment, chunk: Chunk) -> dict[str, Any]:
+        """The state after a chunk, exactly as written.
+
+        Returns:
+            `tokens` [S, D], `pose_memory` [M, 2D], `first` (bool), and `frame`, the first
+            frame of the drive that the state has not seen.
+
+        Raises:
+            ChunkMissing, DataDamaged: as for `read`.
+        """
+        found = self._require_layout(segment)
+        self._require_chunk(segment, chunk, found)
+        group = f"{segment_name(segment.index)}/state"
+        with self._damage_named(f"{group}, chunk {chunk.index}; {_redo(segment)}"):
+            values = {n: np.asarray(self._array(f"{group}/{n}")[chunk.index]) for n in STATE_SPECS}
+        return {**values, "first": bool(values["first"]), "frame": chunk.stop}
+
+    def _segment_layout(self, segment: Segment) -> dict[str, Any] | None:
+        data = self._folder.read(f"{segment_name(segment.index)}/zarr.json")
+        found = json.loads(data)["attributes"] if data else {}
+        return found if "creation" in found else None
+
+    def _require_layout(self, segment: Segment) -> dict[str, Any]:
+        found = self._segment_layout(segment)
+        if found is None:
+            raise ChunkMissing(
+                f"segment {segment.index} (frames {segment.start}..{segment.stop}) of "
+                f"{redacted(self.url)} does not exist yet; run the infer stage for it"
+            )
+        if [found["start"], found["stop"]] != [segment.start, segment.stop]:
+            raise ChunkMissing(
+                f"segment {segment.index} of {redacted(self.url)} holds frames "
+                f"{found['start']}..{found['stop']} of an earlier plan, not "
+                f"{segment.start}..{segment.stop}; run the infer stage for it"
+            )
+        return found
+
+    def _require_chunk(self, segment: Segment, chunk: Chunk, found: dict[str, Any]) -> None:
+        if self._chunk_record(segment, chunk, found) is None:
+            raise ChunkMissing(
+                f"segment {segment.index} chunk {chunk.index} (frames {chunk.start}.."
+                f"{chunk.stop}) of {redacted(self.url)} is not finished; run the infer stage "
+                "again, it resumes there"
+            )
+
+    # ---- files: meshes, pictures, the report
+
+    def put_file(self, name: str, data: bytes | Path) -> str:
+        """Store bytes, or the content of a local file, as a whole; return its SHA-256.
+
+        Args:
+            name: such as "fusion/mesh.ply", under one of `storage.layout.FILE_FOLDERS`.
+        """
+        _check_file_name(name)
+        if isinstance(data, bytes):
+            self._folder.write(name, data)
+            return hashlib.sha256(data).hexdigest()
+        self._folder.upload(name, data)
+        return _file_digest(data)
+
+    def get_file(self, name: str) -> bytes:
+        """Content of a stored file; FileNotFoundError where there is none."""
+        data = self._folder.read(_check_file_name(name))
+        if data is None:
+            raise FileNotFoundError(f"no file {name!r} in {redacted(self.url)}")
+        return data
+
+    def local_copy(self, name: str, folder: str | Path) -> Path:
+        """Copy a stored file into a local folder, made if missing; return its path there."""
+        target = Path(folder) / Path(_check_file_name(name)).name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.download(name, target)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"no file {name!r} in {redacted(self.url)}") from error
+        return target
+
+    def file_url(self, name: str) -> str:
+        """Path or URL of a stored file."""
+        return self._folder.object_url(_check_file_name(name))
+
+    def list_files(self, prefix: str = "") -> list[str]:
+        """Names of stored files whose names start with `prefix`, in order."""
+        folders = [f for f in layout.FILE_FOLDERS if prefix.startswith(f) or f.startswith(prefix)]
+        names = [n for folder in folders for n in self._folder.sizes(folder)]
+        own = {f"{folder}/zarr.json" for folder in layout.FILE_FOLDERS}
+        return sorted(n for n in names if n.startswith(prefix) and n not in own)
+
+    # ---- inspection
+
+    def describe(self) -> dict[str, Any]:
+        """What is there, for people: JSON values only.
+
+        Returns:
+            `url`; `bytes`, all that is stored; `arrays` {path: shape, dtype, bytes};
+            `segments` {number: frames, chunks_committed, chunks_total}; `commits`, names of
+            finished stages other than chunks; `files` {name: bytes}.
+        """
+        sizes = self._folder.sizes()
+        names = [n for n in sizes if n.endswith("/zarr.json")]
+        nodes = {n: json.loads(d) for n, d in self._folder.read_many(names).items()}
+        arrays = {n: node for n, node in nodes.items() if node["node_type"] == "array"}
+        stored: Counter[str] = Counter()
+        for name, size in sizes.items():
+            stored[name.partition("/c/")[0].removesuffix("/zarr.json")] += size
+        commits = self.commits()
+        return {
+            "url": redacted(self.url),
+            "bytes": sum(sizes.values()),
+            "arrays": {
+                path: {"shape": n["shape"], "dtype": n["data_type"], "bytes": stored[path]}
+                for path, n in ((name.removesuffix("/zarr.json"), n) for name, n in arrays.items())
+            },
+            "segments": _segment_progress(nodes, commits),
+            "commits": [name for name in commits if not name.startswith("infer/")],
+            "files": {name: sizes[name] for name in self.list_files()},
+        }
+
+    def verify(self) -> list[str]:
+        """Read back all that is committed and compare digests; names of what is damaged."""
+        damaged = []
+        for commit, record in self.commits().items():
+            chunk = commit.split("/")[2] if commit.count("/") == 2 else None
+            for path, digest in (record.get("digests") or {}).items():
+                if self._stored_digest(path, record, chunk) != digest:
+                    damaged.append(path if chunk is None else f"{path} chunk {int(chunk)}")
+            for name, digest in (record.get("files") or {}).items():
+                data = self._folder.read(name)
+                if data is None or hashlib.sha256(data).hexdigest() != digest:
+                    damaged.append(name)
+        return damaged
+
+    def _stored_digest(self, path: str, record: dict[str, Any], chunk: str | None) -> str | None:
+        try:
+            array = self._array(path)
+            if chunk is None:
+                return _digest(np.asarray(array[...]))
+            if "/state/" in path:
+                return _digest(np.asarray(array[int(chunk) : int(chunk) + 1]))
+            frames = record["frames"]
+            rows = array.shards or array.chunks
+            start = int(chunk) * rows[0]
+            return _digest(np.asarray(array[start : start + frames[1] - frames[0]]))
+        except (ValueError, RuntimeError, OSError, StoreError):
+            return None
+
+    # ---- zarr
+
+    def _array(self, path: str) -> Array[Any]:
+        try:
+            return zarr.open_array(self._zarr, path=path, mode="r", zarr_format=3)
+        except FileNotFoundError as error:
+            raise DataDamaged(f"array {path} of {redacted(self.url)} is gone") from error
+
+    @contextmanager
+    def _damage_named(self, what: str) -> Iterator[None]:
+        """Turn a decoder's error into one that says which data are damaged."""
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            raise DataDamaged(f"{redacted(self.url)}: cannot decode {what} ({error})") from error
+
+
+@contextmanager
+def _explained(url: str | Path) -> Iterator[None]:
+    """Turn errors of the file system or its login into one clear line."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:
+        explained = explain(error, str(url))
+        if explained is None:
+            raise
+        raise explained from None
+
+
+def _group_document(attributes: Mapping[str, Any]) -> bytes:
+    document = {"zarr_format": 3, "node_type": "group", "attributes": plain(attributes)}
+    return json.dumps(document, indent=1, allow_nan=False).encode()
+
+
+def _write_root(
+    folder: Folder, current: Mapping[str, Any] | None, changes: Mapping[str, Any]
+) -> None:
+    """Merge `changes` into the attributes; no write where nothing changes."""
+    schema = {"schema": layout.SCHEMA, "schema_version": layout.SCHEMA_VERSION}
+    merged = {**(current or {}), **plain(changes), **schema}
+    if merged != current:
+        folder.write("zarr.json", _group_document(merged))
+
+
+def _root_attributes(folder: Folder) -> dict[str, Any] | None:
+    """Attributes of the store; None where nothing is; refuses what is not ours."""
+    data = folder.read("zarr.json")
+    if data is None:
+        return None
+    try:
+        found = json.loads(data).get("attributes") or {}
+    except (ValueError, AttributeError):
+        found = {}
+    if found.get("schema") != layout.SCHEMA:
+        raise NotAStore(
+            f"{redacted(folder.url)} holds a Zarr node that is not a reconstruction; it is left "
+            "as it is, choose another location"
+        )
+    if found["schema_version"] > layout.SCHEMA_VERSION:
+        raise StoreTooNew(
+            f"{redacted(folder.url)} has schema version {found['schema_version']}; this software "
+            f"knows up to {layout.SCHEMA_VERSION}: update it, or choose another location"
+        )
+    return found
+
+
+def _refuse_other_content(folder: Folder) -> None:
+    content = ["a file"] if folder.is_file() else list(folder.sizes())
+    if not content:
+        return
+    raise NotAStore(
+        f"{redacted(folder.url)} exists and is not a reconstruction (found: {content[0]}); it is "
+        "left as it is, choose another location"
+    )
+
+
+def _in_parallel(act: Callable[[str], object], names: Iterable[str]) -> None:
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for _ in pool.map(act, names):  # raises what an act raised
+            pass
+
+
+def _new_array(
+    store: MemoryStore, path: str, spec: ArraySpec, rows: int, sizes: Mapping[str, int]
+) -> Array[Any]:
+    """An empty array whose shards hold `rows` rows."""
+    shape = spec.shape(sizes)
+    shard = (rows, *shape[1:])
+    inner = (layout.frames_per_read(rows), *shape[1:])
+    return zarr.create_array(
+        store,
+        name=path,
+        shape=shape,
+        dtype=spec.dtype,
+        chunks=inner if spec.images else shard,
+        shards=shard if spec.images else None,
+        compressors=spec.codecs(),
+        filters=None,
+        fill_value=spec.fill_value,
+        attributes=spec.attributes(),
+        dimension_names=spec.dims,
+        config=WRITE_ALL,
+    )
+
+
+def _whole_array(path: str, spec: ArraySpec, values: np.ndarray) -> dict[str, bytes]:
+    """Objects of an array with its values."""
+    held: dict[str, Buffer] = {}
+    rows = max(1, min(len(values), layout.ROWS_PER_OBJECT))
+    sizes = dict(zip(spec.dims, values.shape, strict=True))
+    _new_array(MemoryStore(held), path, spec, rows, sizes)[...] = values
+    return _contents(held, path)
+
+
+def _empty_segment(group: str, segment: Segment, wanted: Mapping[str, Any]) -> dict[str, bytes]:
+    """Objects of a new segment without those of the group itself."""
+    held: dict[str, Buffer] = {}
+    store, chunk_frames, sizes = MemoryStore(held), wanted["chunk_frames"], wanted["sizes"]
+    for spec in layout.SEGMENT_ARRAYS:
+        _new_array(store, f"{group}/{spec.name}", spec, chunk_frames, sizes)
+    for spec in layout.STATE_ARRAYS:
+        _new_array(store, f"{group}/state/{spec.name}", spec, 1, sizes)
+    frames = np.arange(segment.start, segment.stop)
+    stops = np.array([chunk.stop for chunk in segment.chunks(chunk_frames)])
+    return {
+        **_contents(held, f"{group}/"),
+        **_whole_array(f"{group}/frame", layout.FRAME_COORDINATE, frames),
+        **_whole_array(f"{group}/state/frame", layout.STATE_FRAME, stops),
+        f"{group}/state/zarr.json": _group_document({}),
+    }
+
+
+def _encode_rows(document: bytes, rows: slice, values: np.ndarray) -> dict[str, bytes]:
+    """Objects that hold `rows` of the array that `document`, its zarr.json, describes."""
+    held: dict[str, Buffer] = {"zarr.json": default_buffer_prototype().buffer.from_bytes(document)}
+    array = zarr.open_array(MemoryStore(held), mode="r+", zarr_format=3)
+    array.with_config(WRITE_ALL)[rows] = values
+    del held["zarr.json"]
+    return _contents(held, "")
+
+
+def _contents(held: Mapping[str, Buffer], prefix: str) -> dict[str, bytes]:
+    return {n: buffer.to_bytes() for n, buffer in held.items() if n.startswith(prefix)}
+
+
+def _check_names(given: Any, known: Mapping[str, ArraySpec], required: set[str]) -> None:
+    unknown, missing = sorted(set(given) - set(known)), sorted(required - set(given))
+    if unknown or missing:
+        raise ValueError(
+            f"arrays unknown: {unknown}, missing: {missing}; expected names are {sorted(known)}"
+        )
+
+
+def _check_chunk(segment: Segment, chunk: Chunk, chunk_frames: int) -> None:
+    if chunk not in segment.chunks(chunk_frames):
+        raise ValueError(
+            f"{chunk} is not a chunk of {segment} cut every {chunk_frames} frames; writing it "
+            "would touch the shard of another chunk"
+        )
+
+
+def _encode_chunk(
+    arrays: Mapping[str, np.ndarray], chunk: Chunk, sizes: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """Stored values by name in `CHUNK_SPECS`; state arrays get a leading axis of 1."""
+    required = {name for name, spec in CHUNK_SPECS.items() if not spec.optional}
+    _check_names(arrays, CHUNK_SPECS, required)
+    own = {**sizes, "frame": chunk.stop - chunk.start, "chunk": 1}
+    encoded = {}
+    for name, spec in CHUNK_SPECS.items():
+        shape = spec.shape(own)
+        if name not in arrays:
+            encoded[name] = np.zeros(shape, spec.dtype)
+        elif name.startswith("state_"):
+            encoded[name] = spec.encode(arrays[name], shape[1:])[np.newaxis]
+        else:
+            encoded[name] = spec.encode(arrays[name], shape)
+    return encoded
+
+
+def _array_path(group: str, name: str) -> str:
+    state = name.removeprefix("state_")
+    return f"{group}/{name}" if state == name else f"{group}/state/{state}"
+
+
+def _rows(path: str, segment: Segment, chunk: Chunk) -> slice:
+    if "/state/" in path:
+        return slice(chunk.index, chunk.index + 1)
+    return slice(chunk.start - segment.start, chunk.stop - segment.start)
+
+
+def _redo(segment: Segment) -> str:
+    return f"drop commits 'infer/{segment.index:04d}' and run the infer stage again"
+
+
+def _widened(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32) if values.dtype == np.float16 else values
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_file_name(name: str) -> str:
+    if check_name(name).split("/")[0] not in layout.FILE_FOLDERS or "/" not in name:
+        raise ValueError(f"{name!r} is not under one of the folders {layout.FILE_FOLDERS}")
+    if name.endswith("zarr.json"):
+        raise ValueError(f"{name!r} is a name that Zarr uses; choose another")
+    return name
+
+
+def _segment_progress(
+    nodes: Mapping[str, dict[str, Any]], commits: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Frames and finished chunks of every segment, by its number."""
+    progress = {}
+    for path, node in nodes.items():
+        found = node.get("attributes", {})
+        if "creation" not in found:
+            continue
+        number = path.split("/")[1]
+        mine = [r for name, r in commits.items() if name.startswith(f"infer/{number}/")]
+        progress[number] = {
+            "frames": [found["start"], found["stop"]],
+            "chunks_committed": sum(r.get("creation") == found["creation"] for r in mine),
+            "chunks_total": found["sizes"]["chunk"],
+        }
+    return progress

@@ -1,0 +1,499 @@
+"""ReconstructionStore: the same promises on a local disk and on a real S3 server."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import xarray
+import zarr
+
+from storage.errors import (
+    ChunkMissing,
+    CommitExists,
+    DataDamaged,
+    NotAStore,
+    StoreMissing,
+    StoreTooNew,
+)
+from storage.reconstruction import ReconstructionStore
+from storage.records import Chunk, Segment
+
+HEIGHT, WIDTH, EMBED, TOKENS, MEMORY = 6, 8, 5, (3, 4), (2, 6)
+CHUNK_FRAMES = 4
+SEGMENT = Segment(index=0, start=10, stop=20, part=0)  # chunks 10..14, 14..18, 18..20
+CHUNKS = SEGMENT.chunks(CHUNK_FRAMES)
+
+
+def chunk_arrays(chunk: Chunk) -> dict[str, np.ndarray]:
+    """Plausible values that depend on the chunk's frames only."""
+    random = np.random.default_rng(chunk.start)
+    frames = chunk.stop - chunk.start
+    images = (frames, HEIGHT, WIDTH)
+    return {
+        "depth": random.uniform(0.5, 80, images).astype(np.float32),
+        "confidence": random.uniform(1, 30, images).astype(np.float32),
+        "cam_to_seg": random.standard_normal((frames, 4, 4)).astype(np.float32),
+        "intrinsics": random.standard_normal((frames, 3, 3)).astype(np.float32),
+        "descriptor": random.standard_normal((frames, EMBED)).astype(np.float32),
+        "gate": random.uniform(0, 1, (frames, 5)).astype(np.float32),
+        "state_tokens": random.standard_normal(TOKENS).astype(np.float32),
+        "state_pose_memory": random.standard_normal(MEMORY).astype(np.float32),
+    }
+
+
+def create_segment(
+    store: ReconstructionStore, segment: Segment = SEGMENT, height: int = HEIGHT
+) -> None:
+    store.create_segment(segment, CHUNK_FRAMES, height, WIDTH, EMBED, TOKENS, MEMORY)
+
+
+def finish(store: ReconstructionStore, chunk: Chunk, key: str = "key") -> None:
+    store.write_chunk(SEGMENT, chunk, chunk_arrays(chunk))
+    store.commit_chunk(SEGMENT, chunk, {"key": key})
+
+
+def write_object(url: str, data: bytes) -> None:
+    """Put an object behind the store's back."""
+    with fsspec.open(url, "wb") as file:
+        file.write(data)
+
+
+@pytest.fixture
+def store(output_url: str) -> ReconstructionStore:
+    """An empty store with one segment."""
+    made = ReconstructionStore.create(f"{output_url}/drive.zarr", {"drive": "drive"})
+    create_segment(made)
+    return made
+
+
+@pytest.fixture
+def finished(store: ReconstructionStore) -> ReconstructionStore:
+    """The store with all chunks committed."""
+    for chunk in CHUNKS:
+        finish(store, chunk)
+    return store
+
+
+# ---- chunks
+
+
+def test_chunk_reads_back_within_the_stated_error(finished):
+    reopened = ReconstructionStore.open(finished.url)
+    given = {
+        name: np.concatenate([chunk_arrays(chunk)[name] for chunk in CHUNKS])
+        for name in ("depth", "confidence", "descriptor", "cam_to_seg", "intrinsics", "gate")
+    }
+    error = {"depth": 2**-10, "confidence": 2**-8, "descriptor": 2**-11}
+    for name, values in given.items():
+        read = reopened.read(SEGMENT, name, 10, 20)
+        assert read.dtype == np.float32
+        np.testing.assert_allclose(read, values, rtol=error.get(name, 0), atol=2**-23)
+
+
+def test_read_addresses_frames_of_the_drive(finished):
+    whole = finished.read(SEGMENT, "depth", 10, 20)
+    np.testing.assert_array_equal(finished.read(SEGMENT, "depth", 13, 19), whole[3:9])
+    assert finished.read(SEGMENT, "depth", 15, 15).shape == (0, HEIGHT, WIDTH)
+
+
+def test_state_reads_back_bit_for_bit(store):
+    arrays = chunk_arrays(CHUNKS[1])
+    arrays["state_tokens"][0] = [-0.0, 1e-45, np.inf, np.nan]
+    store.write_chunk(SEGMENT, CHUNKS[1], {**arrays, "state_first": True})
+    store.commit_chunk(SEGMENT, CHUNKS[1], {"key": "key"})
+    state = ReconstructionStore.open(store.url).read_state(SEGMENT, CHUNKS[1])
+    assert state["tokens"].tobytes() == arrays["state_tokens"].tobytes()
+    assert state["pose_memory"].tobytes() == arrays["state_pose_memory"].tobytes()
+    assert state["first"] is True
+    assert state["frame"] == 18
+
+
+def test_unfinished_chunk_raises_and_names_what_is_missing(store):
+    finish(store, CHUNKS[0])
+    store.write_chunk(SEGMENT, CHUNKS[1], chunk_arrays(CHUNKS[1]))  # killed before the commit
+    reopened = ReconstructionStore.open(store.url)
+    reopened.read(SEGMENT, "depth", 10, 14)
+    with pytest.raises(ChunkMissing, match=r"segment 0 chunk 1 \(frames 14\.\.18\).*infer stage"):
+        reopened.read(SEGMENT, "depth", 13, 15)
+    with pytest.raises(ChunkMissing, match="chunk 1"):
+        reopened.read_state(SEGMENT, CHUNKS[1])
+    with pytest.raises(ChunkMissing, match="segment 1"):
+        reopened.read(Segment(1, 16, 30, 0), "depth", 16, 17)
+
+
+def test_chunk_is_done_under_its_own_key_only(store):
+    assert not store.is_chunk_done(SEGMENT, CHUNKS[0], "key")
+    finish(store, CHUNKS[0])
+    reopened = ReconstructionStore.open(store.url)
+    assert reopened.is_chunk_done(SEGMENT, CHUNKS[0], "key")
+    assert not reopened.is_chunk_done(SEGMENT, CHUNKS[0], "other weights")
+    assert not reopened.is_chunk_done(SEGMENT, CHUNKS[1], "key")
+
+
+def test_writing_a_chunk_again_takes_its_commit_away_first(finished):
+    finished.write_chunk(SEGMENT, CHUNKS[1], chunk_arrays(CHUNKS[1]))
+    reopened = ReconstructionStore.open(finished.url)
+    with pytest.raises(ChunkMissing, match="chunk 1"):
+        reopened.read(SEGMENT, "depth", 10, 20)
+    assert reopened.is_chunk_done(SEGMENT, CHUNKS[0], "key")
+
+
+def test_chunk_of_fill_values_is_stored_all_the_same(store):
+    arrays = {name: np.full_like(a, np.nan) for name, a in chunk_arrays(CHUNKS[0]).items()}
+    store.write_chunk(SEGMENT, CHUNKS[0], arrays)
+    store.commit_chunk(SEGMENT, CHUNKS[0], {"key": "key"})
+    for shard in ("depth/c/0/0/0", "cam_to_seg/c/0/0/0", "state/tokens/c/0/0/0", "state/first/c/0"):
+        with fsspec.open(f"{store.url}/segments/0000/{shard}") as file:
+            assert file.read(1)
+    assert np.isnan(store.read(SEGMENT, "depth", 10, 14)).all()
+
+
+def test_chunk_can_be_written_over_a_damaged_shard(store):
+    write_object(f"{store.url}/segments/0000/depth/c/0/0/0", b"half a sh")
+    finish(store, CHUNKS[0])
+    np.testing.assert_allclose(
+        store.read(SEGMENT, "depth", 10, 14), chunk_arrays(CHUNKS[0])["depth"], rtol=2**-10
+    )
+
+
+def test_commit_of_a_chunk_records_digests_of_what_was_stored(store):
+    finish(store, CHUNKS[2])
+    record = store.read_commit("infer/0000/0002")
+    assert record is not None
+    assert record["key"] == "key"
+    assert record["frames"] == [18, 20]
+    assert len(record["digests"]) == 9
+    assert len(record["digests"]["segments/0000/depth"]) == 64
+
+
+def test_commit_of_a_chunk_needs_its_data(store):
+    with pytest.raises(ValueError, match="write_chunk"):
+        store.commit_chunk(SEGMENT, CHUNKS[0], {"key": "key"})
+
+
+def test_chunk_with_wrong_arrays_is_refused(store):
+    good = chunk_arrays(CHUNKS[0])
+    with pytest.raises(ValueError, match=r"'depth' has shape \(4, 6, 7\); expected \(4, 6, 8\)"):
+        store.write_chunk(SEGMENT, CHUNKS[0], {**good, "depth": good["depth"][:, :, :-1]})
+    with pytest.raises(ValueError, match=r"missing: \['gate'\]"):
+        store.write_chunk(SEGMENT, CHUNKS[0], {n: a for n, a in good.items() if n != "gate"})
+    with pytest.raises(ValueError, match=r"unknown: \['pose'\]"):
+        store.write_chunk(SEGMENT, CHUNKS[0], {**good, "pose": good["gate"]})
+    with pytest.raises(ValueError, match="shard of another chunk"):
+        store.write_chunk(SEGMENT, Chunk(0, 11, 15), good)
+    with pytest.raises(ValueError, match=r"not inside segment 0, which holds 10\.\.20"):
+        store.read(SEGMENT, "depth", 9, 12)
+    with pytest.raises(ValueError, match=r"unknown: \['normals'\]"):
+        store.read(SEGMENT, "normals", 10, 12)
+
+
+def test_single_frame_needs_few_frames_decoded(finished):
+    depth = zarr.open_array(f"{finished.url}/segments/0000/depth", mode="r")
+    assert depth.shards == (CHUNK_FRAMES, HEIGHT, WIDTH)
+    assert depth.chunks[0] <= 4
+
+
+# ---- segments
+
+
+def test_segment_created_again_keeps_what_is_finished(finished):
+    create_segment(ReconstructionStore.create(finished.url, {}))
+    assert finished.is_chunk_done(SEGMENT, CHUNKS[0], "key")
+    assert finished.verify() == []
+
+
+@pytest.mark.parametrize("change", ["shape", "range"])
+def test_segment_created_otherwise_loses_its_commits(finished, change):
+    segment = SEGMENT if change == "shape" else Segment(0, 11, 21, 0)
+    create_segment(finished, segment, height=HEIGHT * 2 if change == "shape" else HEIGHT)
+    assert finished.commits("infer") == {}
+    with pytest.raises(ChunkMissing):
+        finished.read(SEGMENT, "depth", 12, 14)
+    with pytest.raises(ChunkMissing):
+        finished.read(segment, "depth", 12, 14)
+
+
+def test_late_commit_into_a_replaced_segment_counts_for_nothing(store):
+    late = ReconstructionStore.open(store.url)
+    late.write_chunk(SEGMENT, CHUNKS[0], chunk_arrays(CHUNKS[0]))
+    create_segment(store, height=HEIGHT * 2)
+    create_segment(store)
+    try:
+        late.commit_chunk(SEGMENT, CHUNKS[0], {"key": "key"})
+    except FileNotFoundError:
+        assert "://" not in store.url  # a local store notices at once that the data are gone
+    assert not store.is_chunk_done(SEGMENT, CHUNKS[0], "key")
+    with pytest.raises(ChunkMissing):
+        store.read(SEGMENT, "depth", 10, 11)
+
+
+def test_segment_half_created_is_made_anew(store):
+    with fsspec.open(f"{store.url}/segments/0000/zarr.json") as file:
+        document = json.load(file)
+    document["attributes"] = {}  # as before the last step of its creation
+    write_object(f"{store.url}/segments/0000/zarr.json", json.dumps(document).encode())
+    with pytest.raises(ChunkMissing, match="does not exist yet"):
+        store.read(SEGMENT, "depth", 10, 11)
+    create_segment(store)
+    finish(store, CHUNKS[0])
+    assert store.is_chunk_done(SEGMENT, CHUNKS[0], "key")
+
+
+# ---- commits
+
+
+def test_commits_are_found_by_whole_parts_of_their_names(store):
+    for name in ("plan", "infer/0001/0000", "infer/0001/0001", "infer/00010/0000", "infer/0001x"):
+        store.commit(name, {"key": name})
+    assert set(store.commits("infer/0001")) == {"infer/0001/0000", "infer/0001/0001"}
+    assert store.commits("plan")["plan"]["key"] == "plan"
+    store.drop_commits("infer/0001")
+    assert set(store.commits()) == {"plan", "infer/00010/0000", "infer/0001x"}
+    store.drop_commits("plan")
+    assert store.read_commit("plan") is None
+
+
+def test_commit_keeps_plain_values_and_replaces_the_earlier_one(store):
+    store.commit("plan", {"key": "old"})
+    store.commit("plan", {"key": "new", "rate": np.float32(0.5), "bad": float("nan"), "n": (1, 2)})
+    record = store.read_commit("plan")
+    assert record is not None
+    assert {name: record[name] for name in ("key", "rate", "bad", "n")} == {
+        "key": "new",
+        "rate": 0.5,
+        "bad": None,
+        "n": [1, 2],
+    }
+
+
+def test_exclusive_commit_has_one_winner(store):
+    def claim(worker: int) -> int | None:
+        try:
+            store.commit("lease", {"worker": worker}, exclusive=True)
+        except CommitExists:
+            return None
+        return worker
+
+    with ThreadPoolExecutor(8) as pool:
+        winners = [worker for worker in pool.map(claim, range(8)) if worker is not None]
+    record = store.read_commit("lease")
+    assert record is not None
+    assert winners == [record["worker"]]
+    with pytest.raises(CommitExists, match="'lease' exists already"):
+        store.commit("lease", {"worker": 9}, exclusive=True)
+
+
+def test_torn_commit_counts_for_nothing(finished):
+    commits = f"{finished.url}/commits/infer/0000"
+    write_object(f"{commits}/0001.json", b'{"key": "ke')
+    assert finished.read_commit("infer/0000/0001") is None
+    with pytest.raises(ChunkMissing, match="chunk 1"):
+        finished.read(SEGMENT, "depth", 14, 15)
+    assert set(finished.commits("infer")) == {"infer/0000/0000", "infer/0000/0002"}
+
+
+def test_temporary_file_of_a_killed_writer_is_ignored(tmp_path):
+    store = ReconstructionStore.create(tmp_path / "drive.zarr", {})
+    torn = tmp_path / "drive.zarr" / "commits" / ".plan.json.123.partial"
+    torn.write_text('{"key": "ke')
+    assert store.commits() == {}
+    assert store.read_commit("plan") is None
+    assert store.describe()["commits"] == []
+
+
+@pytest.mark.parametrize("name", ["", "/plan", "../plan", "a//b", "a\\b", ".hidden", "zarr"])
+def test_commit_name_outside_the_store_is_refused(tmp_path, name):
+    store = ReconstructionStore.create(tmp_path / "drive.zarr", {})
+    with pytest.raises(ValueError, match="name"):
+        store.commit(name, {})
+
+
+# ---- frames and trajectory
+
+
+def test_frames_read_back_once_the_probe_is_committed(store):
+    table = [np.arange(7) / 30, np.repeat([0, 1], [3, 4]), np.arange(7) % 3, np.full(7, 2)]
+    store.write_frames(*table[:3], table[3].astype(np.uint8))
+    with pytest.raises(ChunkMissing, match="probe"):
+        store.read_frames()
+    store.commit("probe", {"key": "key"})
+    frames = ReconstructionStore.open(store.url).read_frames()
+    for name, values in zip(("timestamp", "clip", "index", "flags"), table, strict=True):
+        np.testing.assert_array_equal(frames[name], values)
+
+
+def test_trajectory_is_replaced_as_a_whole(store):
+    long = {
+        "cam_to_world": np.arange(5 * 16, dtype=float).reshape(5, 4, 4),
+        "scale": np.array([1.0, 1.5]),
+        "intrinsics": np.eye(3),
+        "quality": np.ones(5, np.float32),
+        "segment": np.zeros(5, int),
+    }
+    store.write_trajectory(long)
+    store.commit("align", {"key": "old"})
+    short = {"cam_to_world": long["cam_to_world"][:2] + 0.1, "scale": np.array([2.0])}
+    store.write_trajectory(short)
+    with pytest.raises(ChunkMissing, match="align"):
+        store.read_trajectory()
+    store.commit("align", {"key": "new"})
+    read = ReconstructionStore.open(store.url).read_trajectory()
+    assert set(read) == {"cam_to_world", "scale"}
+    np.testing.assert_array_equal(read["cam_to_world"], short["cam_to_world"])
+    assert read["cam_to_world"].dtype == np.float64
+
+
+def test_trajectory_that_contradicts_itself_is_refused(tmp_path):
+    store = ReconstructionStore.create(tmp_path / "drive.zarr", {})
+    poses = np.zeros((5, 4, 4))
+    with pytest.raises(ValueError, match=r"'quality' has shape \(4,\).*'frame': 5"):
+        store.write_trajectory({"cam_to_world": poses, "quality": np.zeros(4)})
+    with pytest.raises(ValueError, match=r"'cam_to_world' has shape \(5, 3, 4\)"):
+        store.write_trajectory({"cam_to_world": poses[:, :3]})
+    with pytest.raises(ValueError, match=r"unknown: \['pose'\]"):
+        store.write_trajectory({"pose": poses})
+
+
+# ---- other software reads it
+
+
+def test_xarray_sees_names_and_units(finished):
+    with xarray.open_zarr(finished.url, group="segments/0000", consolidated=False) as data:
+        assert data["depth"].dims == ("frame", "y", "x")
+        assert data["depth"].attrs["units"] == "m"
+        assert data["depth"].attrs["maximum_relative_error"] == 2**-10
+        assert data["cam_to_seg"].attrs["units"] == "m"
+        assert all(variable.attrs["long_name"] for variable in data.variables.values())
+        assert data["frame"].values.tolist() == list(range(10, 20))
+        expected = finished.read(SEGMENT, "depth", 15, 16)[0]
+        np.testing.assert_array_equal(data["depth"].sel(frame=15), expected)
+
+
+def test_zarr_lists_the_store_without_warnings(finished):
+    group = zarr.open_group(finished.url, mode="r")
+    assert {name for name, _ in group.members()} >= {"frames", "segments", "trajectory"}
+    assert group.attrs["drive"] == "drive"
+
+
+# ---- files
+
+
+def test_files_go_in_and_out(store, tmp_path):
+    source = tmp_path / "mesh.ply"
+    source.write_bytes(b"ply" * 1000)
+    digest = store.put_file("fusion/parts/0/mesh.ply", source)
+    store.put_file("report/report.html", b"<html>")
+    assert len(digest) == 64
+    assert store.get_file("report/report.html") == b"<html>"
+    assert store.list_files() == ["fusion/parts/0/mesh.ply", "report/report.html"]
+    assert store.list_files("fusion/parts") == ["fusion/parts/0/mesh.ply"]
+    copy = store.local_copy("fusion/parts/0/mesh.ply", tmp_path / "elsewhere")
+    assert copy == tmp_path / "elsewhere" / "mesh.ply"
+    assert copy.read_bytes() == source.read_bytes()
+    assert store.file_url("report/report.html") == f"{store.url}/report/report.html"
+    with pytest.raises(FileNotFoundError, match="no file 'report/figure"):
+        store.get_file("report/figure.png")
+    with pytest.raises(FileNotFoundError, match="no file 'report/figure"):
+        store.local_copy("report/figure.png", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/x", "fusion/../x", "fusion//x", "commits/plan.json", "x", "fusion/zarr.json", ""]
+)
+def test_file_name_outside_its_folders_is_refused(tmp_path, name):
+    store = ReconstructionStore.create(tmp_path / "drive.zarr", {})
+    with pytest.raises(ValueError, match=r"name|folders"):
+        store.put_file(name, b"")
+
+
+# ---- the store as a whole
+
+
+def test_create_opens_what_is_there_and_keeps_other_attributes(finished):
+    again = ReconstructionStore.create(finished.url, {"plan": {"frames": 10, "fps": float("nan")}})
+    assert again.attributes["drive"] == "drive"
+    assert again.attributes["plan"] == {"frames": 10, "fps": None}
+    assert again.is_chunk_done(SEGMENT, CHUNKS[0], "key")
+
+
+def test_open_says_when_nothing_is_there(output_url):
+    with pytest.raises(StoreMissing, match="no reconstruction at"):
+        ReconstructionStore.open(f"{output_url}/nothing.zarr")
+
+
+def test_other_content_is_refused_and_left_alone(output_url):
+    write_object(f"{output_url}/photos/cat.jpg", b"cat") if "://" in output_url else None
+    if "://" not in output_url:
+        Path(output_url, "photos").mkdir(parents=True)
+        Path(output_url, "photos", "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(NotAStore, match=r"photos.*cat\.jpg"):
+        ReconstructionStore.create(f"{output_url}/photos", {})
+    with fsspec.open(f"{output_url}/photos/cat.jpg") as file:
+        assert file.read() == b"cat"
+    zarr.create_group(f"{output_url}/other.zarr", attributes={"title": "other"})
+    with pytest.raises(NotAStore, match="not a reconstruction"):
+        ReconstructionStore.create(f"{output_url}/other.zarr", {})
+    with pytest.raises(NotAStore, match="not a reconstruction"):
+        ReconstructionStore.open(f"{output_url}/other.zarr")
+
+
+def test_store_of_a_newer_schema_is_refused(store):
+    with fsspec.open(f"{store.url}/zarr.json") as file:
+        document = json.load(file)
+    document["attributes"]["schema_version"] += 1
+    write_object(f"{store.url}/zarr.json", json.dumps(document).encode())
+    with pytest.raises(StoreTooNew, match=r"schema version 2.*up to 1"):
+        ReconstructionStore.open(store.url)
+
+
+def test_nothing_outside_the_location_is_written(tmp_path):
+    store = ReconstructionStore.create(tmp_path / "drive.zarr", {})
+    create_segment(store)
+    for chunk in CHUNKS:
+        finish(store, chunk)
+    assert [path.name for path in tmp_path.iterdir()] == ["drive.zarr"]
+
+
+def test_describe_counts_chunks_bytes_and_stages(store):
+    finish(store, CHUNKS[0])
+    store.commit("plan", {"key": "key"})
+    store.put_file("report/report.html", b"12345")
+    found = store.describe()
+    assert found["segments"] == {
+        "0000": {"frames": [10, 20], "chunks_committed": 1, "chunks_total": 3}
+    }
+    assert found["commits"] == ["plan"]
+    assert found["files"] == {"report/report.html": 5}
+    depth = found["arrays"]["segments/0000/depth"]
+    assert (depth["shape"], depth["dtype"]) == ([10, HEIGHT, WIDTH], "float16")
+    assert 0 < depth["bytes"] < found["bytes"]
+    json.dumps(found)
+
+
+def test_verify_names_what_is_damaged(finished):
+    digest = finished.put_file("fusion/mesh.ply", b"mesh")
+    finished.commit("fuse", {"key": "key", "files": {"fusion/mesh.ply": digest}})
+    finished.write_trajectory({"scale": np.ones(3)})
+    finished.commit("align", {"key": "key"})
+    assert finished.verify() == []
+    for name in ("segments/0000/depth/c/1/0/0", "segments/0000/state/tokens/c/2/0/0"):
+        with fsspec.open(f"{finished.url}/{name}") as file:
+            content = bytearray(file.read())
+        content[5] ^= 0xFF
+        write_object(f"{finished.url}/{name}", bytes(content))
+    write_object(f"{finished.url}/fusion/mesh.ply", b"mess")
+    expected = ["fusion/mesh.ply", "segments/0000/depth chunk 1"]
+    assert sorted(finished.verify()) == [*expected, "segments/0000/state/tokens chunk 2"]
+    with pytest.raises(DataDamaged, match=r"depth, frames 14\.\.15; drop commits 'infer/0000'"):
+        finished.read(SEGMENT, "depth", 14, 15)
+    with pytest.raises(DataDamaged, match="chunk 2"):
+        finished.read_state(SEGMENT, CHUNKS[2])
+
+
+def test_verify_notices_a_shard_that_is_gone(finished):
+    filesystem, path = fsspec.core.url_to_fs(finished.url)
+    filesystem.rm_file(f"{path}/segments/0000/gate/c/0/0")
+    assert finished.verify() == ["segments/0000/gate chunk 0"]
