@@ -208,7 +208,6 @@ def reconstruct(
 def run_reconstruction(source: str, output: str, config: Any) -> None:
     """Run the flow that fits the input, show its progress, print what came out."""
     from flows.progress import progress_of
-    from flows.reconstruct_collection import reconstruct_collection
     from flows.reconstruct_drive import check_config, reconstruct_drive, store_url
     from storage.video import is_collection, list_drives
 
@@ -216,7 +215,7 @@ def run_reconstruction(source: str, output: str, config: Any) -> None:
     drives = list_drives(source)
     with progress_of([store_url(output, drive.name) for drive in drives]):
         if is_collection(source):
-            outcomes = reconstruct_collection(source, output, config, raise_on_failure=False)
+            outcomes = run_collection(source, output, config)
         else:
             reconstruct_drive(drives[0].location, output, config, drives[0].name)
             outcomes = [{"url": store_url(output, drives[0].name), "error": None}]
@@ -225,6 +224,16 @@ def run_reconstruction(source: str, output: str, config: Any) -> None:
     failed = sum(outcome["error"] is not None for outcome in outcomes)
     if failed:
         fail(f"{failed} of {len(outcomes)} drives failed; their stores say why", WORK_ERROR)
+
+
+def run_collection(source: str, output: str, config: Any) -> list[dict[str, Any]]:
+    """Reconstruct a collection; failed drives are in what is returned, not raised."""
+    from flows.reconstruct_collection import CollectionIncomplete, reconstruct_collection
+
+    try:
+        return reconstruct_collection(source, output, config)
+    except CollectionIncomplete as error:
+        return error.outcomes
 
 
 def print_result(outcome: dict[str, Any]) -> None:
@@ -387,7 +396,7 @@ def serve() -> None:
     from flows.reconstruct_collection import reconstruct_collection
     from flows.reconstruct_drive import reconstruct_drive
 
-    flows = (reconstruct_drive, reconstruct_collection)
+    flows: tuple[Any, ...] = (reconstruct_drive, reconstruct_collection)
     serve_deployments(*(flow.to_deployment(name="local") for flow in flows))
 
 

@@ -20,6 +20,12 @@ log = logging.getLogger(__name__)
 class CollectionIncomplete(RuntimeError):
     """Some drives of a collection failed; the others are finished."""
 
+    def __init__(self, outcomes: list[dict[str, Any]]) -> None:
+        failed = [outcome for outcome in outcomes if outcome["error"]]
+        reasons = "; ".join(f"{outcome['name']}: {outcome['error']}" for outcome in failed)
+        super().__init__(f"{len(failed)} of {len(outcomes)} drives failed: {reasons}")
+        self.outcomes = outcomes
+
 
 @flow(name="reconstruct-collection", flow_run_name="{collection}", persist_result=False)
 def reconstruct_collection(
@@ -43,12 +49,8 @@ def reconstruct_collection(
     outcomes = [reconstruct_one(drive, output, config) for drive in list_drives(collection)]
     write_summary(output, outcomes)
     publish_collection(outcomes)
-    failed = [outcome for outcome in outcomes if outcome["error"]]
-    if failed:
-        raise CollectionIncomplete(
-            f"{len(failed)} of {len(outcomes)} drives failed: "
-            + "; ".join(f"{outcome['name']}: {outcome['error']}" for outcome in failed)
-        )
+    if any(outcome["error"] for outcome in outcomes):
+        raise CollectionIncomplete(outcomes)
     return outcomes
 
 

@@ -168,21 +168,22 @@ def build_trajectory(
     record = DriveRecord.from_json(store.attributes["drive"])
     shape = fit(record.width, record.height, model.image_size, model.patch_size)
     at_model = intrinsics_from_focal(torch.tensor(focal).double(), shape.height, shape.width)
-    seams = [fits.get(segment.index) for segment in plan.segments]
     return {
         "cam_to_world": blend_poses(store, plan, placements),
         "seg_to_world": np.stack([placement.matrix() for placement in placements]),
         "scale": np.array([placement.scale for placement in placements]),
-        "seam_residual": np.array([_or_nan(fit and fit.residual) for fit in seams]),
-        "seam_inlier_share": np.array([_or_nan(fit and fit.inlier_share) for fit in seams]),
+        "seam_residual": _per_segment(plan, {i: fit.residual for i, fit in fits.items()}),
+        "seam_inlier_share": _per_segment(plan, {i: fit.inlier_share for i, fit in fits.items()}),
         "intrinsics": at_model.numpy(),
         "intrinsics_source": source_intrinsics(focal, shape, record.width, record.height),
         **frame_figures(store, plan),
     }
 
 
-def _or_nan(value: float | None) -> float:
-    return np.nan if value is None else value
+def _per_segment(plan: Plan, values: dict[int, float | None]) -> Array:
+    """[K] values of the segments that have one, NaN for the others."""
+    known = (values.get(segment.index) for segment in plan.segments)
+    return np.array([np.nan if value is None else value for value in known])
 
 
 def blend_poses(store: ReconstructionStore, plan: Plan, placements: list[Sim3]) -> Array:

@@ -9,7 +9,7 @@ same order in every tile that holds it, neighbouring tiles meet to the last bit:
 `merge_meshes` of all tiles is the mesh of one large tile.
 
 Order of use: `choose_grid` once, `filter_depth` on every depth, `plan_tiles` over all
-frames, then `fuse_tile` (or `TileVolume`) for each tile, in parallel if wanted.
+frames, `group_tiles`, then `fuse_tiles` for each group, in parallel if wanted.
 
 Open3D needs seconds to import, so functions that use it import it.
 """
@@ -38,11 +38,11 @@ class FusionSettings:
     depth_limit_m: float | None = None  # ignore what is farther; None: 3 x the median depth
     tile_m: float | None = None  # edge of a tile, rounded to whole blocks; None: 256 voxels
     min_observations: int = 2  # frames that must agree that a surface is there
-    upsampling: int = 2  # depth is interpolated to this many samples a pixel and axis
+    upsampling: int | None = None  # samples a pixel and axis; None: about two a voxel
     confidence_quantile: float = 0.1  # share of the measurements to drop, least confident first
     edge_jump: float = 0.1  # relative kink in inverse depth that marks a depth edge
     max_incidence_deg: float = 86.0  # surfaces seen more obliquely are dropped
-    max_tile_bytes: int = 1_000_000_000  # bound on the volume of one tile
+    max_volume_bytes: int = 1_000_000_000  # bound on the volumes held at once
 
     def __post_init__(self) -> None:
         for name in ("voxel_m", "depth_limit_m", "tile_m"):
@@ -51,7 +51,7 @@ class FusionSettings:
                 raise ValueError(f"{name} is {value}; expected metres above 0, or None")
         if not 1 <= self.truncation_voxels <= 8:
             raise ValueError(f"truncation_voxels is {self.truncation_voxels}; expected 1 to 8")
-        if self.min_observations < 1 or self.upsampling < 1:
+        if self.min_observations < 1 or (self.upsampling is not None and self.upsampling < 1):
             raise ValueError(
                 f"min_observations is {self.min_observations} and upsampling "
                 f"{self.upsampling}; both must be at least 1"
@@ -75,16 +75,17 @@ class FusionGrid:
     depth_limit_m: float
     min_confidence: float  # measurements below are dropped
     tile_blocks: int  # blocks along the edge of a tile
+    upsampling: int  # depth is interpolated to this many samples a pixel and axis
     settings: FusionSettings = field(default_factory=FusionSettings)
 
     def __post_init__(self) -> None:
         if self.tile_blocks < 2:
             raise ValueError(f"tile_blocks is {self.tile_blocks}; expected at least 2")
-        if self.tile_bytes > self.settings.max_tile_bytes:
+        if self.tile_bytes > self.settings.max_volume_bytes:
             raise ValueError(
                 f"a tile of {self.tile_m:g} m at voxels of {self.voxel_m:g} m may need "
-                f"{self.tile_bytes / 1e9:.2g} GB, more than max_tile_bytes "
-                f"({self.settings.max_tile_bytes / 1e9:.2g} GB); use smaller tiles"
+                f"{self.tile_bytes / 1e9:.2g} GB, more than max_volume_bytes "
+                f"({self.settings.max_volume_bytes / 1e9:.2g} GB); use smaller tiles"
             )
 
     @property
@@ -197,6 +198,7 @@ def choose_grid(
         depth_limit_m=settings.depth_limit_m or 3 * median,
         min_confidence=threshold,
         tile_blocks=max(2, round((settings.tile_m or 256 * voxel) / block)),
+        upsampling=settings.upsampling or int(np.clip(round(2 * median / focal_px / voxel), 1, 3)),
         settings=settings,
     )
 
@@ -237,7 +239,7 @@ def filter_depth(
 
 def prepare(frame: FusionFrame, grid: FusionGrid) -> PreparedFrame:
     """Interpolate the depth and find the blocks that it touches."""
-    depth, intrinsics = upsample_depth(frame.depth, frame.intrinsics, grid.settings.upsampling)
+    depth, intrinsics = upsample_depth(frame.depth, frame.intrinsics, grid.upsampling)
     depth[~((depth > 0) & (depth <= grid.depth_limit_m))] = 0
     blocks = touched_blocks(depth, intrinsics, frame.T_world_cam, grid)
     if frame.color is None:
@@ -341,12 +343,45 @@ class TileVolume:
         return weld(_clip(_mesh_from_open3d(extracted), self.tile, self.grid))
 
 
-def fuse_tile(tile: Tile, frames: Iterable[FusionFrame], grid: FusionGrid) -> Mesh:
-    """Surface inside one tile from `tile.frames`, in that order, read one by one."""
-    volume = TileVolume(tile, grid)
+def group_tiles(tiles: list[Tile], grid: FusionGrid) -> list[list[Tile]]:
+    """Cut tiles, in the order in which the drive enters them, into groups for `fuse_tiles`.
+
+    A group fits into `max_volume_bytes`. Fewer groups read fewer frames twice.
+    """
+    groups: list[list[Tile]] = []
+    room = 0
+    for tile in sorted(tiles, key=lambda tile: (tile.frames[0], tile.index)):
+        size = tile.blocks * grid.block_voxels**3 * _BYTES_PER_VOXEL
+        if not groups or size > room:
+            groups.append([])
+            room = grid.settings.max_volume_bytes
+        groups[-1].append(tile)
+        room -= size
+    return groups
+
+
+def frames_of(tiles: Iterable[Tile]) -> list[int]:
+    """Frames that any of the tiles needs, ascending."""
+    return sorted({number for tile in tiles for number in tile.frames})
+
+
+def fuse_tiles(tiles: list[Tile], frames: Iterable[FusionFrame], grid: FusionGrid) -> list[Mesh]:
+    """Surfaces inside some tiles, one mesh a tile, from one pass over their frames.
+
+    Args:
+        frames: those of `frames_of(tiles)`, in that order; read one by one and not kept.
+    """
+    volumes = [TileVolume(tile, grid) for tile in tiles]
     for frame in frames:
-        volume.integrate(prepare(frame, grid))
-    return volume.mesh()
+        prepared = prepare(frame, grid)
+        for volume in volumes:
+            volume.integrate(prepared)
+    return [volume.mesh() for volume in volumes]
+
+
+def fuse_tile(tile: Tile, frames: Iterable[FusionFrame], grid: FusionGrid) -> Mesh:
+    """Surface inside one tile; see `fuse_tiles`."""
+    return fuse_tiles([tile], frames, grid)[0]
 
 
 def _block_voxels(settings: FusionSettings) -> int:

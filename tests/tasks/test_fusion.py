@@ -23,7 +23,10 @@ from tasks.fusion import (
     TileVolume,
     choose_grid,
     filter_depth,
+    frames_of,
     fuse_tile,
+    fuse_tiles,
+    group_tiles,
     plan_tiles,
     prepare,
     touched_blocks,
@@ -206,6 +209,22 @@ def test_plan_tiles_lists_exactly_the_frames_that_matter(frames):
     assert len(chosen.triangles)
 
 
+def test_groups_of_tiles_give_the_same_meshes_from_fewer_passes(frames):
+    # Room for about 1,000 blocks of 10 x 10 x 10 voxels of 20 bytes at once.
+    grid = grid_of(tile_m=2.0, max_volume_bytes=220**3 * 2)
+    tiles = plan_tiles(frames, grid)
+    groups = group_tiles(tiles, grid)
+    assert 1 < len(groups) < len(tiles)
+    assert sorted(tile.index for group in groups for tile in group) == [t.index for t in tiles]
+    for group in groups:
+        assert sum(tile.blocks for tile in group) * 20_000 <= 220**3 * 2 or len(group) == 1
+    group = groups[1]
+    together = fuse_tiles(group, [frames[i] for i in frames_of(group)], grid)
+    for tile, mesh in zip(group, together, strict=True):
+        alone = fuse_tile(tile, [frames[i] for i in tile.frames], grid)
+        assert write_ply(alone) == write_ply(mesh)
+
+
 def ball_frames():
     """A ball of radius 1 m at the origin, seen from all sides, against nothing."""
     scene = Scene(trimesh.creation.icosphere(5))
@@ -382,6 +401,8 @@ def test_choose_grid_takes_a_pixel_at_the_median_depth():
     assert grid.voxel_m == pytest.approx(0.1)
     assert grid.depth_limit_m == pytest.approx(30)
     assert grid.tile_m == pytest.approx(25.6)
+    assert grid.upsampling == 2
+    assert choose_grid(FusionSettings(), depths, 1000.0).upsampling == 1
     assert choose_grid(FusionSettings(), depths, 1000.0).voxel_m == pytest.approx(10 / 250)
     assert choose_grid(FusionSettings(), depths, 10.0).voxel_m == pytest.approx(10 / 40)
 
@@ -448,6 +469,7 @@ def fuse_one(frame, **changes):
         depth_limit_m=8.0,
         min_confidence=-np.inf,
         tile_blocks=32,
+        upsampling=2,
         settings=FusionSettings(min_observations=1),
         **changes,
     )

@@ -1,0 +1,102 @@
+"""A drive of known geometry: a straight corridor, and a network that is never wrong."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from storage.reconstruction import ReconstructionStore
+from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
+from tasks.infer import segment_key
+from tasks.plan import plan_stage, read_plan
+from tasks.probe import probe_stage
+from ttt3r.weights import weights_info
+
+# The network's own size, so that frames are neither resized nor cropped.
+WIDTH = weights_info("untrained").config.image_size
+HEIGHT, FOCAL = WIDTH * 3 // 4, WIDTH * 0.625
+STEP_M = 0.15  # per frame, forward
+HALF_WIDTH_M, HALF_HEIGHT_M = 2.0, 1.5
+END_M = 30.0  # a wall closes the corridor
+# Floor, ceiling, left, right, end.
+COLORS = np.array([[90, 90, 90], [200, 200, 220], [200, 40, 40], [40, 160, 40], [40, 40, 200]])
+
+
+def corridor(z: float) -> tuple[np.ndarray, np.ndarray]:
+    """Depth [H, W] in metres and colour [H, W, 3] seen from the middle at `z`, looking forward."""
+    v, u = np.mgrid[0:HEIGHT, 0:WIDTH].astype(float)
+    x, y = (u - WIDTH // 2) / FOCAL, (v - HEIGHT // 2) / FOCAL
+    with np.errstate(divide="ignore"):
+        planes = [
+            np.where(y > 0, HALF_HEIGHT_M / y, np.inf),
+            np.where(y < 0, -HALF_HEIGHT_M / y, np.inf),
+            np.where(x < 0, -HALF_WIDTH_M / x, np.inf),
+            np.where(x > 0, HALF_WIDTH_M / x, np.inf),
+            np.full_like(x, END_M - z),
+        ]
+    depth = np.stack(planes)
+    return depth.min(axis=0), COLORS[depth.argmin(axis=0)].astype(np.uint8)
+
+
+def write_video(path: Path, frames: list[np.ndarray], rate: int = 10) -> None:
+    """Encode RGB frames as H.264."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "12", "g": "10"})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv444p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode())
+
+
+@dataclass
+class Corridor:
+    """A planned drive of the corridor; its segments are in units of their own."""
+
+    url: str
+    config: ReconstructionConfig
+    scales: tuple[float, ...]  # metres per unit of each segment
+
+    def infer_perfectly(self) -> None:
+        """Write and commit what a network without error would: each segment in its own frame."""
+        store = ReconstructionStore.open(self.url)
+        plan, info = read_plan(store), weights_info(self.config.infer.weights)
+        for segment, scale in zip(plan.segments, self.scales, strict=True):
+            key = segment_key(store, plan, segment, self.config.infer, info)
+            store.create_segment(segment, plan.chunk_frames, HEIGHT, WIDTH, 2, (1, 4), (1, 8))
+            for chunk in segment.chunks(plan.chunk_frames):
+                arrays = self._arrays(range(chunk.start, chunk.stop), segment.start, scale)
+                store.write_chunk(segment, chunk, arrays)
+                store.commit_chunk(segment, chunk, {"key": key})
+
+    @staticmethod
+    def _arrays(frames: range, first: int, scale: float) -> dict[str, np.ndarray]:
+        count = len(frames)
+        depth = np.stack([corridor(frame * STEP_M)[0] for frame in frames]) / scale
+        cam_to_seg = np.tile(np.eye(4, dtype=np.float32), (count, 1, 1))
+        cam_to_seg[:, 2, 3] = [(frame - first) * STEP_M / scale for frame in frames]
+        camera = np.array([[FOCAL, 0, WIDTH // 2], [0, FOCAL, HEIGHT // 2], [0, 0, 1]], np.float32)
+        return {
+            "depth": depth.astype(np.float32),
+            "confidence": np.full(depth.shape, 5, np.float32),
+            "cam_to_seg": cam_to_seg,
+            "intrinsics": np.tile(camera, (count, 1, 1)),
+            "descriptor": np.zeros((count, 2), np.float32),
+            "gate": np.full((count, 5), 0.3, np.float32),
+            "state_tokens": np.zeros((1, 4), np.float32),
+            "state_pose_memory": np.zeros((1, 8), np.float32),
+        }
+
+
+@pytest.fixture
+def corridor_drive(tmp_path) -> Corridor:
+    """Forty frames of the corridor in two segments, the second in other units."""
+    video = tmp_path / "corridor.mp4"
+    write_video(video, [corridor(i * STEP_M)[1] for i in range(40)])
+    config = ReconstructionConfig(plan=PlanConfig(24, 8, 8), infer=InferConfig("untrained"))
+    url = str(tmp_path / "out" / "corridor.zarr")
+    probe_stage.fn(str(video), "corridor", url)
+    plan_stage.fn(url, config)
+    return Corridor(url, config, (1.0, 1.25))
