@@ -78,6 +78,21 @@ class _Head(nn.Module):
             ModulatedBlock(width, config.dec_num_heads, config.mlp_ratio) for _ in range(2)
         )
 
+    @torch.no_grad()
+    def initialise_outputs(self) -> None:
+        """Start with small outputs: cameras near the identity, all points 1.7 m ahead of them."""
+        pose = self.pose_head.mlp.fc2
+        nn.init.trunc_normal_(pose.weight, std=1e-3)
+        pose.bias[3] = 1.0  # w of the quaternion
+        for layer, pixels in self.point_outputs():
+            layer.weight.mul_(0.1)
+            assert layer.bias is not None
+            layer.bias[2 * pixels : 3 * pixels] = 1.0  # raw z; expm1(1) = 1.7
+
+    def point_outputs(self) -> list[tuple[nn.Linear | nn.Conv2d, int]]:
+        """The last layers that give points, with their outputs per channel x, y, z, c."""
+        raise NotImplementedError
+
     def to_world(self, tokens: Tensor, pose_token: Tensor, rotary: Rotary) -> Tensor:
         """Condition image tokens [B, N, D] on their pose token [B, D] (section 7.2)."""
         for block in self.final_transform:
@@ -110,6 +125,10 @@ class LinearHead(_Head):
         self.proj = Mlp(width, 4 * width, 4 * pixels)
         self.cross_proj = Mlp(width, 4 * width, 4 * pixels)
         self.rgb_proj = Mlp(width, 4 * width, 3 * pixels)
+
+    def point_outputs(self) -> list[tuple[nn.Linear | nn.Conv2d, int]]:
+        pixels = self.patch_size**2
+        return [(self.proj.fc2, pixels), (self.cross_proj.fc2, pixels)]
 
     def cam(self, levels: Sequence[Tensor], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return points_and_confidence(self._pixels(self.proj, levels[-1], grid), front_only=True)
@@ -215,16 +234,21 @@ class DPTStack(nn.Module):
             post(level.to(dtype).unflatten(1, grid).permute(0, 3, 1, 2))
             for post, level in zip(self.act_postprocess, levels, strict=True)
         ]
-        *body, last = self.head
         x = self.scratch(maps)
-        for layer in body:
+        for layer in list(self.head)[:-1]:
             x = layer(x)
-        return _conv1x1_fp32(last, x).permute(0, 2, 3, 1)
+        return _conv1x1_fp32(self.last, x).permute(0, 2, 3, 1)
+
+    @property
+    def last(self) -> nn.Conv2d:
+        """The layer whose output is the stack's."""
+        layer = self.head[-1]
+        assert isinstance(layer, nn.Conv2d)
+        return layer
 
 
-def _conv1x1_fp32(layer: nn.Module, x: Tensor) -> Tensor:
+def _conv1x1_fp32(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Apply a 1x1 convolution in float32: an exponential will magnify what comes out."""
-    assert isinstance(layer, nn.Conv2d)
     assert layer.bias is not None
     with torch.autocast(x.device.type, enabled=False):
         return F.conv2d(x.float(), layer.weight.float(), layer.bias.float())
@@ -240,6 +264,9 @@ class DPTHead(_Head):
         self.dpt_self = DPTStack(config, 4)
         self.dpt_cross = DPTStack(config, 4)
         self.dpt_rgb = DPTStack(config, 3)
+
+    def point_outputs(self) -> list[tuple[nn.Linear | nn.Conv2d, int]]:
+        return [(self.dpt_self.last, 1), (self.dpt_cross.last, 1)]
 
     def cam(self, levels: Sequence[Tensor], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         return points_and_confidence(self.dpt_self(levels, grid))

@@ -102,7 +102,8 @@ class Mlp(nn.Module):
 
     def forward_fp32_out(self, x: Tensor) -> Tensor:
         """Same, with the last layer in float32: for values that an exponential will magnify."""
-        return linear_fp32(self.fc2, F.gelu(self.fc1(x)))
+        hidden = F.gelu(self.fc1(x.to(self.fc1.weight.dtype)))
+        return linear_fp32(self.fc2, hidden)
 
 
 class SelfAttention(nn.Module):
@@ -220,6 +221,7 @@ class ModulatedNorm(nn.Module):
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        condition = condition.to(self.norm.weight.dtype)
         shift, scale = self.mlp(condition)[:, None].chunk(2, dim=-1)
         return self.norm(x) * (1 + scale) + shift
 

@@ -436,7 +436,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Random weights to train from: Xavier's variance, small heads, poses near identity."""
+        """Random weights to train from: Xavier's variance; heads see to their last layers."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
                 fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(module.weight)
@@ -447,9 +447,7 @@ class Model(nn.Module):
         for token in (self.pose_token, retriever.masked_token, retriever.mem):
             nn.init.trunc_normal_(token, std=0.02)
         nn.init.trunc_normal_(self.register_tokens.weight, std=0.02)
-        last = self.downstream_head.pose_head.mlp.fc2
-        nn.init.trunc_normal_(last.weight, std=1e-3)
-        last.bias[3] = 1.0
+        self.downstream_head.initialise_outputs()
 
     def _add_ray_map_encoder(self) -> None:
         """Weights that checkpoints hold for known cameras; images never use them."""

@@ -36,7 +36,11 @@ _NETWORK_KEYS = (
     "rope_base",
 )  # fmt: skip
 _OTHER_KEYS = ("weight_seed", "qk_gain", "update_type")
-_DEFAULTS = {"reset_interval": None, "reset_frames_without_overlap": [], "pixel_stride": 1}
+_DEFAULTS: dict[str, Any] = {
+    "reset_interval": None,
+    "reset_frames_without_overlap": [],
+    "pixel_stride": 1,
+}
 _INPUTS = ("images", "view_source_frame", "reset", "update")
 _NEEDED_OUTPUTS = ("camera_pose", "pts3d_self", "conf_self")
 _PER_PIXEL = ("pts3d_self", "conf_self", "pts3d_other", "conf_other", "rgb")
