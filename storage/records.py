@@ -7,7 +7,15 @@ only frames that decode have a number. Ranges are half-open.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+KEYFRAME = 1  # FrameTable.flags: decoding can start at this frame
+DAMAGED = 2  # FrameTable.flags: decodes, but the decoder had to patch the picture
+DUPLICATE = 4  # FrameTable.flags: no visible change from the frame before
 
 
 @dataclass(frozen=True)
@@ -17,7 +25,13 @@ class Clip:
     location: str  # path or fsspec URL
     frames: int  # frames that decode
     size_bytes: int
-    backend: str  # "decord", "pyav" or "images"
+    backend: str  # "decord", "pyav", "images", or "none" where no frame decodes
+    reason: str = ""  # why this backend
+    is_seekable: bool = False  # frames can be found by timestamp; else decode from the beginning
+    is_damaged: bool = False  # decoding it meets errors: decode with one thread, so that
+    # the pictures patched up by the decoder are the same each time
+    time_base: str = ""  # seconds a tick, as a fraction such as "1/30000"
+    first_pts: int = 0  # ticks: presentation timestamp of the first frame
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,7 @@ class UnreadableFrame:
     clip: int  # index into DriveRecord.clips
     index: int  # position in the clip, in presentation order where known
     reason: str
+    count: int = 1  # frames from `index` on that share this reason; 0 where unknown
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,52 @@ class DriveRecord:
                 "problems": tuple(data["problems"]),
             }
         )
+
+
+@dataclass(frozen=True)
+class FrameTable:
+    """When and where each frame of a drive is; row n is frame n of the drive.
+
+    Shapes are checked at creation: a mismatch raises ValueError.
+    """
+
+    timestamp: NDArray[np.float64]  # [N] seconds from the first frame, non-decreasing
+    clip: NDArray[np.int32]  # [N] index into DriveRecord.clips
+    index: NDArray[np.int32]  # [N] position in the clip, unreadable frames counted
+    flags: NDArray[np.uint8]  # [N] sum of KEYFRAME, DAMAGED, DUPLICATE
+
+    def __post_init__(self) -> None:
+        shapes = {name: np.shape(array) for name, array in self.to_arrays().items()}
+        if len(set(shapes.values())) != 1 or self.timestamp.ndim != 1:
+            raise ValueError(f"a frame table needs four arrays of one length [N], got {shapes}")
+
+    def __len__(self) -> int:
+        return len(self.timestamp)
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """The columns by name, ready to be stored."""
+        return {
+            "timestamp": self.timestamp,
+            "clip": self.clip,
+            "index": self.index,
+            "flags": self.flags,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, NDArray[Any]]) -> FrameTable:
+        """Inverse of `to_arrays`; without `flags`, every clip is read from its beginning."""
+        timestamp = np.asarray(arrays["timestamp"], np.float64)
+        return cls(
+            timestamp,
+            np.asarray(arrays["clip"], np.int32),
+            np.asarray(arrays["index"], np.int32),
+            np.asarray(arrays.get("flags", np.zeros(timestamp.shape)), np.uint8),
+        )
+
+    def rows_of(self, clip: int) -> range:
+        """Frames of the drive that clip number `clip` holds."""
+        first, stop = np.searchsorted(self.clip, [clip, clip + 1])
+        return range(int(first), int(stop))
 
 
 @dataclass(frozen=True)
@@ -108,7 +169,7 @@ class Plan:
         return 1 + max((s.part for s in self.segments), default=-1)
 
     def overlap(self, segment: Segment) -> range:
-        """Frames that `segment` shares with the segment before it; empty for the first of a part."""
+        """Frames shared with the segment before it; none for the first segment of a part."""
         if segment.index == 0:
             return range(0)
         before = self.segments[segment.index - 1]
@@ -119,7 +180,7 @@ class Plan:
     def owner_ranges(self) -> list[range]:
         """For each segment, the frames it owns: a seam splits an overlap in the middle."""
         seams = [s.start + len(self.overlap(s)) // 2 for s in self.segments] + [self.frames]
-        return [range(a, b) for a, b in zip(seams, seams[1:], strict=False)]
+        return [range(a, b) for a, b in pairwise(seams)]
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""

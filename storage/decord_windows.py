@@ -1,0 +1,104 @@
+"""Decord on short stretches of a recording: bounded memory, counted frames.
+
+Given a whole file, decord decodes ahead without bound whenever its caller pauses (one frame
+read, then idle: 73 to 1380 MB within 6 s for a 50 MB file), reads remote files into memory as
+a whole and takes another track than the first where there are several. Given a window, the
+packets of a few whole groups of frames copied into a small file in memory, it can hold no
+more than the window's frames, and every window's count is checked.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import av
+import decord
+import numpy as np
+from av.packet import Packet
+from av.video.stream import VideoStream
+from decord._ffi.base import DECORDError
+from numpy.typing import NDArray
+
+from storage.media import open_video, packets_from
+
+WINDOW_BYTES = 512 * 2**20  # RGB frames that decord may hold at once
+WINDOW_FRAMES = 32  # groups of packets are read together up to this many frames
+THREADS = 4
+
+decord.logging.set_level(decord.logging.QUIET)
+
+
+class DecordFailure(Exception):
+    """Decord does not give the frames that a window holds."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Whole groups of packets as an MP4 file of their own."""
+
+    data: bytes
+    pts: NDArray[np.int64]  # [n] timestamps of its frames in the recording, ascending
+
+
+def window_target(width: int, height: int) -> int:
+    """Frames that a window holds at least, unless the recording ends."""
+    return max(1, min(WINDOW_FRAMES, WINDOW_BYTES // (width * height * 3)))
+
+
+def read_windows(
+    location: str, key_pts: int | None, last_pts: int, least_frames: int
+) -> Iterator[Window]:
+    """Windows from the key frame at `key_pts` (None: the first) to that which holds `last_pts`.
+
+    Raises:
+        SeekMissed: the key frame is not found; before the first window.
+    """
+    with open_video(location) as (container, stream):
+        held: list[Packet] = []
+        for packet in packets_from(container, stream, key_pts):
+            is_past = packet.pts is not None and packet.pts > last_pts
+            if packet.is_keyframe and held and (is_past or len(held) >= least_frames):
+                yield _window(held, stream)
+                held = []
+                if is_past:
+                    return
+            held.append(packet)
+        if held:
+            yield _window(held, stream)
+
+
+def decode_window(
+    window: Window, size: tuple[int, int], wanted: Sequence[int]
+) -> Iterator[NDArray[np.uint8]]:
+    """RGB frames [H, W, 3] at the ascending positions `wanted` of a window.
+
+    Raises:
+        DecordFailure: decord fails, or its frames are not as many or as large as they should be.
+    """
+    try:
+        reader = decord.VideoReader(io.BytesIO(window.data), num_threads=THREADS)
+        if len(reader) != len(window.pts):
+            raise DecordFailure(f"decord counts {len(reader)} frames of {len(window.pts)}")
+        for position in range(wanted[-1] + 1):
+            frame = reader.next()
+            if position not in wanted:
+                continue
+            if frame.shape != (size[1], size[0], 3):
+                raise DecordFailure(f"decord gives a frame of shape {frame.shape}")
+            yield frame.asnumpy()
+    except (DECORDError, StopIteration) as error:
+        reason = (str(error).splitlines() or ["no more frames"])[0]
+        raise DecordFailure(f"decord fails: {reason}") from error
+
+
+def _window(held: Sequence[Packet], stream: VideoStream) -> Window:
+    pts = np.sort(np.array([packet.pts for packet in held], np.int64))
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as output:
+        track = output.add_stream_from_template(stream)
+        for packet in held:
+            packet.stream = track
+            output.mux(packet)
+    return Window(buffer.getvalue(), pts)

@@ -1,0 +1,167 @@
+"""Which recordings a location holds: one drive, or a collection of them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from glob import has_magic
+from pathlib import PurePosixPath
+from urllib.parse import urlsplit
+
+from fsspec.core import url_to_fs
+
+from storage.images import is_picture
+from storage.media import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    file_name,
+    has_suffix,
+    list_folder,
+    natural_key,
+    qualified,
+)
+
+log = logging.getLogger(__name__)
+
+DEEPEST = 8  # folders below the collection that are looked into
+LONGEST_NAME = 120  # characters
+
+
+@dataclass(frozen=True)
+class DriveLocation:
+    """Where a drive is, and the name of its results: unique, and safe as a file name."""
+
+    name: str
+    location: str
+
+
+def list_drives(collection: str) -> list[DriveLocation]:
+    """The drives at a path, fsspec URL or glob, in natural name order.
+
+    - A video file is a drive, named after the file.
+    - A folder that directly holds videos is one drive of clips, named after the folder; if
+      subfolders hold drives too, each video is a drive, and so is each of those.
+    - A folder that directly holds two or more images, and no video, is one drive. Folders of
+      16-bit or float images (depth maps) are passed over.
+    - Any other folder: what its subfolders hold, at any depth up to 8; hidden ones are ignored.
+    - A glob: what each match holds, by the rules above.
+
+    Names that clash are prefixed by those of their parent folders.
+
+    Raises:
+        ValueError: nothing is found; says what was looked for.
+    """
+    found = [location for root in _roots(collection) for location in _drives_in(root, 0)]
+    if not found:
+        raise ValueError(
+            f"{collection}: no drive is found; expected a video file "
+            f"({_some(VIDEO_SUFFIXES, '.mp4 .mov .mkv .avi')}), a folder of videos, of two or "
+            "more 8-bit images (.jpg, .png, ...), of such folders, or a glob of these"
+        )
+    return _named(list(dict.fromkeys(found)))
+
+
+def is_collection(location: str) -> bool:
+    """Whether `location` is a glob or a folder of drives rather than one drive.
+
+    Raises:
+        ValueError: nothing is found at `location`.
+    """
+    drives = list_drives(location)
+    is_glob = _is_glob(location)
+    return is_glob or len(drives) > 1 or not _is_same(drives[0].location, location)
+
+
+def drive_name(location: str) -> str:
+    """Name of a drive's results: that of the file without its suffix, or of the folder."""
+    return _safe(_parts(location)[-1])
+
+
+def drive_files(location: str) -> tuple[list[str], list[str]]:
+    """(videos, images) directly in a folder, in natural name order."""
+    files, _ = list_folder(location)
+    videos = [file for file in files if has_suffix(file, VIDEO_SUFFIXES)]
+    images = [file for file in files if has_suffix(file, IMAGE_SUFFIXES)]
+    return videos, images
+
+
+def _some(suffixes: frozenset[str], first: str) -> str:
+    return f"{', '.join(first.split())} and {len(suffixes) - len(first.split())} other kinds"
+
+
+def _is_glob(location: str) -> bool:
+    """Whether it is a pattern; a file may have brackets in its name, a URL a query."""
+    if not has_magic(location) or location.startswith(("http://", "https://")):
+        return False
+    fs, path = url_to_fs(location)
+    return not fs.exists(path)
+
+
+def _roots(collection: str) -> list[str]:
+    fs, path = url_to_fs(collection)
+    if _is_glob(collection):
+        matches = sorted((str(m) for m in fs.glob(path)), key=natural_key)
+        roots = [qualified(fs, m) for m in matches if not file_name(m).startswith(".")]
+        return [r for r in roots if fs.isdir(r) or has_suffix(r, VIDEO_SUFFIXES)]
+    return [collection] if fs.exists(path) else []
+
+
+def _drives_in(location: str, depth: int) -> list[str]:
+    """Locations of the drives at and below a file or folder."""
+    fs, path = url_to_fs(location)
+    if depth == 0 and fs.isfile(path):
+        return [location]
+    videos, images = drive_files(location)
+    folders = list_folder(location)[1] if depth < DEEPEST else []
+    below = [drive for folder in folders for drive in _drives_in(folder, depth + 1)]
+    if videos:
+        return [*videos, *below] if below else [location]
+    if len(images) >= 2 and is_picture(images[0]):
+        return [location, *below]
+    if images:
+        log.info("%s: its images are no drive (a single one, or depth maps)", location)
+    return below
+
+
+def _is_same(a: str, b: str) -> bool:
+    return url_to_fs(a)[1].rstrip("/") == url_to_fs(b)[1].rstrip("/")
+
+
+def _named(locations: Sequence[str]) -> list[DriveLocation]:
+    """Names from the last part of each location, and as many parents as tell them apart."""
+    parts = [_parts(location) for location in locations]
+    names = [_safe(p[-1]) for p in parts]
+    for length in range(2, max(len(p) for p in parts) + 1):
+        clashing = _clashing(names)
+        if not clashing:
+            break
+        for i in clashing:
+            names[i] = _safe("_".join(parts[i][-length:]))
+    for number, i in enumerate(_clashing(names), 1):
+        names[i] = f"{names[i]}-{number}"
+    return [DriveLocation(n, at) for n, at in zip(names, locations, strict=True)]
+
+
+def _clashing(names: Sequence[str]) -> list[int]:
+    """Positions of names that another name equals, upper and lower case being the same."""
+    folded = [name.casefold() for name in names]
+    return [i for i, name in enumerate(folded) if folded.count(name) > 1]
+
+
+def _parts(location: str) -> list[str]:
+    """Folders and name, the suffix of a video file left out."""
+    path = urlsplit(location).path if "://" in location else url_to_fs(location)[1]
+    netloc = urlsplit(location).hostname or "" if "://" in location else ""
+    parts = [part for part in (netloc, *path.split("/")) if part] or ["drive"]
+    last = PurePosixPath(parts[-1])
+    if last.suffix.lower() in VIDEO_SUFFIXES:
+        parts[-1] = last.stem
+    return parts
+
+
+def _safe(name: str) -> str:
+    """A name that any file system and object store takes."""
+    plain = re.sub(r"[^\w.\-]+", "_", name).strip("._-")
+    return plain[:LONGEST_NAME] or "drive"

@@ -1,0 +1,182 @@
+"""Folders of images read as a drive: natural name order, EXIF orientation applied."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from storage.media import IMAGE_SUFFIXES, UnreadableVideo, has_suffix, list_folder, open_bytes
+from storage.scenes import THUMBNAIL, SceneMeter, SceneSeries
+
+ASSUMED_HZ = 10.0
+ORIENTATION = 0x0112  # EXIF tag
+CLOCKWISE_DEGREES = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}
+PICTURE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
+
+
+@dataclass(frozen=True)
+class ImageScan:
+    """What a folder of images holds."""
+
+    images: tuple[str, ...]  # locations in name order
+    index: NDArray[np.int32]  # [N] positions in `images` that can be read
+    lost: dict[int, str]  # the other positions, and why
+    width: int
+    height: int
+    rotation: int  # degrees clockwise that EXIF asks for, of the first frame
+    codec: str
+    size_bytes: int
+    series: SceneSeries
+
+
+@dataclass(frozen=True)
+class _Image:
+    size: tuple[int, int]  # width, height after orientation
+    rotation: int
+    codec: str
+    bytes: int
+    thumbnail: NDArray[np.uint8]
+
+
+def list_images(location: str) -> list[str]:
+    """Images directly in a folder, in natural name order."""
+    return [file for file in list_folder(location)[0] if has_suffix(file, IMAGE_SUFFIXES)]
+
+
+def is_picture(location: str) -> bool:
+    """Whether an image holds a picture rather than measurements, such as 16-bit depth."""
+    try:
+        with open_bytes(location) as file, Image.open(file) as image:
+            return image.mode in PICTURE_MODES
+    except (UnidentifiedImageError, OSError):
+        return True  # probing says what is wrong with it
+
+
+def read_image(location: str) -> NDArray[np.uint8]:
+    """Upright RGB picture, uint8 [H, W, 3].
+
+    Raises:
+        UnreadableVideo: no image, cut off, or no 8-bit picture.
+    """
+    image, _, _ = _load(location)
+    return np.asarray(image)
+
+
+def scan_images(location: str, progress: Callable[[int], None] | None = None) -> ImageScan:
+    """Decode every image of a folder; those of another size than most cannot be used.
+
+    Raises:
+        UnreadableVideo: no image can be read.
+    """
+    images = list_images(location)
+    meter = SceneMeter()
+    lost: dict[int, str] = {}
+    positions: list[int] = []
+    first: _Image | None = None
+    size_bytes = 0
+    size = _common_size(images, lost)
+    for position, image in enumerate(images):
+        if position in lost:
+            continue
+        try:
+            one = _measure(image)
+        except UnreadableVideo as error:
+            lost[position] = str(error).removeprefix(f"{image}: ")
+            continue
+        first = first or one
+        positions.append(position)
+        size_bytes += one.bytes
+        meter.add(one.thumbnail)
+        if progress:
+            progress(len(positions))
+    if first is None:
+        why = next(iter(lost.values()), "it holds none")
+        raise UnreadableVideo(f"{location}: no image of the folder can be read: {why}")
+    return ImageScan(
+        tuple(images),
+        np.array(positions, np.int32),
+        dict(sorted(lost.items())),
+        *size,
+        first.rotation,
+        first.codec,
+        size_bytes,
+        meter.finish(),
+    )
+
+
+def read_images(location: str, index: Sequence[int], count: int) -> Iterator[NDArray[np.uint8]]:
+    """The images at the positions `index` of a folder that held `count` images when probed.
+
+    Raises:
+        UnreadableVideo: the folder's images are others than when it was probed.
+    """
+    images = list_images(location)
+    if len(images) != count:
+        raise UnreadableVideo(
+            f"{location}: holds {len(images)} images, {count} when it was probed; probe it again"
+        )
+    for position in index:
+        yield read_image(images[position])
+
+
+def _common_size(images: Sequence[str], lost: dict[int, str]) -> tuple[int, int]:
+    """The size, after orientation, of most images; notes the others in `lost`."""
+    sizes: dict[int, tuple[int, int]] = {}
+    for position, location in enumerate(images):
+        try:
+            with open_bytes(location) as file, Image.open(file) as image:
+                sizes[position] = _upright_size(image)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            lost[position] = _reason(error)
+    common = Counter(sizes.values()).most_common(1)[0][0] if sizes else (0, 0)
+    for position, size in sizes.items():
+        if size != common:
+            lost[position] = (
+                f"its size is {size[0]} x {size[1]} instead of {common[0]} x {common[1]} pixels, "
+                "that of most images"
+            )
+    return common
+
+
+def _measure(location: str) -> _Image:
+    image, rotation, codec = _load(location)
+    rows, columns = THUMBNAIL
+    grey = image.convert("L").resize((columns, rows), Image.Resampling.BOX, reducing_gap=2.0)
+    with open_bytes(location) as file:
+        size_bytes = file.seek(0, 2)
+    return _Image(image.size, rotation, codec, size_bytes, np.asarray(grey))
+
+
+def _load(location: str) -> tuple[Image.Image, int, str]:
+    """(upright RGB image, degrees clockwise applied, format)."""
+    try:
+        with open_bytes(location) as file, Image.open(file) as image:
+            if image.mode not in PICTURE_MODES:
+                raise UnreadableVideo(
+                    f"{location}: its pixels are {image.mode} (such as 16-bit depth), not 8-bit "
+                    "colour or grey"
+                )
+            rotation = CLOCKWISE_DEGREES.get(image.getexif().get(ORIENTATION, 1), 0)
+            upright = ImageOps.exif_transpose(image)
+            return upright.convert("RGB"), rotation, (image.format or "").lower()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadableVideo(f"{location}: {_reason(error)}") from error
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    is_turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    return image.size[::-1] if is_turned else image.size
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with an image; a lost file or connection rises instead."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image that can be read"
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    return str(error)

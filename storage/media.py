@@ -1,0 +1,333 @@
+"""Open recordings anywhere and decode them packet by packet, errors included.
+
+What probing and reading share. A recording is a path or any fsspec URL; remote bytes are
+streamed, never copied to disk. One bad packet costs one frame, not the rest of the file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import PurePosixPath
+from typing import IO, Any, NamedTuple
+from urllib.parse import urlsplit
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError, InvalidDataError
+from av.packet import Packet
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
+
+# fmt: off
+VIDEO_SUFFIXES = frozenset([
+    ".mp4", ".m4v", ".mov", ".qt", ".3gp", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts",
+    ".mpg", ".mpeg", ".vob", ".wmv", ".asf", ".flv", ".ogv", ".mxf", ".insv", ".lrv", ".dav",
+    ".mjpeg", ".mjpg", ".h264", ".264", ".h265", ".265", ".hevc",
+])
+IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"])
+# fmt: on
+LARGEST_SIDE = 16384  # pixels; beyond it a header is taken to be false
+REMOTE_BLOCK = 4 * 2**20  # bytes a request of a remote file reads ahead
+DEMUX_TRIES = 8  # damaged stretches in a row, without a packet between, before giving up
+# Only plain containers: a playlist or a script named .mp4 could make FFmpeg open other files.
+OPEN_OPTIONS = {
+    "protocol_whitelist": "file",
+    "format_whitelist": (
+        "mov,matroska,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,h264,hevc,mjpeg,m4v,mxf,ivf,nut,obu,"
+        "dhav,yuv4mpegpipe,gif,wtv,vc1,mpeg2video"
+    ),
+}
+# Some containers order seeking by decoding time, which comes before the time of showing.
+SEEK_BACK_S = (0, 2, 10)
+SINGLE_THREAD = "NONE"
+ALL_THREADS = "AUTO"
+
+
+class UnreadableVideo(ValueError):
+    """A recording, or a frame of it, that cannot be had; the message says why and what to do."""
+
+
+class Step(NamedTuple):
+    """What one packet gave: frames, and an error where it could not be decoded."""
+
+    packet: Packet | None  # None: what the decoder still held at the end, or a damaged stretch
+    frames: list[VideoFrame]
+    error: str | None
+
+
+def file_name(location: str) -> str:
+    """Last part of a path or URL, without a query."""
+    path = urlsplit(location).path if "://" in location else location
+    return PurePosixPath(path.rstrip("/")).name
+
+
+def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Sort key that puts clip2 before clip10."""
+    parts = re.split(r"(\d+)", name.casefold())
+    numbered = [(int(p), "") if p.isdecimal() else (-1, p) for p in parts]
+    return numbered, name
+
+
+def has_suffix(location: str, suffixes: frozenset[str]) -> bool:
+    """Whether the file name ends in one of `suffixes` and is not hidden."""
+    name = file_name(location)
+    return PurePosixPath(name).suffix.lower() in suffixes and not name.startswith(".")
+
+
+def list_folder(location: str) -> tuple[list[str], list[str]]:
+    """(files, folders) directly inside, in natural name order, hidden ones left out."""
+    fs, path = url_to_fs(location)
+    entries = sorted(fs.ls(path, detail=True), key=lambda e: natural_key(file_name(e["name"])))
+    files: list[str] = []
+    folders: list[str] = []
+    for entry in entries:
+        name = entry["name"]
+        if file_name(name).startswith(".") or name.rstrip("/") == path.rstrip("/"):
+            continue
+        (folders if entry["type"] == "directory" else files).append(qualified(fs, name))
+    return files, folders
+
+
+def qualified(fs: Any, path: str) -> str:
+    """A path of a file system as a location that opens by itself."""
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+def require(location: str) -> tuple[Any, str]:
+    """(file system, path) of something that is there.
+
+    Raises:
+        UnreadableVideo: nothing is at `location`.
+    """
+    fs, path = url_to_fs(location)
+    if not fs.exists(path):
+        raise UnreadableVideo(f"{location}: there is no such file or folder; check the path")
+    return fs, path
+
+
+def size_of(location: str) -> int:
+    """Bytes of a file; 0 where a server does not say."""
+    fs, path = require(location)
+    return int(fs.size(path) or 0)
+
+
+@contextmanager
+def open_bytes(location: str) -> Iterator[IO[bytes]]:
+    """The file at a path or URL, open for reading, streamed in blocks where remote."""
+    fs, path = url_to_fs(location)
+    options = {} if isinstance(fs, LocalFileSystem) else {"block_size": REMOTE_BLOCK}
+    with fs.open(path, "rb", **options) as file:
+        yield file
+
+
+@contextmanager
+def open_video(
+    location: str, threads: str = ALL_THREADS
+) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its first video track.
+
+    Args:
+        location: path or fsspec URL of one file.
+        threads: ALL_THREADS, or SINGLE_THREAD where errors must have the same effect each time.
+
+    Raises:
+        UnreadableVideo: missing, empty, no video, index lost, false size.
+    """
+    fs, path = require(location)
+    if fs.isfile(path) and fs.size(path) == 0:
+        raise UnreadableVideo(f"{location}: the file is empty (0 bytes); copy it again")
+    with ExitStack() as stack:
+        is_local = isinstance(fs, LocalFileSystem)
+        source = path if is_local else stack.enter_context(open_bytes(location))
+        try:
+            container = stack.enter_context(
+                av.open(source, mode="r", metadata_errors="replace", options=dict(OPEN_OPTIONS))
+            )
+        except InvalidDataError as error:
+            raise UnreadableVideo(f"{location}: {_why_not_a_video(location)}") from error
+        stream = _first_video(location, container)
+        stream.thread_type = threads
+        yield container, stream
+
+
+class SeekMissed(Exception):
+    """A container did not lead to the key frame that it was asked for."""
+
+
+def decode_steps(
+    container: InputContainer, stream: VideoStream, key_pts: int | None = None
+) -> Iterator[Step]:
+    """Decode every packet, then what the decoder still holds.
+
+    Damaged data become steps with an error; anything else, such as a lost connection, raises.
+
+    Args:
+        container: as opened, not read from yet.
+        stream: its video track.
+        key_pts: timestamp of the key frame to start at; None for the beginning.
+
+    Raises:
+        SeekMissed: seeking does not find that key frame.
+    """
+    for packet, error in _packets_from(container, stream, key_pts):
+        if packet is None:
+            yield Step(None, [], error)
+            continue
+        try:
+            yield Step(packet, list(packet.decode()), None)
+        except FFmpegError as failure:
+            yield Step(packet, [], _words(failure))
+    yield from _drain(stream)
+
+
+def packets_from(
+    container: InputContainer, stream: VideoStream, key_pts: int | None
+) -> Iterator[Packet]:
+    """The track's packets as `decode_steps` takes them, damaged stretches skipped."""
+    steps = _packets_from(container, stream, key_pts)
+    return (packet for packet, _ in steps if packet is not None)
+
+
+class RgbConverter:
+    """Turns decoded frames into upright RGB arrays; keeps its scaling tables between frames."""
+
+    def __init__(self) -> None:
+        self._reformatter = VideoReformatter()
+
+    def convert(self, frame: VideoFrame) -> NDArray[np.uint8]:
+        """uint8 [H, W, 3] with the recording's rotation applied."""
+        rgb = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
+        return np.ascontiguousarray(np.rot90(rgb, quarter_turns(frame)))
+
+
+def quarter_turns(frame: VideoFrame) -> int:
+    """Anticlockwise quarter turns, 0 to 3, that put the frame upright."""
+    return round(frame.rotation / 90) % 4
+
+
+def upright_size(frame: VideoFrame) -> tuple[int, int]:
+    """(width, height) in pixels after rotation."""
+    size = frame.width, frame.height
+    return size if quarter_turns(frame) % 2 == 0 else size[::-1]
+
+
+def _packets(
+    container: InputContainer, stream: VideoStream
+) -> Iterator[tuple[Packet | None, str | None]]:
+    failures = 0
+    while failures < DEMUX_TRIES:
+        try:
+            for packet in container.demux(stream):
+                failures = 0
+                if packet.size:  # PyAV ends with an empty packet; draining is done by `_drain`
+                    yield packet, None
+            return
+        except FFmpegError as failure:
+            if isinstance(failure, OSError | MemoryError):  # the disk or server, not the data
+                raise
+            failures += 1
+            yield None, _words(failure)
+
+
+def _packets_from(
+    container: InputContainer, stream: VideoStream, key_pts: int | None
+) -> Iterator[tuple[Packet | None, str | None]]:
+    """Packets from the key packet with timestamp `key_pts` on."""
+    if key_pts is None:
+        yield from _packets(container, stream)
+        return
+    for back_s in SEEK_BACK_S:
+        _seek(container, stream, key_pts - round(back_s / (stream.time_base or 1)))
+        found = False
+        for packet, error in _packets(container, stream):
+            if not found and packet is not None and packet.is_keyframe and packet.pts is not None:
+                found = packet.pts == key_pts
+                if packet.pts > key_pts:
+                    break
+            if found:
+                yield packet, error
+        if found:
+            return
+    raise SeekMissed(f"no key frame with timestamp {key_pts} is found by seeking")
+
+
+def _seek(container: InputContainer, stream: VideoStream, pts: int) -> None:
+    """Go to a packet at or before `pts`, or to the start."""
+    try:
+        container.seek(max(pts, stream.start_time or 0), stream=stream, backward=True)
+    except PermissionError:  # FFmpeg's answer where there is nothing before
+        container.seek(stream.start_time or 0, stream=stream, any_frame=True)
+
+
+def _drain(stream: VideoStream) -> Iterator[Step]:
+    for _ in range(1024):  # more than any decoder holds back: an error may repeat, not for ever
+        try:
+            frames = stream.decode(None)
+        except EOFError:
+            return
+        except FFmpegError as failure:
+            yield Step(None, [], _words(failure))
+        else:
+            yield Step(None, list(frames), None)
+
+
+def _words(failure: FFmpegError) -> str:
+    return str(failure.strerror or failure).lower()
+
+
+def _first_video(location: str, container: InputContainer) -> VideoStream:
+    """The first video track that is no cover picture and has a plausible size."""
+    tracks = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not tracks:
+        found = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
+        raise UnreadableVideo(f"{location}: no video track; the file holds {found} only")
+    stream = tracks[0]
+    if stream.codec_context is None:
+        raise UnreadableVideo(f"{location}: no decoder for its video track is installed")
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if not (0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE):
+        raise UnreadableVideo(
+            f"{location}: the header gives a picture of {width} x {height} pixels; "
+            f"1 to {LARGEST_SIDE} a side can be read"
+        )
+    return stream
+
+
+def _why_not_a_video(location: str) -> str:
+    """A reason, from the first bytes, why FFmpeg does not know the file."""
+    with open_bytes(location) as file:
+        head = file.read(16)
+        if head[4:8] in (b"ftyp", b"mdat", b"wide", b"free") and not _has_box(file, b"moov"):
+            return (
+                "the MP4 index (moov) is lost, so its frames cannot be found; the recording was "
+                "cut off before it was closed: copy it again or repair it with a tool such as "
+                "untrunc"
+            )
+    return f"not a video that can be read; it starts with {head!r}"
+
+
+def _has_box(file: IO[bytes], wanted: bytes) -> bool:
+    """Whether an MP4 file holds the top-level box `wanted`."""
+    position = 0
+    for _ in range(10_000):
+        file.seek(position)
+        head = file.read(16)
+        if len(head) < 8:
+            return False
+        size, kind = int.from_bytes(head[:4], "big"), head[4:8]
+        if size == 1:
+            size = int.from_bytes(head[8:16], "big")
+        if kind == wanted:
+            return True
+        if size < 8:
+            return False
+        position += size
+    return False

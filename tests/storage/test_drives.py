@@ -1,0 +1,124 @@
+"""Which drives a location holds."""
+
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from storage.video import drive_name, is_collection, list_drives
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+
+
+def image(path: Path, dtype: type = np.uint8) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((4, 4), dtype)).save(path)
+
+
+def found(location: Path | str, root: Path) -> dict[str, str]:
+    return {d.name: str(Path(d.location).relative_to(root)) for d in list_drives(str(location))}
+
+
+def test_collection_of_drive_folders_is_listed_in_natural_order(tmp_path):
+    touch(tmp_path, "drive10/a.mp4", "drive2/a.mp4", "drive2/b.MOV", ".hidden/a.mp4", "notes.txt")
+    touch(tmp_path, "drive2/._a.mp4")
+    assert list(found(tmp_path, tmp_path).items()) == [
+        ("drive2", "drive2"),
+        ("drive10", "drive10"),
+    ]
+    assert is_collection(str(tmp_path))
+
+
+def test_video_file_and_folder_of_clips_are_single_drives(tmp_path):
+    touch(tmp_path, "trip/1.mp4", "trip/2.mp4", "trip/readme.txt")
+    assert found(tmp_path / "trip", tmp_path) == {"trip": "trip"}
+    assert found(tmp_path / "trip/1.mp4", tmp_path) == {"1": "trip/1.mp4"}
+    assert not is_collection(str(tmp_path / "trip"))
+    assert not is_collection(f"{tmp_path}/trip/")
+    assert not is_collection(str(tmp_path / "trip/1.mp4"))
+
+
+def test_loose_videos_beside_drive_folders_are_drives_each(tmp_path):
+    touch(tmp_path, "loose.mp4", "other.mkv", "deep/er/1.mp4")
+    assert found(tmp_path, tmp_path) == {
+        "loose": "loose.mp4",
+        "other": "other.mkv",
+        "er": "deep/er",
+    }
+
+
+def test_image_folders_need_two_pictures_and_no_depth_maps(tmp_path):
+    for name in ("a/1.png", "a/2.png", "single/1.png"):
+        image(tmp_path / name)
+    image(tmp_path / "depth/1.png", np.uint16)
+    image(tmp_path / "depth/2.png", np.uint16)
+    assert found(tmp_path, tmp_path) == {"a": "a"}
+
+
+def test_video_with_depth_maps_beside_it_is_one_drive(tmp_path):
+    touch(tmp_path, "video.mp4")
+    image(tmp_path / "depth/1.png", np.uint16)
+    image(tmp_path / "depth/2.png", np.uint16)
+    assert found(tmp_path, tmp_path) == {tmp_path.name: "."}
+
+
+def test_globs_make_every_match_a_drive(tmp_path):
+    touch(tmp_path, "x/a.mp4", "x/b.mp4", "y/c.mp4", "x/notes.txt")
+    assert found(f"{tmp_path}/x/*", tmp_path) == {"a": "x/a.mp4", "b": "x/b.mp4"}
+    assert found(f"{tmp_path}/*", tmp_path) == {"x": "x", "y": "y"}
+    assert is_collection(f"{tmp_path}/y/*.mp4")
+
+
+def test_brackets_in_a_file_name_are_not_a_glob(tmp_path):
+    touch(tmp_path, "drive [1].mp4")
+    assert found(tmp_path / "drive [1].mp4", tmp_path) == {"drive_1": "drive [1].mp4"}
+
+
+def test_names_that_clash_take_their_parents_names(tmp_path):
+    touch(tmp_path, "mon/front.mp4", "tue/front.mp4", "tue/Back.mp4", "mon/back.mkv")
+    names = [d.name for d in list_drives(f"{tmp_path}/*/*")]
+    assert names == ["mon_back", "mon_front", "tue_Back", "tue_front"]
+
+
+def test_names_that_clash_after_all_are_numbered(tmp_path):
+    touch(tmp_path, "a.mp4", "a.mkv")
+    names = [d.name for d in list_drives(f"{tmp_path}/a.*")]
+    assert len(set(names)) == 2
+
+
+@pytest.mark.parametrize(
+    ("location", "name"),
+    [
+        ("/data/..weird\tname?.mp4", "weird_name"),
+        ("memory://bucket/trip 7/", "trip_7"),
+        ("s3://bucket", "bucket"),
+        ("https://host/v/clip.mp4?token=abc/../x", "clip"),
+        ("/data/...", "drive"),
+        ("/data/Fahrt_ü.mov", "Fahrt_ü"),
+    ],
+)
+def test_drive_names_are_safe_as_file_names(location, name):
+    assert drive_name(location) == name
+
+
+def test_remote_collections_are_listed(tmp_path):
+    for name in ("one/a.mp4", "two/b.mp4"):
+        with fsspec.open(f"memory://drive-tests/{name}", "wb") as file:
+            file.write(b"x")
+    drives = list_drives("memory://drive-tests")
+    assert [d.name for d in drives] == ["one", "two"]
+    assert all(fsspec.open(f"{d.location}").fs.isdir(d.location) for d in drives)
+    assert [d.name for d in list_drives("memory://drive-tests/*/*.mp4")] == ["a", "b"]
+
+
+def test_nothing_found_says_what_was_looked_for(tmp_path):
+    touch(tmp_path, "notes.txt")
+    for location in (tmp_path, tmp_path / "none", f"{tmp_path}/*.mp4"):
+        with pytest.raises(ValueError, match=r"no drive is found; expected a video file"):
+            list_drives(str(location))

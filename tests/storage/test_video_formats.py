@@ -1,0 +1,313 @@
+"""Awkward recordings made here; each frame shows its own number, so a wrong one is seen."""
+
+import io
+import os
+import time
+from collections.abc import Iterable
+from fractions import Fraction
+from itertools import count
+from pathlib import Path
+
+import av
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from storage.records import FrameTable
+from storage.video import UnreadableVideo, probe_drive, probe_video, read_frames
+
+WIDTH, HEIGHT, RATE = 128, 64, 25
+X264 = {"x264-params": "keyint=10:min-keyint=10:scenecut=0:bframes=2:open-gop=0"}
+OPEN_GOP = {"x264-params": "keyint=10:min-keyint=10:scenecut=0:bframes=2:open-gop=1"}
+X265 = {"x265-params": "keyint=10:min-keyint=10:scenecut=0:log-level=none"}
+
+
+def picture(number: int, width: int = WIDTH) -> np.ndarray:
+    """Eight bars, white where the bit of `number` is set; the lower half the other way round."""
+    bits = np.array([number >> k & 1 for k in range(8)], np.uint8)
+    row = np.repeat(bits, width // 8) * 219 + 18
+    grey = np.vstack([np.tile(row, (HEIGHT // 2, 1)), np.tile(255 - row, (HEIGHT // 2, 1))])
+    return np.repeat(grey[..., None], 3, axis=2).astype(np.uint8)
+
+
+def number_in(frame: np.ndarray) -> int:
+    bars = frame[HEIGHT // 4, WIDTH // 16 :: WIDTH // 8, 0] > 128
+    return int(sum(1 << k for k, is_set in enumerate(bars) if is_set))
+
+
+def encode(
+    path: Path | io.BytesIO,
+    numbers: Iterable[int],
+    codec: str = "libx264",
+    options: dict[str, str] = X264,
+    ticks: Iterable[int] | None = None,
+    width: int = WIDTH,
+    container: str | None = None,
+) -> None:
+    """Write pictures of `numbers` as a video; `ticks` are their times in 1/RATE s."""
+    with av.open(path if container else str(path), "w", format=container) as output:
+        stream = output.add_stream(codec, rate=RATE, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, HEIGHT, "yuv420p"
+        for number, tick in zip(numbers, count() if ticks is None else ticks, strict=False):
+            frame = av.VideoFrame.from_ndarray(picture(number, width), format="rgb24")
+            frame.pts, frame.time_base = tick, Fraction(1, RATE)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+
+
+def numbers_of(location: Path | str, *wanted: int) -> list[int]:
+    record, table = probe_drive(str(location))
+    return [number_in(f) for f in read_frames(record, table, *(wanted or (0, record.frames)))]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options", "backend"),
+    [
+        ("closed.mp4", "libx264", X264, "decord"),
+        ("closed.mkv", "libx264", X264, "decord"),
+        ("open.mp4", "libx264", OPEN_GOP, "pyav"),
+        (
+            "hevc_closed.mp4",
+            "libx265",
+            {"x265-params": X265["x265-params"] + ":open-gop=0"},
+            "decord",
+        ),
+        ("hevc_open.mp4", "libx265", X265, "pyav"),
+        ("stream.ts", "libx264", X264, "pyav"),
+        ("bframes.avi", "mpeg4", {"bf": "2", "g": "10"}, "pyav"),
+    ],
+)
+def test_every_range_shows_its_own_frames(tmp_path, name, codec, options, backend):
+    encode(tmp_path / name, range(60), codec, options)
+    record, table = probe_video(str(tmp_path / name))
+    assert (record.frames, record.clips[0].backend) == (60, backend)
+    assert record.clips[0].is_seekable
+    assert record.fps == pytest.approx(25)
+    for start, stop, step in [(0, 60, 1), (29, 31, 1), (37, 60, 1), (10, 12, 1), (3, 58, 7)]:
+        found = [number_in(f) for f in read_frames(record, table, start, stop, step)]
+        assert found == list(range(start, stop, step))
+
+
+def test_frames_that_an_edit_list_hides_are_not_frames(tmp_path):
+    # Time before 0 is hidden: the muxer writes an edit list that starts at 0.
+    encode(tmp_path / "a.mp4", range(40), ticks=range(-7, 33))
+    record, _ = probe_video(str(tmp_path / "a.mp4"))
+    assert (record.frames, record.clips[0].backend) == (33, "pyav")
+    assert any("edit list hides 7 frames" in problem for problem in record.problems)
+    assert numbers_of(tmp_path / "a.mp4") == list(range(7, 40))
+    assert numbers_of(tmp_path / "a.mp4", 20, 25) == [27, 28, 29, 30, 31]
+
+
+def test_uneven_timestamps_are_kept(tmp_path):
+    ticks = [0, 1, 2, 7, 8, 9, 20, 21, 22, 23]
+    encode(tmp_path / "a.mkv", range(10), ticks=ticks)
+    record, table = probe_video(str(tmp_path / "a.mkv"))
+    np.testing.assert_allclose(table.timestamp, np.array(ticks) / 25, atol=1e-3)
+    assert record.fps == pytest.approx(25)
+    assert any("2 gaps" in problem for problem in record.problems)
+    assert numbers_of(tmp_path / "a.mkv", 5, 8) == [5, 6, 7]
+
+
+def test_damage_in_the_middle_costs_only_what_it_hits(tmp_path):
+    path = tmp_path / "a.mp4"
+    encode(path, range(60))
+    with av.open(str(path)) as container:
+        packets = [p for p in container.demux(video=0) if p.size]
+        hit = next(p for p in packets if p.pts // packets[1].duration == 23)
+        place, size = hit.pos, hit.size
+    data = bytearray(path.read_bytes())
+    data[place : place + size] = b"\xff" * size
+    path.write_bytes(data)
+    record, table = probe_video(str(path))
+    assert (record.clips[0].backend, record.clips[0].is_damaged) == ("pyav", True)
+    lost = {u.index for u in record.unreadable}
+    assert lost <= set(range(20, 30))
+    assert lost | set(table.index.tolist()) == set(range(60))
+    whole = [number_in(f) for f in read_frames(record, table, 0, record.frames)]
+    outside = [row for row, index in enumerate(table.index) if not 20 <= index < 30]
+    assert [whole[row] for row in outside] == [int(table.index[row]) for row in outside]
+    for start, stop in [(15, 40), (22, 28), (45, 55)]:
+        part = [number_in(f) for f in read_frames(record, table, start, stop)]
+        assert part == whole[start:stop]
+
+
+def test_cut_off_matroska_tells_when_its_pictures_end(tmp_path):
+    encode(tmp_path / "a.mkv", range(200))
+    data = (tmp_path / "a.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(data[: len(data) // 2])
+    record, _ = probe_video(str(tmp_path / "cut.mkv"))
+    assert 60 < record.frames < 140
+    assert any("promises 8.0 s, the pictures end" in problem for problem in record.problems)
+
+
+def test_false_frame_count_in_the_header_is_not_believed(tmp_path):
+    encode(tmp_path / "a.mp4", range(10), options={"x264-params": "bframes=0"})
+    data = (tmp_path / "a.mp4").read_bytes()
+    times = data.index(b"stts") + 8  # after it: number of entries, then count and duration
+    assert int.from_bytes(data[times + 4 : times + 8], "big") == 10 - (data[times + 3] - 1)
+    false = data[: times + 4] + (100_000).to_bytes(4, "big") + data[times + 8 :]
+    (tmp_path / "a.mp4").write_bytes(false)
+    record, table = probe_video(str(tmp_path / "a.mp4"))
+    assert (record.frames, len(table)) == (10, 10)
+    assert any("promises 100000 frames, 10 decode" in p for p in record.problems)
+    assert len(record.unreadable) <= 1
+
+
+def test_clips_of_a_folder_are_one_drive_in_natural_order(tmp_path):
+    for name, numbers in [("cam2", range(20)), ("cam10", range(20, 35)), ("cam11", range(35, 50))]:
+        encode(tmp_path / f"{name}.mp4", numbers)
+    record, table = probe_drive(str(tmp_path))
+    assert [Path(c.location).name for c in record.clips] == ["cam2.mp4", "cam10.mp4", "cam11.mp4"]
+    assert record.frames == 50
+    np.testing.assert_allclose(table.timestamp, np.arange(50) / 25, atol=1e-9)
+    np.testing.assert_array_equal(table.clip, [0] * 20 + [1] * 15 + [2] * 15)
+    np.testing.assert_array_equal(table.index, [*range(20), *range(15), *range(15)])
+    assert numbers_of(tmp_path, 15, 40) == list(range(15, 40))
+    assert numbers_of(tmp_path, 4, 50, 9) == list(range(4, 50, 9))
+
+
+def test_broken_clip_of_a_drive_is_left_out_and_breaks_it(tmp_path):
+    encode(tmp_path / "1.mp4", range(12))
+    (tmp_path / "2.mp4").write_bytes(b"")
+    encode(tmp_path / "3.mp4", range(12, 24))
+    encode(tmp_path / "4.mp4", range(8), width=256)
+    record, table = probe_drive(str(tmp_path))
+    assert [clip.frames for clip in record.clips] == [12, 0, 12, 0]
+    assert 12 in record.cuts
+    reasons = {u.clip: u.reason for u in record.unreadable}
+    assert "empty" in reasons[1]
+    assert "256 x 64" in reasons[3]
+    assert set(table.clip.tolist()) == {0, 2}
+    assert numbers_of(tmp_path) == list(range(24))
+
+
+def test_drive_of_broken_clips_only_is_unreadable(tmp_path):
+    (tmp_path / "1.mp4").write_bytes(b"")
+    (tmp_path / "2.mp4").write_bytes(b"no video")
+    with pytest.raises(UnreadableVideo, match="no clip decodes"):
+        probe_drive(str(tmp_path))
+
+
+def test_single_odd_frame_is_no_cut_and_a_new_scene_is(tmp_path):
+    same, other = picture(0b01010101), picture(0b11110000)
+    for name, numbers in [
+        ("glitch", [85] * 20 + [240] + [85] * 20),
+        ("cut", [85] * 20 + [240] * 20),
+    ]:
+        encode(tmp_path / f"{name}.mp4", numbers)
+    assert not np.array_equal(same, other)
+    assert probe_video(str(tmp_path / "glitch.mp4"))[0].cuts == ()
+    assert probe_video(str(tmp_path / "cut.mp4"))[0].cuts == (20,)
+
+
+def test_frozen_stretches_are_told(tmp_path):
+    encode(tmp_path / "a.mp4", [*range(20), *[20] * 100, *range(20, 40)])
+    record, _ = probe_video(str(tmp_path / "a.mp4"))
+    assert any("does not change" in problem for problem in record.problems)
+
+
+def test_remote_drives_stream_through_fsspec(tmp_path):
+    encode(tmp_path / "a.mp4", range(30))
+    with fsspec.open("memory://video-tests/drive/a.mp4", "wb") as file:
+        file.write((tmp_path / "a.mp4").read_bytes())
+    record, table = probe_drive("memory://video-tests/drive")
+    assert (record.name, record.frames, record.clips[0].backend) == ("drive", 30, "decord")
+    found = [number_in(f) for f in read_frames(record, table, 8, 22)]
+    assert found == list(range(8, 22))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
+def test_pauses_between_frames_do_not_fill_memory(tmp_path):
+    # All 500 frames are 1.4 GB of RGB: decord given the whole file decodes them while it waits.
+    path = tmp_path / "a.mp4"
+    encode(path, range(500), width=15360)
+    record, table = probe_video(str(path))
+    assert record.clips[0].backend == "decord"
+    frames = read_frames(record, table, 0, record.frames)
+    next(frames)
+    before = resident_mib()
+    time.sleep(3)
+    assert resident_mib() - before < 250
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_file_that_changed_since_probing_is_refused(tmp_path):
+    path = tmp_path / "a.mp4"
+    encode(path, range(30))
+    record, table = probe_video(str(path))
+    encode(path, range(12))
+    with pytest.raises(UnreadableVideo, match="probe it again"):
+        list(read_frames(record, table, 5, 25))
+
+
+def test_wrong_ranges_and_tables_are_refused(tmp_path):
+    encode(tmp_path / "a.mp4", range(10))
+    record, table = probe_video(str(tmp_path / "a.mp4"))
+    for wrong in [(-1, 5), (0, 11), (6, 5), (0, 5, 0)]:
+        with pytest.raises(ValueError, match="frames 0 to 10"):
+            read_frames(record, table, *wrong)
+    short = FrameTable.from_arrays({k: v[:5] for k, v in table.to_arrays().items()})
+    with pytest.raises(ValueError, match="5 rows"):
+        read_frames(record, short, 0, 5)
+    assert list(read_frames(record, table, 4, 4)) == []
+
+
+def test_frames_can_be_asked_for_in_another_size(tmp_path):
+    encode(tmp_path / "a.mp4", range(3))
+    frames = list(read_frames(*probe_video(str(tmp_path / "a.mp4")), 0, 3, size=(32, 16)))
+    assert [frame.shape for frame in frames] == [(16, 32, 3)] * 3
+
+
+def test_missing_and_pictureless_locations_say_what_to_do(tmp_path):
+    with pytest.raises(UnreadableVideo, match="no such file or folder; check the path"):
+        probe_drive(str(tmp_path / "none.mp4"))
+    with av.open(str(tmp_path / "sound.mp4"), "w") as output:
+        stream = output.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 16000
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    with pytest.raises(UnreadableVideo, match="no video track; the file holds audio only"):
+        probe_video(str(tmp_path / "sound.mp4"))
+    (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\n/etc/hostname\n")
+    with pytest.raises(UnreadableVideo, match="not a video"):
+        probe_video(str(tmp_path / "list.mp4"))
+
+
+def test_progress_ends_with_the_number_of_frames(tmp_path):
+    encode(tmp_path / "1.mp4", range(60))
+    encode(tmp_path / "2.mp4", range(60, 80))
+    seen: list[int] = []
+    probe_drive(str(tmp_path), seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == 80
+
+
+def test_images_are_read_upright_in_natural_order(tmp_path):
+    for number in (2, 10, 1):
+        Image.fromarray(picture(number)).save(tmp_path / f"frame{number}.png")
+    turned = Image.fromarray(picture(11)).rotate(90, expand=True)  # anticlockwise
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees
+    turned.save(tmp_path / "frame11.png", exif=exif)
+    assert numbers_of(tmp_path) == [1, 2, 10, 11]
+
+
+def test_images_that_cannot_be_used_are_listed(tmp_path):
+    for number in range(6):
+        Image.fromarray(picture(number)).save(tmp_path / f"{number}.jpg")
+    (tmp_path / "2.jpg").write_bytes((tmp_path / "2.jpg").read_bytes()[:-300])
+    Image.fromarray(picture(4, width=256)).save(tmp_path / "4.jpg")
+    record, table = probe_drive(str(tmp_path))
+    assert {u.index: u.reason.split()[0] for u in record.unreadable}.keys() == {2, 4}
+    assert list(table.index) == [0, 1, 3, 5]
+    assert numbers_of(tmp_path, 1, 4) == [1, 3, 5]
+    (tmp_path / "6.jpg").write_bytes((tmp_path / "5.jpg").read_bytes())
+    with pytest.raises(UnreadableVideo, match="holds 7 images, 6 when it was probed"):
+        list(read_frames(record, table, 0, 4))
