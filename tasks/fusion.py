@@ -73,7 +73,7 @@ class FusionGrid:
 
     voxel_m: float
     depth_limit_m: float
-    min_confidence: float  # measurements below are dropped
+    min_confidence: float | None  # measurements below are dropped; None keeps all
     tile_blocks: int  # blocks along the edge of a tile
     upsampling: int  # depth is interpolated to this many samples a pixel and axis
     settings: FusionSettings = field(default_factory=FusionSettings)
@@ -190,7 +190,7 @@ def choose_grid(
     median = float(np.median(depths[is_valid]))
     voxel = settings.voxel_m or float(np.clip(median / focal_px, median / 250, median / 40))
     block = voxel * _block_voxels(settings)
-    threshold = -np.inf
+    threshold = None
     if confidences is not None and settings.confidence_quantile > 0:
         threshold = float(np.quantile(confidences[is_valid], settings.confidence_quantile))
     return FusionGrid(
@@ -232,7 +232,7 @@ def filter_depth(
         is_edge = _is_edge(inverse, -1, max_slope, grid.settings.edge_jump)
         is_edge |= _is_edge(inverse, -2, max_slope, grid.settings.edge_jump)
         depth[is_edge | (depth > grid.depth_limit_m)] = np.nan
-    if confidence is not None:
+    if confidence is not None and grid.min_confidence is not None:
         depth[~(confidence >= grid.min_confidence)] = np.nan
     return depth
 

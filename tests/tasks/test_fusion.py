@@ -123,7 +123,7 @@ def grid_of(**changes):
 
 def fuse_all(frames, grid):
     tiles = plan_tiles(frames, grid)
-    return [fuse_tile(tile, (frames[i] for i in tile.frames), grid) for tile in tiles], tiles
+    return fuse_tiles(tiles, (frames[i] for i in frames_of(tiles)), grid), tiles
 
 
 @pytest.fixture(scope="module")
@@ -211,13 +211,13 @@ def test_plan_tiles_lists_exactly_the_frames_that_matter(frames):
 
 def test_groups_of_tiles_give_the_same_meshes_from_fewer_passes(frames):
     # Room for about 1,000 blocks of 10 x 10 x 10 voxels of 20 bytes at once.
-    grid = grid_of(tile_m=2.0, max_volume_bytes=220**3 * 2)
+    grid = grid_of(tile_m=2.0, max_volume_bytes=20_000_000)
     tiles = plan_tiles(frames, grid)
     groups = group_tiles(tiles, grid)
     assert 1 < len(groups) < len(tiles)
     assert sorted(tile.index for group in groups for tile in group) == [t.index for t in tiles]
     for group in groups:
-        assert sum(tile.blocks for tile in group) * 20_000 <= 220**3 * 2 or len(group) == 1
+        assert sum(tile.blocks for tile in group) * 20_000 <= 20_000_000 or len(group) == 1
     group = groups[1]
     together = fuse_tiles(group, [frames[i] for i in frames_of(group)], grid)
     for tile, mesh in zip(group, together, strict=True):
@@ -411,6 +411,10 @@ def test_choose_grid_drops_the_given_share_of_confidence():
     confidences = np.arange(100.0)
     grid = choose_grid(FusionSettings(confidence_quantile=0.2), np.ones(100), 50.0, confidences)
     assert (confidences < grid.min_confidence).sum() == 20
+    everything = choose_grid(FusionSettings(confidence_quantile=0), np.ones(100), 50.0, confidences)
+    assert np.isfinite(
+        filter_depth(np.ones((10, 10)), confidences.reshape(10, 10), 50.0, everything)
+    ).all()
 
 
 def test_tiles_too_large_for_memory_are_refused():
@@ -467,7 +471,7 @@ def peak_kilobytes(frames):
 def fuse_one(frame, **changes):
     grid = FusionGrid(
         depth_limit_m=8.0,
-        min_confidence=-np.inf,
+        min_confidence=None,
         tile_blocks=32,
         upsampling=2,
         settings=FusionSettings(min_observations=1),
