@@ -70,13 +70,13 @@ class Streets:
         tilt = dice.uniform("sun tilt", 0.2, 1.3)
         direction = [tilt.cos() * angle.sin(), -tilt.sin(), tilt.cos() * angle.cos()]
         overcast = dice.uniform("overcast", -0.4, 1.0).clamp(0, 1)[:, None]
-        day = dice.log_uniform("daylight", 0.35, 1.0)[:, None]
+        day = dice.log_uniform("daylight", 0.6, 1.4)[:, None]
         low = (1 - tilt / 1.3)[:, None]
         warm = torch.tensor([1.05, 0.95, 0.8], device=dice.device)
         red = torch.tensor([1.1, 0.8, 0.55], device=dice.device)
         cold = torch.tensor([0.85, 0.95, 1.1], device=dice.device)
-        sun = 0.95 * (1 - overcast) * day * torch.lerp(warm, red, low)
-        ambient = (0.34 + 0.4 * overcast) * day * torch.lerp(cold, torch.ones_like(cold), overcast)
+        sun = 1.5 * (1 - overcast) * day * torch.lerp(warm, red, low)
+        ambient = (0.45 + 0.5 * overcast) * day * torch.lerp(cold, torch.ones_like(cold), overcast)
         haze = torch.lerp(
             torch.tensor([0.75, 0.82, 0.92], device=dice.device),
             torch.ones(3, device=dice.device),
@@ -226,7 +226,7 @@ class Streets:
         station = (place + 0.5) * _HOUSE
         length = dice.uniform("house length", 0.3, 0.56, key) * _HOUSE
         depth = dice.uniform("house depth", 4.0, 8.0, key)
-        style = dice.log_uniform("house style", 3.0, 14.0)[:, None]
+        style = dice.log_uniform("house style", 3.5, 16.0)[:, None]
         tall = style * dice.log_uniform("house height", 0.6, 1.6, key)
         setback = dice.log_uniform("setback", 0.3, 9.0)[:, None]
         setback = setback * dice.uniform("house setback", 0.7, 1.5, key)
@@ -243,7 +243,7 @@ class Streets:
         colours = paint(
             self._colour("wall low", key, 0.08, 0.6, 0.3), self._colour("wall high", key, 0.2, 0.8, 0.2),
             texture=dice.choice("front", _FRONTS, key), repeat=dice.uniform("front repeat", 1.0, 3.0, key),
-            mask=dice.choice("facade", _FACADES, key), mask_colour=self._colour("pane", key, 0.015, 0.12),
+            mask=dice.choice("facade", _FACADES, key), mask_colour=self._colour("pane", key, 0.015, 0.3, 0.15),
             mask_size=(storey * dice.uniform("bay", 0.6, 1.1, key), storey),
             offset=(dice.unit("front across", key), dice.unit("front down", key)),
             mask_offset=(dice.unit("bay across", key), dice.unit("bay down", key)),
@@ -308,7 +308,7 @@ class Streets:
         colour = torch.where(
             grey,
             self._colour(f"{name} shade", key, 0.02, 0.85, 0.04),
-            self._colour(f"{name} hue", key, 0.1, 0.4, 0.85),
+            self._colour(f"{name} hue", key, 0.1, 0.4, 0.6),
         )
         coat = paint(colour * 0.85, colour, texture=texture.STREAKS, repeat=1.5)
         glass = torch.full_like(colour, 0.03)
@@ -536,7 +536,9 @@ class Streets:
         coarse = texture.sample(torch.full_like(x, texture.CLOUDS), x / 9, z / 9, width / 9)
         fine = texture.sample(torch.full_like(x, texture.GRAIN), x / 1.7, z / 1.7, width / 1.7)
         worn = 0.12 * torch.cos(side / lane * (2 * math.pi)).abs_()
-        tone = 0.55 + 0.45 * coarse + 0.5 * fine - worn
+        patch = texture.sample(torch.full_like(x, texture.PATCHES), x / 23, z / 23, width / 23)
+        crack = texture.sample(torch.full_like(x, texture.CRACKS), x / 7, z / 7, width / 7)
+        tone = 0.35 + 0.6 * coarse + 0.4 * fine + 0.5 * patch - 0.45 * crack - worn
         dash = station * rate
         broken = (dash - dash.floor() < share).float()
         across = side.abs()

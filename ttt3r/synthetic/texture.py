@@ -18,8 +18,7 @@ LEVELS = 8  # 128, 64, ..., 1
 
 # Order of the bank. Masks are 0 or 1 (before filtering); the others are grey, mean near 0.5.
 BLANK, CLOUDS, GRAIN, PLASTER, STREAKS, BRICKS, TILES, LEAVES, WEAVE, STRIPES = range(10)
-PATCHES, POSTER, WINDOWS, BANDS, SHOPS, GLASS, PLANKS, SPOTS = range(10, 18)
-COUNT = 18
+PATCHES, POSTER, WINDOWS, BANDS, SHOPS, GLASS, PLANKS, SPOTS, CRACKS = range(10, 19)
 
 
 def _octaves(rng: np.random.Generator, weights: dict[int, float], stretch: int = 1) -> np.ndarray:
@@ -142,6 +141,13 @@ def _planks(rng: np.random.Generator) -> np.ndarray:
     return np.clip(np.where(joint, 0.05, wood + grain), 0.0, 1.0)
 
 
+def _cracks(rng: np.random.Generator) -> np.ndarray:
+    """Mask of thin lines where two smooth fields cross their mean."""
+    fields = [_octaves(rng, {3: 1.0, 6: 0.7, 12: 0.5, 24: 0.3}) - 0.5 for _ in range(2)]
+    lines = np.minimum(np.abs(fields[0]), np.abs(fields[1]) * 1.3)
+    return np.clip(1.3 - lines / 0.025, 0.0, 1.0)
+
+
 def _paint_bank() -> list[np.ndarray]:
     """All textures [SIZE, SIZE] in 0..1, in the order of the names above."""
     rng = np.random.default_rng(20240607)
@@ -169,6 +175,7 @@ def _paint_bank() -> list[np.ndarray]:
         _glass(),
         _planks(rng),
         _spots(rng),
+        _cracks(rng),
     ]
 
 
