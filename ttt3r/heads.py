@@ -5,6 +5,7 @@ Heads take any number of frames at once: B is lanes times frames.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,13 @@ from ttt3r.layers import Mlp, ModulatedBlock, Rotary
 
 LEVEL_WIDTHS = (96, 192, 384, 768)  # fixed, whatever the decoder's width
 FUSED_WIDTH = 256
+_ALIAS = re.compile(r"(.*\bscratch\.)layer_rn\.(\d)\.weight")
+
+
+def canonical_name(name: str) -> str:
+    """The first of the two names under which checkpoints hold the DPT levels' weights."""
+    alias = _ALIAS.fullmatch(name)
+    return f"{alias[1]}layer{int(alias[2]) + 1}_rn.weight" if alias else name
 
 
 def points_and_confidence(raw: Tensor, *, front_only: bool = False) -> tuple[Tensor, Tensor]:

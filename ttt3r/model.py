@@ -7,7 +7,6 @@ Sections refer to the model specification.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -24,7 +23,6 @@ from ttt3r.state import Proposal, State, UpdateRule, blend, find_rule
 
 OUTPUTS = frozenset({"cam", "world", "rgb", "trace"})
 _RAY_CHANNELS, _RAY_DEPTH = 6, 2
-_ALIAS = re.compile(r"(.*\.scratch\.)layer_rn\.(\d)\.weight")
 
 
 @dataclass(frozen=True)
@@ -543,12 +541,10 @@ def _checked_state(state: State, start: State) -> State:
 
 def _drop_aliases(module: nn.Module, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
     """Forget the second name of a tensor; use it where the first one is missing."""
-    for alias in [name for name in tensors if _ALIAS.fullmatch(name)]:
-        match = _ALIAS.fullmatch(alias)
-        assert match is not None
-        name = f"{match[1]}layer{int(match[2]) + 1}_rn.weight"
-        tensors.setdefault(name, tensors[alias])
-        del tensors[alias]
+    for name in list(tensors):
+        if heads.canonical_name(name) != name:
+            tensors.setdefault(heads.canonical_name(name), tensors[name])
+            del tensors[name]
 
 
 def _check_names_and_shapes(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -47,9 +47,9 @@ class State:
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Arrays `tokens`, `pose_memory` (float32) and `first` (bool), exact, for storage."""
         return {
-            "tokens": self.tokens.detach().float().cpu().numpy(),
-            "pose_memory": self.pose_memory.detach().float().cpu().numpy(),
-            "first": self.first.cpu().numpy(),
+            "tokens": self.tokens.detach().float().cpu().numpy().copy(),
+            "pose_memory": self.pose_memory.detach().float().cpu().numpy().copy(),
+            "first": self.first.cpu().numpy().copy(),
         }
 
     @classmethod

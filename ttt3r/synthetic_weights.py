@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ttt3r.heads import canonical_name
+
 _TOKENS = frozenset(
     {
         "pose_token",
@@ -34,11 +36,12 @@ def synthetic_tensor(
     """The float32 tensor that `name`, `shape` and the seed stand for.
 
     Args:
-        name: its full name in the state dict; of two aliases, the `layer{i}_rn` one.
+        name: its full name in the state dict; aliases give the same tensor.
         shape: its shape.
         weight_seed: chooses the set of weights.
         qk_gain: factor on the cross-attention's query and key projections.
     """
+    name = canonical_name(name)
     u = _uniform(name, math.prod(shape), weight_seed).reshape(shape)
     if name == "register_tokens.weight":
         return np.float32(1.7320508) * u

@@ -1,0 +1,88 @@
+import numpy as np
+import PIL
+import pytest
+import torch
+
+from ttt3r.images import Fit, fit, normalise, preprocess, source_intrinsics
+
+
+@pytest.fixture(scope="module")
+def recorded(golden):
+    return np.load(golden / "preprocess.npz")
+
+
+def test_fit_agrees_with_the_reference_on_all_sizes(recorded):
+    for size, width, height, fitted_width, fitted_height in recorded["size_table"].tolist():
+        shape = fit(width, height, size, 16)
+        assert (shape.width, shape.height) == (fitted_width, fitted_height), (width, height)
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_preprocess_agrees_with_the_reference(recorded, case):
+    found = preprocess(recorded[f"in{case}"], int(recorded[f"size{case}"]), 16)
+    assert found.shape[:2] == tuple(recorded[f"true_shape{case}"])
+    # Resampling may differ by one grey level between versions of Pillow.
+    levels = 0 if PIL.__version__ == str(recorded["pillow_version"]) else 1
+    if f"out{case}" in recorded:
+        assert np.abs(found.astype(int) - recorded[f"out{case}"]).max() <= levels
+    else:
+        error = np.abs(found[::8, ::8].astype(int) - recorded[f"out{case}_stride8"])
+        assert error.max() <= levels
+        np.testing.assert_allclose(
+            found.mean(axis=(0, 1)), recorded[f"out{case}_mean"], atol=max(levels, 1e-9)
+        )
+
+
+def test_normalise_agrees_with_the_reference(recorded):
+    found = normalise(recorded["out0"]).movedim(-3, -1)
+    assert torch.equal(found, torch.from_numpy(recorded["out0_float"]))
+
+
+def test_normalise_maps_black_to_minus_one_and_white_to_one():
+    images = np.array([[[[0, 255, 51]]]], np.uint8)
+    assert normalise(images)[0, :, 0, 0].tolist() == pytest.approx([-1.0, 1.0, -0.6])
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "patch", "expected"),
+    [
+        ((1920, 1080), 512, 16, Fit(512, 288, 0, 0, 512, 288)),
+        ((513, 511), 512, 16, Fit(512, 510, 0, 7, 512, 496)),
+        ((1920, 1080), 80, 8, Fit(80, 45, 0, 2, 80, 40)),  # 45 rows: 22 above the centre, crop 20
+        ((720, 720), 512, 16, Fit(512, 512, 0, 64, 512, 384)),
+        ((300, 200), 224, 16, Fit(336, 224, 56, 0, 224, 224)),
+    ],
+)
+def test_fit_crops_around_the_centre(source, size, patch, expected):
+    assert fit(*source, size, patch) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "patch", "message"),
+    [
+        ((300, 300), 160, 16, "becomes 160x120 at image size 160"),
+        ((4000, 20), 512, 16, "512x3 at image size 512: too thin"),
+        ((20, 4000), 512, 16, "too thin"),
+        ((0, 100), 512, 16, "0x100"),
+        ((640, 480), 8, 16, "too thin"),
+        ((640, 480), 512, 7, "patch size is 7"),
+    ],
+)
+def test_fit_refuses_sizes_that_the_model_rejects(source, size, patch, message):
+    with pytest.raises(ValueError, match=message):
+        fit(*source, size, patch)
+
+
+def test_preprocess_refuses_what_is_no_rgb_frame():
+    with pytest.raises(ValueError, match=r"uint8 \(4, 4\); expected uint8 \[H, W, 3\]"):
+        preprocess(np.zeros((4, 4), np.uint8), 64, 8)
+
+
+def test_source_intrinsics_undo_resize_and_crop():
+    # 1000x400 is halved to 500x200, then 10 columns and 20 rows are cut from each side.
+    shape = Fit(500, 200, left=10, top=20, width=480, height=160)
+    found = source_intrinsics(300.0, shape, 1000, 400)
+    # The centre, column 240 of the crop, is column 250 of the resized image, whose middle lies
+    # at 250.5 of 500 pixel widths: 501 of 1000, column 500.5 when centres are whole numbers.
+    expected = [[600.0, 0.0, 500.5], [0.0, 600.0, 200.5], [0.0, 0.0, 1.0]]
+    np.testing.assert_allclose(found, expected)
