@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from storage.records import FrameTable
-from storage.video import UnreadableVideo, probe_drive, probe_video, read_frames
+from storage.video import UnreadableVideo, list_drives, probe_drive, probe_video, read_frames
 
 WIDTH, HEIGHT, RATE = 128, 64, 25
 X264 = {"x264-params": "keyint=10:min-keyint=10:scenecut=0:bframes=2:open-gop=0"}
@@ -207,14 +207,27 @@ def test_frozen_stretches_are_told(tmp_path):
     assert any("does not change" in problem for problem in record.problems)
 
 
-def test_remote_drives_stream_through_fsspec(tmp_path):
-    encode(tmp_path / "a.mp4", range(30))
-    with fsspec.open("memory://video-tests/drive/a.mp4", "wb") as file:
-        file.write((tmp_path / "a.mp4").read_bytes())
-    record, table = probe_drive("memory://video-tests/drive")
-    assert (record.name, record.frames, record.clips[0].backend) == ("drive", 30, "decord")
-    found = [number_in(f) for f in read_frames(record, table, 8, 22)]
-    assert found == list(range(8, 22))
+def assert_drive_reads_from(url: str, folder: Path) -> None:
+    for name, numbers in [("1.mp4", range(20)), ("2.mkv", range(20, 35))]:
+        encode(folder / name, numbers)
+        with fsspec.open(f"{url}/trip/{name}", "wb") as file:
+            file.write((folder / name).read_bytes())
+    (drive,) = list_drives(url)
+    record, table = probe_drive(drive.location)
+    assert (drive.name, record.name, record.frames) == ("trip", "trip", 35)
+    assert {clip.backend for clip in record.clips} == {"decord"}
+    found = [number_in(f) for f in read_frames(record, table, 8, 31)]
+    assert found == list(range(8, 31))
+
+
+def test_drives_stream_from_memory_and_need_no_copy(tmp_path):
+    assert_drive_reads_from(f"memory://{tmp_path.name}", tmp_path)
+
+
+def test_drives_stream_from_local_folders_and_s3(output_url, tmp_path):
+    if "://" not in output_url:
+        Path(output_url, "trip").mkdir(parents=True)
+    assert_drive_reads_from(output_url, tmp_path)
 
 
 @pytest.mark.slow
