@@ -15,12 +15,10 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.core.array import Array
-from zarr.core.array_spec import ArrayConfigParams
-from zarr.core.buffer import Buffer, default_buffer_prototype
-from zarr.storage import MemoryStore
 
 from storage import layout
 from storage.commits import Commits, plain
+from storage.encoding import empty_segment, encode_rows, group_document, whole_array
 from storage.errors import (
     ChunkMissing,
     CommitExists,
@@ -29,6 +27,7 @@ from storage.errors import (
     StoreError,
     StoreMissing,
     StoreTooNew,
+    StoreUnavailable,
 )
 from storage.layout import ArraySpec, by_name, chunk_commit, segment_name
 from storage.objects import Folder, check_name, explain, open_folder, redacted
@@ -43,13 +42,12 @@ __all__ = [
     "StoreError",
     "StoreMissing",
     "StoreTooNew",
+    "StoreUnavailable",
 ]
 
 SEGMENT_SPECS = by_name(layout.SEGMENT_ARRAYS)
 STATE_SPECS = by_name(layout.STATE_ARRAYS)
 CHUNK_SPECS = SEGMENT_SPECS | {f"state_{name}": spec for name, spec in STATE_SPECS.items()}
-# zarr forgets this when an array is opened again; without it NaN and False are not written.
-WRITE_ALL: ArrayConfigParams = {"write_empty_chunks": True}
 WRITERS = 4  # arrays of a chunk that are written at the same time
 
 
@@ -91,7 +89,7 @@ class ReconstructionStore:
                 _refuse_other_content(folder)
             _write_root(folder, found, attributes)
             groups = [f"{group}/zarr.json" for group in layout.GROUPS]
-            _in_parallel(lambda name: folder.write(name, _group_document({})), groups)
+            _in_parallel(lambda name: folder.write(name, group_document({})), groups)
             return cls(folder)
 
     @classmethod
@@ -200,9 +198,9 @@ class ReconstructionStore:
         encoded = {n: known[n].encode(a, known[n].shape(sizes)) for n, a in arrays.items()}
         self._commits.drop(stage)
         self._folder.delete_tree(group)
-        objects = {f"{group}/zarr.json": _group_document({})}
+        objects = {f"{group}/zarr.json": group_document({})}
         for name, values in encoded.items():
-            objects |= _whole_array(f"{group}/{name}", known[name], values)
+            objects |= whole_array(f"{group}/{name}", known[name], values)
         self._write_objects(objects)
         digests = {f"{group}/{name}": _digest(values) for name, values in encoded.items()}
         self._pending[stage] = {"digests": digests}
@@ -270,10 +268,10 @@ class ReconstructionStore:
         group = segment_name(segment.index)
         self._folder.delete(f"{group}/zarr.json")
         self._folder.delete_tree(group)
-        self._write_objects(_empty_segment(group, segment, wanted))
+        self._write_objects(empty_segment(group, segment, wanted))
         # Commits name the creation that they belong to, so those of a removed one are void.
         attributes = {**wanted, "creation": uuid.uuid4().hex}
-        self._folder.write(f"{group}/zarr.json", _group_document(attributes))
+        self._folder.write(f"{group}/zarr.json", group_document(attributes))
 
     def write_chunk(self, segment: Segment, chunk: Chunk, arrays: Mapping[str, np.ndarray]) -> None:
         """Write the data of one chunk; they count for nothing before `commit_chunk`.
@@ -312,7 +310,7 @@ class ReconstructionStore:
         document = self._folder.read(f"{path}/zarr.json")
         if document is None:
             raise DataDamaged(f"array {path} of {redacted(self.url)} is gone; {_redo(segment)}")
-        shard = _encode_rows(document, _rows(path, segment, chunk), values)
+        shard = encode_rows(document, _rows(path, segment, chunk), values)
         self._write_objects({f"{path}/{name}": data for name, data in shard.items()})
 
     def _write_objects(self, objects: Mapping[str, bytes]) -> None:
@@ -553,11 +551,6 @@ def _explained(url: str | Path) -> Iterator[None]:
         raise explained from None
 
 
-def _group_document(attributes: Mapping[str, Any]) -> bytes:
-    document = {"zarr_format": 3, "node_type": "group", "attributes": plain(attributes)}
-    return json.dumps(document, indent=1, allow_nan=False).encode()
-
-
 def _write_root(
     folder: Folder, current: Mapping[str, Any] | None, changes: Mapping[str, Any]
 ) -> None:
@@ -565,7 +558,7 @@ def _write_root(
     schema = {"schema": layout.SCHEMA, "schema_version": layout.SCHEMA_VERSION}
     merged = {**(current or {}), **plain(changes), **schema}
     if merged != current:
-        folder.write("zarr.json", _group_document(merged))
+        folder.write("zarr.json", group_document(merged))
 
 
 def _root_attributes(folder: Folder) -> dict[str, Any] | None:
@@ -604,69 +597,6 @@ def _in_parallel(act: Callable[[str], object], names: Iterable[str]) -> None:
     with ThreadPoolExecutor(WRITERS) as pool:
         for _ in pool.map(act, names):  # raises what an act raised
             pass
-
-
-def _new_array(
-    store: MemoryStore, path: str, spec: ArraySpec, rows: int, sizes: Mapping[str, int]
-) -> Array[Any]:
-    """An empty array whose shards hold `rows` rows."""
-    shape = spec.shape(sizes)
-    shard = (rows, *shape[1:])
-    inner = (layout.frames_per_read(rows), *shape[1:])
-    return zarr.create_array(
-        store,
-        name=path,
-        shape=shape,
-        dtype=spec.dtype,
-        chunks=inner if spec.images else shard,
-        shards=shard if spec.images else None,
-        compressors=spec.codecs(),
-        filters=None,
-        fill_value=spec.fill_value,
-        attributes=spec.attributes(),
-        dimension_names=spec.dims,
-        config=WRITE_ALL,
-    )
-
-
-def _whole_array(path: str, spec: ArraySpec, values: np.ndarray) -> dict[str, bytes]:
-    """Objects of an array with its values."""
-    held: dict[str, Buffer] = {}
-    rows = max(1, min(len(values), layout.ROWS_PER_OBJECT))
-    sizes = dict(zip(spec.dims, values.shape, strict=True))
-    _new_array(MemoryStore(held), path, spec, rows, sizes)[...] = values
-    return _contents(held, path)
-
-
-def _empty_segment(group: str, segment: Segment, wanted: Mapping[str, Any]) -> dict[str, bytes]:
-    """Objects of a new segment without those of the group itself."""
-    held: dict[str, Buffer] = {}
-    store, chunk_frames, sizes = MemoryStore(held), wanted["chunk_frames"], wanted["sizes"]
-    for spec in layout.SEGMENT_ARRAYS:
-        _new_array(store, f"{group}/{spec.name}", spec, chunk_frames, sizes)
-    for spec in layout.STATE_ARRAYS:
-        _new_array(store, f"{group}/state/{spec.name}", spec, 1, sizes)
-    frames = np.arange(segment.start, segment.stop)
-    stops = np.array([chunk.stop for chunk in segment.chunks(chunk_frames)])
-    return {
-        **_contents(held, f"{group}/"),
-        **_whole_array(f"{group}/frame", layout.FRAME_COORDINATE, frames),
-        **_whole_array(f"{group}/state/frame", layout.STATE_FRAME, stops),
-        f"{group}/state/zarr.json": _group_document({}),
-    }
-
-
-def _encode_rows(document: bytes, rows: slice, values: np.ndarray) -> dict[str, bytes]:
-    """Objects that hold `rows` of the array that `document`, its zarr.json, describes."""
-    held: dict[str, Buffer] = {"zarr.json": default_buffer_prototype().buffer.from_bytes(document)}
-    array = zarr.open_array(MemoryStore(held), mode="r+", zarr_format=3)
-    array.with_config(WRITE_ALL)[rows] = values
-    del held["zarr.json"]
-    return _contents(held, "")
-
-
-def _contents(held: Mapping[str, Buffer], prefix: str) -> dict[str, bytes]:
-    return {n: buffer.to_bytes() for n, buffer in held.items() if n.startswith(prefix)}
 
 
 def _check_names(given: Any, known: Mapping[str, ArraySpec], required: set[str]) -> None:
