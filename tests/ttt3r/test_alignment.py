@@ -342,6 +342,17 @@ def test_scale_is_the_same_in_both_directions_and_not_pulled_down(street):
     assert np.mean(least_squares) < -0.01
 
 
+def test_noise_in_depth_moves_the_segment_neither_forward_nor_back(street):
+    along = []
+    for seed in range(8):
+        a, b, true = seam(street, Noise(pixel=0.15), seed)
+        error = fit(a, b, poses=False).sim3.compose(true.inverse())
+        axis, middle = a.T[0, :3, 2], a.T[:, :3, 3].mean(axis=0)
+        along.append((error.apply(middle) - middle) @ axis / np.nanmedian(a.depth))
+    # Weighing by the depth of one of the two alone gives -0.0026.
+    assert abs(np.mean(along)) < 0.0013
+
+
 def test_two_wrong_cameras_of_eight_do_not_matter(recording):
     a, b, true = seam(recording, Noise(pixel=0.05), 9)
     T = b.T.copy()
@@ -361,6 +372,15 @@ def test_low_confidence_counts_little(street):
     assert_within(errors(fit(a, unsure).sim3, true, a), Bounds(1e-6, 1e-4, 1e-6))
     sure = replace(unsure, confidence=b.confidence)
     assert errors(fit(a, sure).sim3, true, a).scale > 0.01
+
+
+def test_scale_listens_to_confidence_where_errors_are_within_the_noise(street):
+    a, b, true = seam(street, Noise(pixel=0.05), 10)
+    b.depth[:, :, :32] *= 1.04
+    b.confidence[:, :, :32], b.confidence[:, :, 32:] = 1.0, 20.0
+    a.confidence[:] = 20.0
+    shifted = replace(b, pointmap=lift(b.T, b.depth, street.rays))
+    assert errors(fit(a, shifted).sim3, true, a).scale < 0.005
 
 
 def test_one_pixel_of_enormous_confidence_is_not_the_whole_fit(street):
