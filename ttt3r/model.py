@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from ttt3r import heads
 from ttt3r.config import ModelConfig
-from ttt3r.layers import DecoderBlock, EncoderBlock, LayerNorm, PatchEmbed, Rotary, rotary_tables
+from ttt3r.layers import (
+    DecoderBlock,
+    EncoderBlock,
+    LayerNorm,
+    PatchEmbed,
+    Rotary,
+    linear_fp32,
+    rotary_tables,
+)
 from ttt3r.memory import PoseMemory
 from ttt3r.state import Proposal, State, UpdateRule, blend, find_rule
 
@@ -204,7 +212,7 @@ class Model(nn.Module):
 
     def initial_state(self, lanes: int) -> State:
         """The state before any frame (section 5): a constant of the weights."""
-        tokens = self.decoder_embed_state(self.register_tokens.weight).float()
+        tokens = linear_fp32(self.decoder_embed_state, self.register_tokens.weight)
         memory = self.pose_retriever.mem.float()
         return State(
             tokens[None].expand(lanes, -1, -1),

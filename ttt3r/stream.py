@@ -55,7 +55,7 @@ class Stream:
         self.outputs = frozenset(outputs)
         self._frames_at_once = max(1, batch_frames // lanes)
         with torch.inference_mode():
-            self.state = model.initial_state(lanes) if state is None else state
+            self.state = (model.initial_state(lanes) if state is None else state).detach()
 
     @torch.inference_mode()
     def feed(
