@@ -76,9 +76,9 @@ class Film:
         curve = self._gamma.reshape(-1, 1, 1, 1)
         colour = colour.clamp_(1e-6, 1.0).log_().mul_(curve).exp_().mul_(255.0)
         if not self._clean:
-            grey = (0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2])[None]
-            colour = colour.lerp_(grey, self._grey.reshape(-1, 1, 1, 1).float())
             colour += self._grain(clock, height, width)
+            grey = (0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2])[None]
+            colour = torch.where(self._grey.reshape(-1, 1, 1, 1), grey, colour)
         colour = colour.add_(0.5).clamp_(0, 255).to(torch.uint8)
         return colour.permute(1, 2, 3, 4, 0).contiguous()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,13 +24,13 @@ from ttt3r.synthetic.solids import (
     COLOUR_MASK,
     CYLINDER,
     ELLIPSOID,
-    GLOW,
     LAYER,
     MASK,
     MASK_OFFSET_ACROSS,
     MASK_OFFSET_DOWN,
     MASK_RATE_ACROSS,
     MASK_RATE_DOWN,
+    NOTE,
     OFFSET_ACROSS,
     OFFSET_DOWN,
     ON_OBJECT,
@@ -53,7 +54,7 @@ class Views:
     height: int
     width: int
     reach: Tensor | None = None  # [B, T, 2] lowest and highest station to draw
-    distance: float = 1e9  # metres beyond which solids are left out
+    distance: float = 1e9  # metres from the camera beyond which solids are left out
 
     @property
     def frames(self) -> int:
@@ -83,7 +84,7 @@ class Surface:
     point: Tensor  # [3, F, P]
     albedo: Tensor  # [3, F, P]
     light: Tensor  # [3, F, P]
-    glow: Tensor  # [F, P]
+    note: Tensor  # [F, P]
     layer: Tensor  # [F, P]
     footprint: Tensor  # [F, P] width of the pixel on the surface
 
@@ -159,14 +160,15 @@ class RayCaster:
         focal = views.intrinsics[:, None, None, 0, 0]
         across = views.width / focal * 0.55  # half a view, and room for an off-centre lens
         down = views.height / focal * 0.55
-        seen = solids.present.reshape(shape) & (z > NEAR - radius) & (z - radius < views.distance)
+        seen = solids.present.reshape(shape) & (z > NEAR - radius)
+        seen &= _dot(offset, offset) < (radius + views.distance).square()
         seen &= x.abs() < z * across + radius * (1 + across**2).sqrt()
         seen &= y.abs() < z * down + radius * (1 + down**2).sqrt()
         seen &= radius * 2 * focal > _SMALLEST * z
         if views.reach is not None:
             station = solids.station.reshape(shape)
             low, high = views.reach[:, :, None, 0], views.reach[:, :, None, 1]
-            seen &= (station >= low) & (station <= high)
+            seen &= ~((station < low) | (station > high))  # NaN is always in reach
         return seen
 
     def _project(self) -> None:
@@ -229,7 +231,7 @@ class RayCaster:
         total = torch.cumsum(self._counts[first:last], dim=0)
         marks = torch.arange(0, int(total[-1]), self.piece, device=total.device)[1:]
         cuts = [0, *torch.searchsorted(total, marks).tolist(), last - first]
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             if stop > start:
                 yield first + start, first + stop
 
@@ -298,7 +300,7 @@ class RayCaster:
         light = self._shade(frames, facing)
         return Surface(
             frames, pixels, hit, depth, direction, length, point, albedo, light,
-            paint[GLOW], paint[LAYER], footprint,
+            paint[NOTE], paint[LAYER], footprint,
         )  # fmt: skip
 
     def _shade(self, frames: slice, facing: _Facing) -> Tensor:

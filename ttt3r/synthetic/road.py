@@ -1,4 +1,4 @@
-"""A road that never ends: its course, the hills it runs over, and how fast it is driven."""
+"""A road that never ends: its course, and how fast it is driven."""
 
 from __future__ import annotations
 
@@ -12,44 +12,9 @@ from ttt3r.synthetic.dice import Dice, smoothstep
 START = 120.0  # metres of road behind the first camera
 AHEAD = 240.0  # metres of road laid out beyond the last camera
 STEP = 2.0  # metres between the samples of the course
-CELL = 20.0  # side of the squares of the terrain, metres
 FRAME_S = 0.1
 _BEND = 70.0  # metres between the places where the heading may change
 _LATERAL = 2.2  # m/s^2 that drivers accept in bends
-
-
-class Hills:
-    """Ground height as a function of place, two long waves, triangulated on a square grid."""
-
-    def __init__(self, dice: Dice) -> None:
-        flat = dice.chance("flat", 0.25)
-        self._waves = []
-        for wave, (short, long) in enumerate(((260.0, 420.0), (450.0, 900.0))):
-            angle = dice.uniform(f"hill angle {wave}", 0, 2 * math.pi)
-            rate = 2 * math.pi / dice.uniform(f"hill length {wave}", short, long)
-            slope = torch.where(flat, 0.0, dice.uniform(f"hill slope {wave}", 0.005, 0.04))
-            phase = dice.uniform(f"hill phase {wave}", 0, 2 * math.pi)
-            self._waves.append((slope / rate, rate * angle.cos(), rate * angle.sin(), phase))
-
-    def height(self, x: Tensor, z: Tensor) -> Tensor:
-        """Smooth ground height [B, ...] at world places [B, ...], metres upwards."""
-        total = torch.zeros_like(x)
-        for size, rate_x, rate_z, phase in self._waves:
-            values = (v.reshape(-1, *[1] * (x.ndim - 1)) for v in (size, rate_x, rate_z, phase))
-            tall, kx, kz, start = values
-            total = total + tall * torch.sin(kx * x + kz * z + start)
-        return total
-
-    def ground(self, x: Tensor, z: Tensor) -> Tensor:
-        """Height of the triangulated ground that rays hit."""
-        left, back = torch.floor(x / CELL) * CELL, torch.floor(z / CELL) * CELL
-        u, v = (x - left) / CELL, (z - back) / CELL
-        far = u + v > 1
-        corner = self.height(left + CELL * far, back + CELL * far)
-        side_x = self.height(left + CELL * ~far, back + CELL * far)
-        side_z = self.height(left + CELL * far, back + CELL * ~far)
-        u, v = torch.where(far, 1 - u, u), torch.where(far, 1 - v, v)
-        return corner + u * (side_x - corner) + v * (side_z - corner)
 
 
 class Road:
@@ -62,7 +27,7 @@ class Road:
         self._dice = dice
         self.swing = dice.log_uniform("swing", 0.08, 1.7)
         self.sharpness = dice.uniform("sharpness", 0.45, 1.0)
-        count = int(math.ceil(length / STEP)) + 2
+        count = math.ceil(length / STEP) + 2
         station = torch.arange(count, device=dice.device, dtype=torch.float64) * STEP
         self.heading = self._heading(station[None])
         middle = self._heading(station[None] + 0.5 * STEP)
@@ -72,7 +37,7 @@ class Road:
         self.curvature = (ahead - self._heading(station[None] - 1.0)) / 2.0
         columns = [self.x, self.z, torch.sin(self.heading), torch.cos(self.heading)]
         # [5, B * samples]: for looking up many places at once
-        self.table = torch.stack([*columns, self.curvature]).float().flatten(1)
+        self._table = torch.stack([*columns, self.curvature]).float().flatten(1)
 
     def _heading(self, station: Tensor) -> Tensor:
         """Heading [B, S]: levels drawn every _BEND metres, blended in the middle between them."""
@@ -105,6 +70,36 @@ class Road:
         x, z, heading = between(self.x), between(self.z), between(self.heading)
         return x + side * torch.cos(heading), z - side * torch.sin(heading), heading
 
+    def nearest(self, x: Tensor, z: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Rough stations [B, P] of world places, searched from `low` to `high` [B] + 60 m."""
+        first = ((low - 60) / STEP).long().clamp(min=0)
+        span = int(((high - low).max() + 240) / STEP)
+        index = first[:, None] + torch.arange(0, span, 3, device=low.device)
+        index = index.clamp(max=self.x.shape[1] - 1)
+        samples = torch.stack([self.x.gather(1, index), self.z.gather(1, index)], dim=-1)
+        distance = torch.cdist(torch.stack([x, z], dim=-1).float(), samples.float())
+        return index.gather(1, distance.argmin(dim=-1)).float() * STEP
+
+    def locate(
+        self, x: Tensor, z: Tensor, guess: Tensor, sequence: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Station and metres to the right of the road's middle, by Newton steps from a guess.
+
+        All [N]: places in the world (float32), and the sequence whose road is meant.
+        """
+        count = self.heading.shape[1]
+        base, station, side = sequence * count, guess, torch.zeros_like(x)
+        for _ in range(3):
+            index = (station / STEP).round().long().clamp_(0, count - 1)
+            rx, rz, sin, cos, bend = self._table.index_select(1, base + index).unbind(0)
+            ahead = (x - rx) * sin + (z - rz) * cos
+            side = (x - rx) * cos - (z - rz) * sin
+            # On a bend, a step at distance `side` covers less of the middle line on the inside.
+            ahead = ahead / (1 - bend * side).clamp(min=0.3)
+            station = index * STEP + ahead
+            side = side - 0.5 * bend * ahead.clamp(-STEP, STEP) ** 2
+        return station, side
+
     def safe_speed(self) -> Tensor:
         """Speed [B, samples] that keeps sideways acceleration comfortable here and just ahead."""
         limit = torch.sqrt(_LATERAL / self.curvature.abs().clamp(min=1e-4))
@@ -120,13 +115,13 @@ def drive(dice: Dice, road: Road, frames: int, motion: float) -> Tensor:
     base = dice.log_uniform("speed", 1.2, 30.0)[:, None].double()
     wish = base * (0.75 + 0.25 * dice.noise("mood", time / 6.0))
     stop = dice.chance("stop", 0.1, torch.floor(time / 12.0).long())
-    wish = torch.where(stop, 0.0, wish).unbind(1)
+    wish = torch.where(stop, 0.0, wish)
     safe = road.safe_speed()
     station = torch.full((dice.count,), START, device=dice.device, dtype=torch.float64)
-    speed = torch.minimum(wish[0], _lookup(safe, station))
+    speed = torch.minimum(wish[:, 0], _lookup(safe, station))
     stations = [station]
     for frame in range(1, frames):
-        aim = torch.minimum(wish[frame], _lookup(safe, station))
+        aim = torch.minimum(wish[:, frame], _lookup(safe, station))
         change = (aim - speed).clamp(-5.0 * FRAME_S, 2.5 * FRAME_S)
         speed = speed + change
         station = station + speed * (FRAME_S * motion)

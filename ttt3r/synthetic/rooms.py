@@ -114,7 +114,7 @@ class Rooms:
         dice, index = self._dice, self._index(FURNITURE)
         angle = dice.uniform("thing angle", 0, 2 * math.pi, index)
         around = torch.stack([torch.sin(angle), torch.cos(angle)], dim=-1)
-        inner = self._clear[:, None].amax(-1) * 0 + _ellipse_radius(self._clear, around)
+        inner = _ellipse_radius(self._clear, around)
         outer = (self._half[:, None] / around.abs().clamp(min=1e-4)).amin(-1)
         room = (outer - inner - _CLEARANCE).clamp(min=0.02) / 2
         size = torch.minimum(dice.log_uniform("thing size", 0.12, 0.8, index), 0.85 * room)
@@ -187,7 +187,7 @@ class Rooms:
                                 texture.CLOUDS, texture.SPOTS, texture.WINDOWS), index),
             repeat=dice.log_uniform("picture repeat", 0.4, 1.5, index),
             offset=(dice.unit("picture across", index), dice.unit("picture down", index)),
-            glow=torch.where(dice.chance("picture glow", 0.2, index), 0.8, 0.0),
+            note=torch.where(dice.chance("picture glow", 0.2, index), 0.8, 0.0),
         )  # fmt: skip
         return make_solids(BOX, centre, turn_basis(heading, half), colours, present)
 
@@ -236,7 +236,7 @@ class Rooms:
 
     def colour(self, seen: Surface, frames: int) -> Tensor:
         """Linear RGB [3, F, P] of what pixels see."""
-        return seen.albedo.mul_(torch.lerp(seen.light, _ONE.to(seen.light), seen.glow))
+        return seen.albedo.mul_(torch.lerp(seen.light, _ONE.to(seen.light), seen.note))
 
 
 def _ellipse_radius(half: Tensor, direction: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol
 
@@ -44,7 +44,7 @@ class World(Protocol):
     def colour(self, seen: Surface, frames: int) -> Tensor: ...
 
 
-_WORLDS = {"streets": Streets, "rooms": Rooms}
+_WORLDS: dict[str, Callable[[Dice, float], World]] = {"streets": Streets, "rooms": Rooms}
 
 
 def render(
@@ -101,7 +101,7 @@ def render_chunks(
     """
     _check(world, frames, height, width, motion, supersample)
     dice = Dice(seeds, device)
-    scene: World = _WORLDS[world](dice, motion)
+    scene = _WORLDS[world](dice, motion)
     film = Film(dice, clean=clean)
     intrinsics = draw_intrinsics(dice, height, width)
     if chunk_frames is None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from ttt3r.synthetic.dice import Dice
 
 BOX, CYLINDER, ELLIPSOID, TRIANGLE = range(4)
 
 # Columns of `Solids.paint`.
 COLOUR_LOW, COLOUR_HIGH, COLOUR_MASK = slice(0, 3), slice(3, 6), slice(6, 9)
 TEXTURE, TEXTURE_RATE, MASK, MASK_RATE_ACROSS, MASK_RATE_DOWN = 9, 10, 11, 12, 13
-OFFSET_ACROSS, OFFSET_DOWN, MASK_OFFSET_ACROSS, MASK_OFFSET_DOWN, LAYER, GLOW = range(14, 20)
+OFFSET_ACROSS, OFFSET_DOWN, MASK_OFFSET_ACROSS, MASK_OFFSET_DOWN, LAYER, NOTE = range(14, 20)
 PAINT_COLUMNS = 20
 
 # Values of the LAYER column.
@@ -33,11 +35,7 @@ class Solids:
     basis: Tensor  # [..., 3, 3] columns: local axes in the world, metres
     paint: Tensor  # [..., PAINT_COLUMNS]
     present: Tensor  # [...] bool; absent ones are never drawn
-    station: Tensor  # [...] metres along the road; used by worlds too long to draw whole
-
-    def select(self, mask: Tensor) -> Solids:
-        """The solids that are present only where `mask` is true as well."""
-        return replace(self, present=self.present & mask)
+    station: Tensor  # [...] metres along the road, in worlds too long to draw whole; or NaN
 
 
 def join(parts: list[Solids]) -> Solids:
@@ -58,12 +56,12 @@ def make_solids(
     present: Tensor | None = None,
     station: Tensor | None = None,
 ) -> Solids:
-    """Solids of one kind; presence defaults to all, station to 0."""
+    """Solids of one kind; presence defaults to all, station to none (NaN)."""
     shape = centre.shape[:-1]
     present = (
         torch.ones(shape, dtype=torch.bool, device=centre.device) if present is None else present
     )
-    station = torch.zeros(shape, device=centre.device) if station is None else station
+    station = centre.new_full(shape, torch.nan) if station is None else station
     return Solids(
         kind=torch.full(shape, kind, dtype=torch.int64, device=centre.device),
         centre=centre,
@@ -72,6 +70,33 @@ def make_solids(
         present=present.expand(shape),
         station=station.expand(shape),
     )
+
+
+@dataclass(frozen=True)
+class Footing:
+    """Where things stand on the ground, [...] of them."""
+
+    position: Tensor  # [..., 3] metres, world
+    frame: Tensor  # [..., 3, 3] columns: right, down, forward, unit length
+    station: Tensor  # [...]
+    present: Tensor  # [...] bool
+
+    def part(
+        self,
+        kind: int,
+        shift: tuple[Tensor, Tensor, Tensor],
+        half: tuple[Tensor, Tensor, Tensor],
+        colours: Tensor,
+        *,
+        present: Tensor | None = None,
+        axes: Tensor | None = None,
+    ) -> Solids:
+        """A solid `shift` (right, down, forward) from here; `axes` where not along `frame`."""
+        axes = self.frame if axes is None else axes
+        offset = (self.frame @ torch.stack(shift, dim=-1)[..., None])[..., 0]
+        basis = axes * torch.stack(half, dim=-1).unsqueeze(-2)
+        present = self.present if present is None else self.present & present
+        return make_solids(kind, self.position + offset, basis, colours, present, self.station)
 
 
 def turn_basis(heading: Tensor, half: Tensor, climb: Tensor | None = None) -> Tensor:
@@ -106,7 +131,7 @@ def paint(
     offset: tuple[Tensor | float, Tensor | float] = (0.0, 0.0),
     mask_offset: tuple[Tensor | float, Tensor | float] = (0.0, 0.0),
     layer: float = ON_OBJECT,
-    glow: Tensor | float = 0.0,
+    note: Tensor | float = 0.0,
 ) -> Tensor:
     """Fill rows of `Solids.paint`: two colours mixed by a texture, a third laid on by a mask.
 
@@ -115,7 +140,7 @@ def paint(
         texture, mask: index into the texture bank; mask 0 (BLANK) lays nothing on.
         repeat: size of one repeat of the texture, metres.
         mask_size: width and height of one repeat of the mask, metres; sides only, not tops.
-        glow: share of the colour that shines without light.
+        note: a number for the world's own use, handed back where the solid is seen.
     """
     shape = torch.broadcast_shapes(low.shape, high.shape)[:-1]
     rows = low.new_zeros(*shape, PAINT_COLUMNS)
@@ -126,5 +151,14 @@ def paint(
     rows[..., MASK_RATE_ACROSS], rows[..., MASK_RATE_DOWN] = 1.0 / mask_size[0], 1.0 / mask_size[1]
     rows[..., OFFSET_ACROSS], rows[..., OFFSET_DOWN] = offset
     rows[..., MASK_OFFSET_ACROSS], rows[..., MASK_OFFSET_DOWN] = mask_offset
-    rows[..., LAYER], rows[..., GLOW] = layer, glow
+    rows[..., LAYER], rows[..., NOTE] = layer, note
     return rows
+
+
+def draw_colour(
+    dice: Dice, name: str, index: Tensor, low: float, high: float, tint: float = 0.25
+) -> Tensor:
+    """Random linear RGB [..., 3]: a grey level between two bounds, and a tint."""
+    level = dice.log_uniform(f"{name} level", low, high, index)
+    channels = [dice.uniform(f"{name} {k}", 1 - tint, 1 + tint, index) for k in "rgb"]
+    return (level[..., None] * torch.stack(channels, dim=-1)).clamp(0.01, 0.95)
