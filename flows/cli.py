@@ -431,8 +431,10 @@ def weights_fetch(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
-    from ttt3r.weights import fetch
+    from ttt3r.weights import KNOWN_WEIGHTS, fetch
 
+    if source in KNOWN_WEIGHTS:
+        typer.echo(f"licence of {source}: {KNOWN_WEIGHTS[source].licence}", err=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task(source, total=None)
@@ -450,6 +452,11 @@ def weights_import(
     to: Annotated[
         Path | None, typer.Option(help="File to write [default: beside it, .safetensors].")
     ] = None,
+    name: Annotated[str | None, typer.Option(help="Name to record [default: the file's].")] = None,
+    licence: Annotated[str, typer.Option(help="Licence to record.")] = "CC BY-NC-SA 4.0",
+    image_size: Annotated[
+        int | None, typer.Option(help="Long side, pixels [default: by the head, 512 or 224].")
+    ] = None,
     heads: Annotated[
         tuple[int, int, int],
         typer.Option(help="Attention heads of encoder, decoder and state decoder."),
@@ -462,8 +469,19 @@ def weights_import(
     info = import_checkpoint(
         checkpoint,
         target,
+        name=name,
+        licence=licence,
+        image_size=image_size,
         enc_num_heads=heads[0],
         dec_num_heads=heads[1],
         state_dec_num_heads=heads[2],
     )
     typer.echo(f"{target}\n{info.licence}\n{info.identity}")
+
+
+@weights_app.command("verify")
+def weights_verify(weights: Annotated[Path, typer.Argument(help="A .safetensors file.")]) -> None:
+    """Hash the tensors of a file again and compare with what is recorded in it."""
+    from ttt3r.weights import verify_weights
+
+    typer.echo(f"{weights}: {verify_weights(weights).sha256}, as recorded")

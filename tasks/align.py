@@ -57,7 +57,7 @@ def align_stage(url: str, config: AlignConfig, infer: InferConfig) -> None:
     began = time.perf_counter()
     focal, spread, focal_source = camera_focal(store, plan, config, info.config)
     fits = fit_seams(store, plan, focal, AlignSettings(scale_prior_sigma=config.scale_prior_sigma))
-    placements = place_segments(plan, fits)
+    placements = place_segments(plan, fits, config.scale_prior_sigma)
     arrays = build_trajectory(store, plan, placements, fits, focal, info.config)
     store.write_trajectory(arrays)
     record = {
@@ -147,12 +147,12 @@ def lift(depth: Array, focal: float, T_x_cam: Array) -> Array:
     return rotated + T_x_cam[:, None, None, :3, 3]
 
 
-def place_segments(plan: Plan, fits: dict[int, OverlapFit]) -> list[Sim3]:
+def place_segments(plan: Plan, fits: dict[int, OverlapFit], prior_sigma: float) -> list[Sim3]:
     """Segment-to-world of all segments; the world of a part is its first segment's frame."""
     placements: list[Sim3] = []
     for part in range(plan.parts):
         indices = [s.index for s in plan.segments if s.part == part]
-        placements += chain(*balance_scales([fits[i] for i in indices[1:]]))
+        placements += chain(*balance_scales([fits[i] for i in indices[1:]], prior_sigma))
     return placements
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,12 @@ from tasks.fusion import (
     FusionGrid,
     FusionSettings,
     Tile,
-    TileVolume,
     choose_grid,
     filter_depth,
+    frames_of,
+    fuse_tiles,
+    group_tiles,
     plan_tiles,
-    prepare,
 )
 from tasks.keys import stage_key
 from tasks.meshes import (
@@ -45,8 +46,7 @@ from tasks.plan import read_plan, require_key
 from tasks.retries import STAGE_OPTIONS
 from ttt3r.weights import weights_info
 
-VERSION = 1
-BATCH_BYTES = 1_500_000_000  # volumes of the tiles that one task fuses together
+VERSION = 2
 SAMPLED_FRAMES = 50  # of a part, to choose the grid
 
 log = logging.getLogger(__name__)
@@ -127,29 +127,12 @@ def _plan_part(store: ReconstructionStore, part: int, config: FuseConfig) -> dic
     )
     grid = choose_grid(settings, depths, source.focal_px, confidences)
     tiles = plan_tiles(source.read(source.frames.tolist(), grid), grid)
-    batches = batch_tiles(tiles, grid, BATCH_BYTES)
+    batches = group_tiles(tiles, grid)
     return {
         "part": part,
         "grid": asdict(grid),
         "batches": [[asdict(tile) for tile in batch] for batch in batches],
     }
-
-
-def batch_tiles(tiles: Sequence[Tile], grid: FusionGrid, limit: int) -> list[list[Tile]]:
-    """Tiles that are seen about the same time together, up to `limit` bytes of volume.
-
-    Frames of a batch are read and decoded once for all its tiles.
-    """
-    block_bytes = grid.block_voxels**3 * 20
-    batches: list[list[Tile]] = []
-    size = 0
-    for tile in sorted(tiles, key=lambda tile: (tile.frames[0], tile.index)):
-        if not batches or size + tile.blocks * block_bytes > limit:
-            batches.append([])
-            size = 0
-        batches[-1].append(tile)
-        size += tile.blocks * block_bytes
-    return batches
 
 
 @task(name="fuse-tiles", task_run_name="fuse tiles {batch} {url}", tags=["cpu"], **STAGE_OPTIONS)
@@ -169,8 +152,9 @@ def fuse_tiles_stage(url: str, batch: int, config: FuseConfig, infer: InferConfi
     drive = DriveInput.from_store(store, weights_info(infer.weights).config)
     source = DepthSource(store, drive.plan, part["part"], config.frame_step)
     wanted = [Tile(tuple(t["index"]), tuple(t["frames"]), t["blocks"]) for t in tiles]
+    frames = colored_frames(drive, source, wanted, grid)
     names = []
-    for tile, mesh in zip(wanted, fuse_batch(drive, source, wanted, grid), strict=True):
+    for tile, mesh in zip(wanted, fuse_tiles(wanted, frames, grid), strict=True):
         names.append(tile_name(part["part"], tile))
         store.put_file(names[-1], write_ply(mesh))
     seconds = time.perf_counter() - began
@@ -184,25 +168,17 @@ def tile_name(part: int, tile: Tile) -> str:
     return f"fusion/tiles/part{part:04d}_{x}_{y}_{z}.ply"
 
 
-def fuse_batch(
+def colored_frames(
     drive: DriveInput, source: DepthSource, tiles: Sequence[Tile], grid: FusionGrid
-) -> list[Mesh]:
-    """Meshes of `tiles`, from one pass over all frames that any of them needs."""
-    volumes = [TileVolume(tile, grid) for tile in tiles]
-    needed = [set(tile.frames) for tile in tiles]
-    positions = sorted(set().union(*needed))
-    frames = [int(source.frames[position]) for position in positions]
-    colors = drive.read(frames[0], frames[-1] + 1)
-    decoded = frames[0] - 1
-    for position, number, frame in zip(positions, frames, source.read(frames, grid), strict=True):
-        while decoded < number:
-            color, decoded = next(colors), decoded + 1
-        colored = FusionFrame(frame.depth, frame.intrinsics, frame.T_world_cam, color)
-        prepared = prepare(colored, grid)
-        for volume, wants in zip(volumes, needed, strict=True):
-            if position in wants:
-                volume.integrate(prepared)
-    return [volume.mesh() for volume in volumes]
+) -> Iterator[FusionFrame]:
+    """The frames that `tiles` need, with their colours, in order."""
+    numbers = source.frames[frames_of(tiles)].tolist()
+    colors = drive.read(numbers[0], numbers[-1] + 1)
+    decoded = range(numbers[0], numbers[-1] + 1)
+    wanted = set(numbers)
+    needed = (color for number, color in zip(decoded, colors, strict=True) if number in wanted)
+    for frame, color in zip(source.read(numbers, grid), needed, strict=True):
+        yield replace(frame, color=color)
 
 
 @task(name="merge-tiles", task_run_name="merge tiles {url}", tags=["cpu"], **STAGE_OPTIONS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -130,7 +130,7 @@ def render(
     mesh = read_ply(store.get_file("fusion/preview.ply"))
     summary = summarise(store)
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        resources.files(__package__).joinpath("report.html.jinja").read_text()
+        Path(__file__).with_name("report.html.jinja").read_text()
     )
     return template.render(
         drive=record,

@@ -9,7 +9,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 # A mistake of the user or of the input stays what it is, however often it is tried.
-FINAL_ERRORS = (ValueError, TypeError, KeyError)
+FINAL_ERRORS = (ValueError, TypeError, KeyError, FileNotFoundError)
 RETRY_DELAYS_S = [10, 60, 300]
 
 

@@ -1,11 +1,10 @@
 """A drive of known geometry: a straight corridor, and a network that is never wrong."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import av
 import numpy as np
 import pytest
+from recordings import write_video
 
 from storage.reconstruction import ReconstructionStore
 from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
@@ -15,8 +14,10 @@ from tasks.probe import probe_stage
 from ttt3r.weights import weights_info
 
 # The network's own size, so that frames are neither resized nor cropped.
-WIDTH = weights_info("untrained").config.image_size
-HEIGHT, FOCAL = WIDTH * 3 // 4, WIDTH * 0.625
+NETWORK = weights_info("untrained").config
+WIDTH = NETWORK.image_size
+HEIGHT = WIDTH * 3 // 4 // NETWORK.patch_size * NETWORK.patch_size
+FOCAL = WIDTH * 0.625
 STEP_M = 0.15  # per frame, forward
 HALF_WIDTH_M, HALF_HEIGHT_M = 2.0, 1.5
 END_M = 30.0  # a wall closes the corridor
@@ -38,17 +39,6 @@ def corridor(z: float) -> tuple[np.ndarray, np.ndarray]:
         ]
     depth = np.stack(planes)
     return depth.min(axis=0), COLORS[depth.argmin(axis=0)].astype(np.uint8)
-
-
-def write_video(path: Path, frames: list[np.ndarray], rate: int = 10) -> None:
-    """Encode RGB frames as H.264."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "12", "g": "10"})
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuv444p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
-        container.mux(stream.encode())
 
 
 @dataclass

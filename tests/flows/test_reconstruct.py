@@ -1,0 +1,155 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recordings import moving_squares, write_video
+
+from flows.reconstruct_collection import CollectionIncomplete, reconstruct_collection
+from flows.reconstruct_drive import reconstruct_drive
+from storage.reconstruction import ReconstructionStore
+from tasks.config import AlignConfig, InferConfig, PlanConfig, ReconstructionConfig
+from tasks.plan import read_plan
+
+CONFIG = ReconstructionConfig(
+    plan=PlanConfig(segment_frames=12, overlap_frames=4, chunk_frames=5),
+    infer=InferConfig(weights="untrained", lanes=2, segments_per_task=3),
+)
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def infer_commits(url: str) -> dict[str, str]:
+    """What identifies every inferred chunk; another run of it would be another commit."""
+    commits = ReconstructionStore.open(url).commits("infer")
+    return {name: record["commit_id"] for name, record in commits.items()}
+
+
+def stored(url: str) -> dict[str, np.ndarray]:
+    """Every array that inference and alignment wrote."""
+    store = ReconstructionStore.open(url)
+    arrays = dict(store.read_trajectory())
+    for segment in read_plan(store).segments:
+        for name in ("depth", "confidence", "cam_to_seg", "intrinsics", "descriptor", "gate"):
+            arrays[f"{segment.index}/{name}"] = store.read(
+                segment, name, segment.start, segment.stop
+            )
+    return arrays
+
+
+def assert_equal_bytes(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_drive_becomes_poses_depth_states_and_a_report(video, tmp_path):
+    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    assert url == str(tmp_path / "out" / "squares.zarr")
+    store = ReconstructionStore.open(url)
+    trajectory = store.read_trajectory()
+    assert trajectory["cam_to_world"].shape == (30, 4, 4)
+    assert np.isfinite(trajectory["cam_to_world"]).all()
+    plan = read_plan(store)
+    segment = plan.segments[0]
+    assert np.isfinite(store.read(segment, "depth", 0, 12)).all()
+    state = store.read_state(segment, segment.chunks(plan.chunk_frames)[-1])
+    assert state["tokens"].ndim == 2
+    page = store.get_file("report/report.html").decode()
+    assert "UNTRAINED" in page
+    assert "<script src=" not in page  # self-contained
+    assert store.verify() == []
+
+
+def test_second_run_of_a_finished_drive_computes_nothing(video, tmp_path):
+    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    before = {n: r["commit_id"] for n, r in ReconstructionStore.open(url).commits().items()}
+    reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    after = {n: r["commit_id"] for n, r in ReconstructionStore.open(url).commits().items()}
+    assert after == before
+
+
+def test_new_calibration_redoes_alignment_and_not_inference(video, tmp_path):
+    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    inferred = infer_commits(url)
+    aligned = ReconstructionStore.open(url).read_commit("align")
+    reconstruct_drive(
+        str(video), str(tmp_path / "out"), replace(CONFIG, align=AlignConfig(focal_px=50.0))
+    )
+    assert infer_commits(url) == inferred
+    assert ReconstructionStore.open(url).read_commit("align")["key"] != aligned["key"]
+
+
+def test_interrupted_drive_resumes_and_ends_with_the_same_bytes(video, tmp_path):
+    whole = reconstruct_drive(str(video), str(tmp_path / "whole"), CONFIG)
+    url = reconstruct_drive(str(video), str(tmp_path / "cut"), CONFIG)
+    store = ReconstructionStore.open(url)
+    # What a kill in the middle leaves: later chunks of two segments never committed.
+    for name in ("infer/0001/0001", "infer/0001/0002", "infer/0002", "align", "fuse", "report"):
+        store.drop_commits(name)
+    kept = infer_commits(url)
+    reconstruct_drive(str(video), str(tmp_path / "cut"), CONFIG)
+    resumed = infer_commits(url)
+    assert {name: resumed[name] for name in kept} == kept
+    assert_equal_bytes(stored(url), stored(whole))
+
+
+def test_lanes_change_the_result_by_rounding_only(video, tmp_path):
+    together = reconstruct_drive(str(video), str(tmp_path / "a"), CONFIG)
+    one = replace(CONFIG, infer=replace(CONFIG.infer, lanes=1))
+    alone = reconstruct_drive(str(video), str(tmp_path / "b"), one)
+    ours, theirs = stored(together), stored(alone)
+    for name in (n for n in ours if n.endswith("cam_to_seg")):
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4)
+
+
+def test_clips_of_a_folder_are_one_drive_with_the_frames_of_the_whole(tmp_path):
+    frames = moving_squares(30)
+    whole = write_video(tmp_path / "whole.mp4", frames)
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for i in range(3):
+        write_video(clips / f"clip{i}.mp4", frames[10 * i : 10 * i + 10])
+    a = ReconstructionStore.open(reconstruct_drive(str(whole), str(tmp_path / "out"), CONFIG))
+    b = ReconstructionStore.open(reconstruct_drive(str(clips), str(tmp_path / "out"), CONFIG))
+    assert a.attributes["plan"] == b.attributes["plan"]
+    np.testing.assert_allclose(a.read_frames()["timestamp"], b.read_frames()["timestamp"])
+    assert b.read_frames()["clip"].tolist() == [0] * 10 + [1] * 10 + [2] * 10
+
+
+def test_collection_finishes_every_drive_and_records_the_one_that_fails(tmp_path):
+    logs = tmp_path / "logs"
+    for name in ("monday", "tuesday"):
+        (logs / name).mkdir(parents=True)
+        write_video(logs / name / "front.mp4", moving_squares(14))
+    (logs / "broken").mkdir()
+    (logs / "broken" / "front.mp4").write_text("not a video")
+    with pytest.raises(CollectionIncomplete, match="1 of 3 drives failed: broken"):
+        reconstruct_collection(str(logs), str(tmp_path / "out"), CONFIG)
+    summary = json.loads((tmp_path / "out" / "collection.json").read_text())
+    errors = {drive["name"]: drive["error"] for drive in summary["drives"]}
+    assert errors["monday"] is None
+    assert errors["tuesday"] is None
+    assert "broken" in errors["broken"]
+    broken = ReconstructionStore.open(tmp_path / "out" / "broken.zarr")
+    assert "UnreadableVideo" in broken.read_commit("failed")["error"]
+    monday = ReconstructionStore.open(tmp_path / "out" / "monday.zarr")
+    assert monday.read_commit("report") is not None
+
+
+def test_drive_on_s3_equals_the_drive_on_disk(video, tmp_path, seaweed):
+    local = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    remote = reconstruct_drive(str(video), f"{seaweed.url}/{tmp_path.name}", CONFIG)
+    assert remote.startswith("s3://")
+    assert_equal_bytes(stored(local), stored(remote))
+    names = ReconstructionStore.open(local).list_files()
+    assert ReconstructionStore.open(remote).list_files() == names
+
+
+def test_inputs_are_not_touched_and_only_the_output_is_written(video, tmp_path):
+    before = video.read_bytes()
+    reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    assert video.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", video.name]
+    assert sorted(p.name for p in Path(tmp_path / "out").iterdir()) == ["squares.zarr"]
