@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ttt3r.synthetic import HELD_OUT_SEED, Sequences, render, render_chunks
 from ttt3r.synthetic.dice import Dice
+from ttt3r.synthetic.road import Road
 from ttt3r.synthetic.rooms import Rooms
 from ttt3r.synthetic.solids import BOX, CYLINDER, ELLIPSOID, TRIANGLE, Solids
 from ttt3r.synthetic.streets import Streets
@@ -226,6 +227,18 @@ def test_traffic_moves_and_parked_cars_do_not():
     both = cars.present.all(1)
     step = (cars.centre[:, 1] - cars.centre[:, 0]).norm(dim=-1)[both]
     assert step.median() > 0.2
+
+
+def test_road_locates_places_beside_it_from_a_rough_guess():
+    road = Road(Dice(range(40)), 500.0)
+    station = torch.linspace(120.0, 400.0, 60).expand(40, -1)
+    side = torch.linspace(-6.0, 6.0, 7).repeat(9)[:60].expand(40, -1)
+    x, z, _ = road.at(station, side)
+    guess = station + 12.0 * torch.linspace(-1, 1, 60)
+    sequence = torch.arange(40).repeat_interleave(60)
+    found = road.locate(x.float().flatten(), z.float().flatten(), guess.flatten(), sequence)
+    assert ((found[0] - station.flatten()).abs() < 0.5).float().mean() > 0.99
+    assert ((found[1] - side.flatten()).abs() < 0.1).float().mean() > 0.99
 
 
 def test_supersampling_smooths_colours_and_leaves_depth():

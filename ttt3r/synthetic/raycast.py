@@ -293,7 +293,9 @@ class RayCaster:
         p = [torch.addcmul(local[i], d[i], depth) for i in range(3)]
         facing = _Facing(looks, p, d, length)
         focal = self._lens[0, frames, None]
-        footprint = depth * length / (focal * facing.slant.sqrt_())
+        # Between the widths of the pixel's long, slanted side and of its short one.
+        blur = facing.slant.sqrt()
+        footprint = depth * length / (focal * blur * blur.sqrt())
         point = torch.addcmul(camera[:3], direction, depth)
         albedo = _albedo(looks, p, point, facing, footprint)
         paint = looks[_PAINT:]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ttt3r.synthetic.dice import Dice, smoothstep
 
-START = 120.0  # metres of road behind the first camera
+START = 120.0  # metres of road, at least, behind the first camera
+START_SPREAD = 250.0  # metres within which drives start
 AHEAD = 240.0  # metres of road laid out beyond the last camera
 STEP = 2.0  # metres between the samples of the course
 FRAME_S = 0.1
@@ -89,13 +90,13 @@ class Road:
         """
         count = self.heading.shape[1]
         base, station, side = sequence * count, guess, torch.zeros_like(x)
-        for _ in range(3):
+        for _ in range(4):
             index = (station / STEP).round().long().clamp_(0, count - 1)
             rx, rz, sin, cos, bend = self._table.index_select(1, base + index).unbind(0)
             ahead = (x - rx) * sin + (z - rz) * cos
             side = (x - rx) * cos - (z - rz) * sin
             # On a bend, a step at distance `side` covers less of the middle line on the inside.
-            ahead = ahead / (1 - bend * side).clamp(min=0.3)
+            ahead = (ahead / (1 - bend * side).clamp(min=0.3)).clamp_(-10.0, 10.0)
             station = index * STEP + ahead
             side = side - 0.5 * bend * ahead.clamp(-STEP, STEP) ** 2
         return station, side
@@ -117,7 +118,8 @@ def drive(dice: Dice, road: Road, frames: int, motion: float) -> Tensor:
     stop = dice.chance("stop", 0.1, torch.floor(time / 12.0).long())
     wish = torch.where(stop, 0.0, wish)
     safe = road.safe_speed()
-    station = torch.full((dice.count,), START, device=dice.device, dtype=torch.float64)
+    # Drives start anywhere between the places of bends, houses and crossings.
+    station = START + dice.uniform("start", 0.0, START_SPREAD).double()
     speed = torch.minimum(wish[:, 0], _lookup(safe, station))
     stations = [station]
     for frame in range(1, frames):

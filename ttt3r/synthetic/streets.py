@@ -11,7 +11,7 @@ from ttt3r.synthetic.camera import look
 from ttt3r.synthetic.cars import make_cars
 from ttt3r.synthetic.dice import Dice
 from ttt3r.synthetic.raycast import Surface
-from ttt3r.synthetic.road import AHEAD, FRAME_S, START, Road, drive
+from ttt3r.synthetic.road import AHEAD, FRAME_S, START, START_SPREAD, Road, drive
 from ttt3r.synthetic.roadside import Profile, Site
 from ttt3r.synthetic.sky import Sky
 from ttt3r.synthetic.solids import ON_ROAD, Solids, join
@@ -37,7 +37,7 @@ class Streets:
 
     def _extend(self, frames: int) -> None:
         """Lay out the road and drive it for so many frames."""
-        length = START + AHEAD + frames * _FASTEST * max(self._motion, 0.1)
+        length = START + START_SPREAD + AHEAD + frames * _FASTEST * max(self._motion, 0.1)
         road = Road(self._dice, length)
         self._stations = drive(self._dice, road, frames, self._motion)
         self._site = Site(self._dice, road, self._hills, self._profile)
@@ -83,7 +83,8 @@ class Streets:
         low, high = station[:, 0], station[:, -1]
         x, z, _ = self._site.road.at(station)
         corner, basis = self._hills.squares(x, z, self.distance + 2 * CELL)
-        nearest = self._site.road.nearest(corner[..., 0], corner[..., 2], low, high)
+        middle = corner + (basis[..., 0] + basis[..., 2]) / 3
+        nearest = self._site.road.nearest(middle[..., 0], middle[..., 2], low, high)
         ground = make_terrain(self._dice, corner, basis, nearest)
         return join([ground, self._site.furnish(low - BEHIND, high + SIGHT)])
 

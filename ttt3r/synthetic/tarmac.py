@@ -12,7 +12,6 @@ from ttt3r.synthetic.dice import Dice
 from ttt3r.synthetic.roadside import Profile
 
 _LINE = 0.075  # half the width of a painted line, metres
-_CROSSING = 90.0  # metres between zebra crossings
 
 
 class Tarmac:
@@ -33,6 +32,7 @@ class Tarmac:
                 dice.chance("border", 0.6).float(),
                 dice.uniform("marking", 0.35, 0.8),
                 dice.chance("yellow middle", 0.3).float(),
+                dice.log_uniform("crossings", 50.0, 400.0),
             ]
         )
 
@@ -50,7 +50,7 @@ class Tarmac:
         """
         looks = self._looks.index_select(1, sequence)
         fine = _pattern(texture.GRAIN, place, 1.7, width)
-        tone = 0.42 + 0.25 * fine - 0.12 * torch.cos(side / looks[4] * (2 * math.pi)).abs_()
+        tone = 0.47 + 0.15 * fine - 0.12 * torch.cos(side / looks[4] * (2 * math.pi)).abs_()
         tone += 0.6 * _pattern(texture.CLOUDS, place, 9.0, width)
         tone += 0.5 * _pattern(texture.PATCHES, place, 23.0, width)
         tone -= 0.45 * _pattern(texture.CRACKS, place, 7.0, width)
@@ -76,12 +76,12 @@ def _markings(looks: Tensor, station: Tensor, side: Tensor, width: Tensor) -> tu
     middle = _stripe(side, _LINE, width) * torch.maximum(broken, solid)
     lines = _stripe(across - lane, _LINE, width) * broken * many
     lines = torch.maximum(lines, _stripe(across - half, _LINE, width) * border)
-    return middle, torch.maximum(lines, _zebra(station, side, width))
+    return middle, torch.maximum(lines, _zebra(station, side, width, looks[13]))
 
 
-def _zebra(station: Tensor, side: Tensor, width: Tensor) -> Tensor:
-    """Bars 0.5 m wide and 3 m long."""
-    along = station - torch.floor(station / _CROSSING) * _CROSSING - _CROSSING / 2
+def _zebra(station: Tensor, side: Tensor, width: Tensor, apart: Tensor) -> Tensor:
+    """Bars 0.5 m wide and 3 m long, every so many metres."""
+    along = station - torch.floor(station / apart) * apart - apart / 2
     bars = side - torch.floor(side) - 0.5
     return _stripe(along, 1.5, width) * _stripe(bars, 0.25, width)
 
