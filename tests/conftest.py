@@ -1,11 +1,14 @@
 """Fixtures that several test folders share."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+# The networks of the tests are tiny: more threads only wait for each other. Set before torch loads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Helpers beside this file are plain modules; pytest's importlib mode does not find them.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 

@@ -1,0 +1,190 @@
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+from recordings import moving_squares, write_video
+
+from flows.cli import main
+from ttt3r.metrics import read_kitti, read_tum
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call `ttt3r ARGS`; returns exit code, standard output and standard error."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ttt3r", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        said = capsys.readouterr()
+        return int(stop.value.code or 0), said.out, said.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def store(prefect_server, tmp_path_factory) -> str:
+    """A finished reconstruction of thirty frames."""
+    folder = tmp_path_factory.mktemp("cli")
+    video = write_video(folder / "squares.mp4", moving_squares(30))
+    arguments = ["reconstruct", video, "--output", folder / "out", "--weights", "untrained"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["ttt3r", *map(str, arguments)])
+        main()
+    assert not stop.value.code
+    return str(folder / "out" / "squares.zarr")
+
+
+def assert_one_line(code: int, err: str, *words: str) -> None:
+    """A user's mistake: exit code 2, one line, no traceback, and it says what is wrong."""
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("ttt3r: ")
+    for word in words:
+        assert word in err
+
+
+def test_help_names_every_command(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in (
+        "probe", "reconstruct", "demo", "status", "inspect", "export", "report", "evaluate",
+        "verify", "weights", "train", "serve",
+    ):  # fmt: skip
+        assert command in out
+
+
+def test_probe_json_says_what_a_recording_holds(run, tmp_path):
+    video = write_video(tmp_path / "v.mp4", moving_squares(12), rate=8)
+    code, out, _ = run("probe", video, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["frames"], found["width"], found["height"]) == (12, 64, 48)
+    assert found["fps"] == pytest.approx(8)
+    assert found["duration_s"] == pytest.approx(1.5)
+    assert (found["codec"], found["rotation"], found["problems"]) == ("h264", 0, [])
+
+
+def test_missing_and_unreadable_videos_are_one_line_errors(run, tmp_path):
+    code, _, err = run("probe", tmp_path / "nothing.mp4")
+    assert_one_line(code, err, "nothing.mp4")
+    text = tmp_path / "text.mp4"
+    text.write_text("hello")
+    code, _, err = run("probe", text)
+    assert_one_line(code, err, "text.mp4")
+    untrained = ("--weights", "untrained")
+    code, _, err = run("reconstruct", tmp_path / "no", "--output", tmp_path / "o", *untrained)
+    assert_one_line(code, err)
+    assert not (tmp_path / "o").exists()
+
+
+def test_wrong_settings_are_one_line_errors_before_anything_is_computed(run, tmp_path):
+    video = write_video(tmp_path / "v.mp4", moving_squares(4))
+    wrong = {
+        ("--weights", "no-such"): "no-such",
+        ("--weights", "untrained", "--rule", "magic"): "magic",
+        ("--weights", "untrained", "--device", "cuda"): "GPU",
+        ("--weights", "untrained", "--segment-frames", "8", "--overlap-frames", "6"): "half",
+        ("--weights", "untrained", "--focal-px", "-3"): "greater than 0",
+    }
+    for options, word in wrong.items():
+        code, _, err = run("reconstruct", video, "--output", tmp_path / "o", *options)
+        assert_one_line(code, err, word)
+    assert not (tmp_path / "o").exists()
+
+
+def test_status_and_inspect_tell_what_is_finished(run, store):
+    code, out, _ = run("status", Path(store).parent, "--json")
+    assert code == 0
+    assert [(row["drive"], row["stage"]) for row in json.loads(out)] == [("squares", "done")]
+    code, out, _ = run("inspect", store, "--json", "--verify")
+    found = json.loads(out)
+    assert code == 0
+    assert found["figures"]["frames"] == 30
+    assert found["damaged"] == []
+
+
+def test_inspect_verify_names_damaged_data(run, store, tmp_path):
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(store, copy)
+    shard = next(p for p in (copy / "segments/0000/depth/c").rglob("*") if p.is_file())
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 3] ^= 0xFF
+    shard.write_bytes(bytes(data))
+    code, _, err = run("inspect", copy, "--verify")
+    assert code == 1
+    assert "segments/0000/depth" in err
+
+
+def test_export_writes_trajectories_that_read_back(run, store, tmp_path):
+    assert run("export", store, "--format", "tum", "--to", tmp_path / "t.txt")[0] == 0
+    assert run("export", store, "--format", "kitti", "--to", tmp_path / "k.txt")[0] == 0
+    timestamps, poses = read_tum(tmp_path / "t.txt")
+    np.testing.assert_allclose(timestamps, np.arange(30) / 10, atol=1e-6)
+    np.testing.assert_allclose(poses, read_kitti(tmp_path / "k.txt"), atol=1e-6)
+
+
+def test_export_of_a_mesh_is_readable_or_says_that_it_is_empty(run, store, tmp_path):
+    code, _, err = run("export", store, "--format", "ply", "--to", tmp_path / "m.ply")
+    if code:
+        assert_one_line(code, err, "empty mesh")
+    else:
+        assert len(trimesh.load(tmp_path / "m.ply").faces) > 0
+
+
+def test_evaluate_against_itself_has_no_error_and_against_another_scale_only_without_sim3(
+    run, store, tmp_path
+):
+    run("export", store, "--format", "kitti", "--to", tmp_path / "k.txt")
+    code, out, _ = run(
+        "evaluate", store, "--ground-truth", tmp_path / "k.txt", "--format", "kitti", "--json"
+    )
+    figures = json.loads(out)
+    assert code == 0
+    assert figures["ate_none_m"] == pytest.approx(0, abs=1e-9)
+    assert figures["frames"] == 30
+    doubled = read_kitti(tmp_path / "k.txt")
+    doubled[:, :3, 3] *= 2
+    rows = doubled[:, :3].reshape(len(doubled), 12)
+    np.savetxt(tmp_path / "k2.txt", rows)
+    _, out, _ = run(
+        "evaluate", store, "--ground-truth", tmp_path / "k2.txt", "--format", "kitti", "--json"
+    )
+    figures = json.loads(out)
+    assert figures["ate_sim3_m"] < 0.01 * figures["ate_none_m"]
+    assert figures["scale"] == pytest.approx(2, rel=1e-3)
+
+
+def test_evaluate_names_what_is_wrong_with_the_ground_truth(run, store, tmp_path):
+    code, _, err = run("evaluate", store, "--ground-truth", tmp_path / "no.txt", "--format", "tum")
+    assert_one_line(code, err, "no.txt")
+
+
+def test_verify_passes_on_golden_files_and_fails_on_a_changed_one(run, tmp_path):
+    name = "linear_wide_cut3r.npz"
+    shutil.copy(GOLDEN / name, tmp_path / name)
+    code, out, _ = run("verify", "--golden", tmp_path)
+    assert code == 0
+    assert "FAIL" not in out
+    arrays = dict(np.load(tmp_path / name))
+    arrays["camera_pose"] = arrays["camera_pose"] + 0.01
+    np.savez(tmp_path / name, **arrays)
+    code, out, err = run("verify", "--golden", tmp_path)
+    assert code == 1
+    assert "FAIL" in out
+    assert "beyond the limits" in err
+
+
+def test_weights_list_and_show_name_the_licence(run):
+    code, out, _ = run("weights", "list")
+    assert code == 0
+    assert "CC BY-NC-SA 4.0" in out
+    code, out, _ = run("weights", "show", "untrained")
+    assert code == 0
+    assert json.loads(out)["trained"] is False
