@@ -42,7 +42,7 @@ Array = NDArray[np.float64]
 log = logging.getLogger(__name__)
 
 
-@task(name="align", task_run_name="align {url}", tags=["cpu"], **STAGE_OPTIONS)
+@task(name="align", task_run_name="align {url}", **STAGE_OPTIONS)
 def align_stage(url: str, config: AlignConfig, infer: InferConfig) -> None:
     """Place all segments in one world per part and write the trajectory.
 
@@ -94,7 +94,7 @@ def camera_focal(
     try:
         focal, spread = drive_intrinsics(np.concatenate(focals), None, shape.height, shape.width)
     except AlignmentError as error:
-        log.warning("%s: %s; a field of view of 60 degrees is assumed", store.url, error)
+        log.info("%s: %s; a field of view of 60 degrees is assumed", store.url, error)
         return FALLBACK_FOCAL * max(shape.height, shape.width), 0.0, "assumed"
     return focal, spread, "estimated"
 

@@ -95,7 +95,7 @@ class DepthSource:
             position += len(run)
 
 
-@task(name="plan-tiles", task_run_name="plan tiles {url}", tags=["cpu"], **STAGE_OPTIONS)
+@task(name="plan-tiles", task_run_name="plan tiles {url}", **STAGE_OPTIONS)
 def plan_tiles_stage(url: str, config: FuseConfig, infer: InferConfig) -> int:
     """Choose the voxel grid of every part and cut it into batches of tiles.
 
@@ -135,7 +135,7 @@ def _plan_part(store: ReconstructionStore, part: int, config: FuseConfig) -> dic
     }
 
 
-@task(name="fuse-tiles", task_run_name="fuse tiles {batch} {url}", tags=["cpu"], **STAGE_OPTIONS)
+@task(name="fuse-tiles", task_run_name="fuse tiles {batch} {url}", **STAGE_OPTIONS)
 def fuse_tiles_stage(url: str, batch: int, config: FuseConfig, infer: InferConfig) -> None:
     """Fuse one batch of tiles and write their meshes."""
     store = ReconstructionStore.open(url)
@@ -181,7 +181,7 @@ def colored_frames(
         yield replace(frame, color=color)
 
 
-@task(name="merge-tiles", task_run_name="merge tiles {url}", tags=["cpu"], **STAGE_OPTIONS)
+@task(name="merge-tiles", task_run_name="merge tiles {url}", **STAGE_OPTIONS)
 def merge_tiles_stage(url: str, config: FuseConfig) -> None:
     """Join the tiles of each part into its mesh, and decimate a preview."""
     store = ReconstructionStore.open(url)

@@ -59,7 +59,7 @@ def group_segments(plan: Plan, size: int) -> list[tuple[int, ...]]:
     return [tuple(indices[i : i + size]) for i in range(0, len(indices), size)]
 
 
-@task(name="plan", task_run_name="plan {url}", tags=["cpu"], **STAGE_OPTIONS)
+@task(name="plan", task_run_name="plan {url}", **STAGE_OPTIONS)
 def plan_stage(url: str, config: ReconstructionConfig) -> list[tuple[int, ...]]:
     """Plan the drive in the store at `url`; return the groups of segments to infer.
 

@@ -42,7 +42,7 @@ def _modification_mark(info: dict[str, Any]) -> str:
     return str(next((mark for mark in marks if mark is not None), ""))
 
 
-@task(name="probe", task_run_name="probe {location}", tags=["cpu"], **STAGE_OPTIONS)
+@task(name="probe", task_run_name="probe {location}", **STAGE_OPTIONS)
 def probe_stage(location: str, name: str, url: str) -> None:
     """Decode the drive once and write what it holds into the store at `url`.
 

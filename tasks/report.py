@@ -29,7 +29,7 @@ LARGE_SEAM_RESIDUAL = 0.1
 LARGE_FOCAL_SPREAD = 0.2
 
 
-@task(name="report", task_run_name="report {url}", tags=["cpu"], **STAGE_OPTIONS)
+@task(name="report", task_run_name="report {url}", **STAGE_OPTIONS)
 def report_stage(url: str) -> None:
     """Write `report/report.html` and its pictures, unless they are up to date."""
     store = ReconstructionStore.open(url)

@@ -63,8 +63,8 @@ def _half_crop(width: int, height: int, image_size: int, patch_size: int) -> tup
     if image_size == SQUARE_SIZE:
         return (min(centre_x, centre_y),) * 2
     half_width = 2 * centre_x // patch_size * (patch_size // 2)
-    if width == height:  # square images become 4:3
-        return half_width, 3 * half_width // 4
+    if width == height:  # square images become 4:3, in whole patches (the reference refuses rest)
+        return half_width, 3 * half_width // 4 // (patch_size // 2) * (patch_size // 2)
     return half_width, 2 * centre_y // patch_size * (patch_size // 2)
 
 
@@ -74,12 +74,6 @@ def _check(found: Fit, source: tuple[int, int], image_size: int, patch_size: int
             f"a frame of {source[0]}x{source[1]} pixels is {found.resized_width}x"
             f"{found.resized_height} at image size {image_size}: too thin for one patch of "
             f"{patch_size} pixels; choose a larger image size or crop the recording"
-        )
-    if found.width % patch_size or found.height % patch_size:
-        raise ValueError(
-            f"a frame of {source[0]}x{source[1]} pixels becomes {found.width}x{found.height} at "
-            f"image size {image_size}, which is no multiple of the patch size {patch_size}; "
-            f"choose an image size that is a multiple of {4 * patch_size}"
         )
 
 

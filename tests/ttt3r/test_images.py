@@ -60,7 +60,6 @@ def test_fit_crops_around_the_centre(source, size, patch, expected):
 @pytest.mark.parametrize(
     ("source", "size", "patch", "message"),
     [
-        ((300, 300), 160, 16, "becomes 160x120 at image size 160"),
         ((4000, 20), 512, 16, "512x3 at image size 512: too thin"),
         ((20, 4000), 512, 16, "too thin"),
         ((0, 100), 512, 16, "0x100"),
@@ -76,6 +75,13 @@ def test_fit_refuses_sizes_that_the_model_rejects(source, size, patch, message):
 def test_preprocess_refuses_what_is_no_rgb_frame():
     with pytest.raises(ValueError, match=r"uint8 \(4, 4\); expected uint8 \[H, W, 3\]"):
         preprocess(np.zeros((4, 4), np.uint8), 64, 8)
+
+
+def test_fit_cuts_square_images_to_about_4_by_3_in_whole_patches():
+    assert (fit(720, 720, 512, 16).width, fit(720, 720, 512, 16).height) == (512, 384)
+    # Exactly 4:3 would be 60 and 120 rows: not whole patches.
+    assert (fit(200, 200, 80, 8).width, fit(200, 200, 80, 8).height) == (80, 56)
+    assert (fit(300, 300, 160, 16).width, fit(300, 300, 160, 16).height) == (160, 112)
 
 
 def test_source_intrinsics_undo_resize_and_crop():
