@@ -68,3 +68,21 @@ TINY = ModelConfig(
     mlp_ratio=2.0,
     ray_map_encoder=False,
 )
+# The bundled checkpoint, small enough to be trained and run on a CPU.
+COMPACT = ModelConfig(
+    enc_embed_dim=96,
+    enc_depth=2,
+    enc_num_heads=4,
+    dec_embed_dim=96,
+    dec_depth=4,
+    dec_num_heads=4,
+    state_dec_num_heads=4,
+    state_size=36,
+    local_mem_size=4,
+    head_type="linear",
+    patch_size=8,
+    image_size=80,
+    mlp_ratio=2.0,
+    encoder_rope_fp16=False,
+    ray_map_encoder=False,
+)

@@ -1,0 +1,300 @@
+"""Training: its losses, its data by step number, and that resuming changes nothing."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ttt3r.config import TINY
+from ttt3r.model import Model
+from ttt3r.synthetic import HELD_OUT_SEED
+from ttt3r.training import Stage, TrainSettings, train
+from ttt3r.training.curriculum import backwards, draw_batch, fit_sides, mirrored, stage_at
+from ttt3r.training.export import export
+from ttt3r.training.initial import prepare_for_matching
+from ttt3r.training.loop import rate_factor
+from ttt3r.training.losses import (
+    LossWeights,
+    Targets,
+    gate_loss,
+    neighbour_motion,
+    point_loss,
+    pose_errors,
+    total_loss,
+)
+from ttt3r.training.optimiser import build_optimisers, orthogonalise
+from ttt3r.weights import load_model
+
+SMALL = replace(TINY, encoder_rope_fp16=False, ray_map_encoder=False)
+PAIRS = Stage(steps=3, frames=(2,), lanes=4, long_side=24, aspects=((1.5, 1),))
+LONGER = Stage(steps=3, frames=(3,), lanes=2, long_side=24)
+SETTINGS = TrainSettings(
+    model=SMALL, curriculum=(PAIRS, LONGER), total_steps=6, warm_up=2, validate_every=100
+)
+
+
+def moved_by(*translation: float) -> torch.Tensor:
+    T = torch.eye(4)
+    T[:3, 3] = torch.tensor(translation)
+    return T
+
+
+def two_frame_targets() -> Targets:
+    depth = torch.full((1, 2, 3, 5), 4.0)
+    lens = torch.tensor([[[5.0, 0, 2], [0, 5.0, 1], [0, 0, 1]]])
+    T = torch.stack([moved_by(1, 0, 7), moved_by(1, 0, 9)])[None]
+    return Targets.build(depth, torch.ones_like(depth, dtype=torch.bool), T, lens)
+
+
+def losses_of(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+# --- targets and losses -------------------------------------------------------------------------
+
+
+def test_targets_are_relative_to_the_first_camera():
+    targets = two_frame_targets()
+    torch.testing.assert_close(targets.T_seg_cam[0, 1], moved_by(0, 0, 2))
+    torch.testing.assert_close(targets.pointmap_cam[0, 1, 1, 2], torch.tensor([0.0, 0.0, 4.0]))
+    torch.testing.assert_close(targets.pointmap_world[0, 1, 1, 2], torch.tensor([0.0, 0.0, 6.0]))
+
+
+def test_targets_leave_out_the_sky_and_what_is_very_far():
+    depth = torch.tensor([5.0, torch.inf, 500.0, 30.0]).view(1, 1, 1, 4)
+    valid = torch.tensor([True, False, True, True]).view(1, 1, 1, 4)
+    targets = Targets.build(depth, valid, torch.eye(4).view(1, 1, 4, 4), torch.eye(3)[None])
+    assert targets.valid.flatten().tolist() == [True, False, False, True]
+    assert targets.pointmap_cam.isfinite().all()
+
+
+def test_point_loss_weighs_the_relative_error_by_the_confidence():
+    truth = torch.tensor([[0.0, 0.0, 4.0]])
+    points = torch.tensor([[0.0, 0.0, 5.0]])  # 1 m of 4 + 1
+    found = point_loss(points, torch.tensor([2.0]), truth, torch.tensor([True]))
+    assert float(found) == pytest.approx(2 * 0.2 - 0.2 * math.log(2))
+
+
+def test_point_loss_ignores_invalid_pixels():
+    truth, confidence = torch.ones(2, 3), torch.ones(2)
+    points = torch.stack([truth[0], truth[1] + 100])
+    assert float(point_loss(points, confidence, truth, torch.tensor([True, False]))) < 1e-4
+
+
+def test_pose_errors_are_relative_to_the_motion_of_their_sequence():
+    truth = torch.stack([torch.eye(4), moved_by(0, 0, 1.95)])[None]
+    found = torch.stack([torch.eye(4), moved_by(0, 0, 0.95)])[None]
+    translation, rotation = pose_errors(found, truth, torch.tensor([[0.05]]))
+    assert float(translation[0, 1]) == pytest.approx(1 / 2.0, abs=1e-3)
+    assert float(rotation.max()) < 1e-2
+
+
+def test_neighbour_motion_is_seen_from_the_earlier_camera():
+    turned = torch.eye(4)
+    turned[:3, :3] = torch.tensor([[0.0, 0, 1], [0, 1, 0], [-1, 0, 0]])  # looks along world x
+    after = turned.clone()
+    after[:3, 3] = torch.tensor([3.0, 0, 0])
+    motion = neighbour_motion(torch.stack([turned, after])[None])
+    torch.testing.assert_close(motion[0, 0], moved_by(0, 0, 3))
+
+
+def test_total_loss_is_small_only_where_predictions_are_true():
+    targets = two_frame_targets()
+    model = Model(SMALL)
+    found, _ = model.run(
+        torch.zeros(1, 2, 3, 8, 8), rule="cut3r", outputs=frozenset({"cam", "world", "trace"})
+    )
+    pose = torch.zeros(1, 2, 7)
+    pose[..., 3] = 1
+    pose[0, 1, 2] = 2.0
+    right = replace(
+        found,
+        camera_pose=pose,
+        pointmap_cam=targets.pointmap_cam,
+        pointmap_world=targets.pointmap_world,
+        confidence=torch.ones(1, 2, 3, 5),
+        confidence_world=torch.ones(1, 2, 3, 5),
+    )
+    weights = LossWeights(gate=0.0)
+    assert float(total_loss(right, targets, weights)[0].detach()) < 0.01
+    wrong = replace(right, pointmap_world=targets.pointmap_cam)  # has not moved
+    parts = total_loss(wrong, targets, weights)[1]
+    assert float(parts["shift"].detach()) > 0.3
+    assert float(parts["world"].detach()) > 0.1
+
+
+def test_total_loss_asks_for_the_outputs_it_needs():
+    model = Model(SMALL)
+    found, _ = model.run(torch.zeros(1, 2, 3, 8, 8), rule="cut3r")
+    with pytest.raises(ValueError, match="outputs"):
+        total_loss(found, two_frame_targets(), LossWeights())
+
+
+def test_gate_loss_looks_at_the_mean_only():
+    logits = torch.tensor([[[-3.0, 1.3], [-0.85, -0.85]]])
+    assert float(gate_loss(logits, -0.85)) == pytest.approx(0.0, abs=1e-6)
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def test_draw_batch_depends_on_the_step_and_the_seed_only():
+    first, again = (draw_batch(3, PAIRS, patch=8) for _ in range(2))
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, draw_batch(4, PAIRS, patch=8).images)
+    assert not torch.equal(first.images, draw_batch(3, PAIRS, patch=8, seed=1).images)
+
+
+def test_draw_batch_gives_processes_different_sequences_of_equal_shape():
+    parts = [draw_batch(3, replace(PAIRS, lanes=8), patch=8, share=(k, 2)) for k in range(2)]
+    assert parts[0].images.shape == parts[1].images.shape == (4, 2, 3, 16, 24)
+    assert not torch.equal(parts[0].images, parts[1].images)
+
+
+def test_draw_batch_never_uses_seeds_held_out(monkeypatch):
+    from ttt3r.training import curriculum
+
+    seeds: list[int] = []
+    honest = curriculum.render
+
+    def spy(world, given, *arguments, **options):
+        seeds.extend(given)
+        return honest(world, given, *arguments, **options)
+
+    monkeypatch.setattr(curriculum, "render", spy)
+    for step in (0, 999_999, 123_456_789):
+        draw_batch(step, PAIRS, patch=8)
+    assert 0 <= min(seeds) <= max(seeds) < HELD_OUT_SEED
+
+
+def test_mirrored_sequences_project_to_the_same_pixels():
+    batch = draw_batch(0, replace(LONGER, rooms=1.0), patch=8)
+    plain = (batch.images, batch.depth, batch.valid, batch.T_world_cam, batch.intrinsics)
+    twin = mirrored(plain)
+    a = Targets.build(*plain[1:])
+    b = Targets.build(*twin[1:])
+    flipped = b.pointmap_world.flip(-2) * torch.tensor([-1.0, 1, 1])
+    torch.testing.assert_close(flipped, a.pointmap_world, atol=1e-3, rtol=1e-3)
+
+
+def test_backwards_starts_at_the_last_frame():
+    batch = draw_batch(0, LONGER, patch=8)
+    plain = (batch.images, batch.depth, batch.valid, batch.T_world_cam, batch.intrinsics)
+    there = Targets.build(*plain[1:]).T_seg_cam
+    back = Targets.build(*backwards(plain)[1:]).T_seg_cam
+    torch.testing.assert_close(back[:, -1] @ there[:, -1], torch.eye(4).expand(len(back), 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("aspect", "sides"), [(16 / 9, (48, 96)), (3.32, (24, 96)), (3 / 4, (96, 72)), (1.5, (64, 96))]
+)
+def test_fit_sides_gives_whole_patches(aspect, sides):
+    assert fit_sides(aspect, 96, 8) == sides
+
+
+def test_stage_at_goes_on_with_the_last_stage():
+    stages = (PAIRS, LONGER)
+    assert [stage_at(step, stages) for step in (0, 2, 3, 99)] == [PAIRS, PAIRS, LONGER, LONGER]
+
+
+# --- optimiser ----------------------------------------------------------------------------------
+
+
+def test_orthogonalise_keeps_directions_and_evens_out_their_strengths():
+    u, _, v = torch.linalg.svd(torch.randn(2, 6, 10, generator=torch.manual_seed(0)))
+    strengths = torch.tensor([5.0, 2.0, 1.0, 0.5, 0.2, 0.1])
+    found = orthogonalise((u * strengths) @ v[:, :6])
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+
+
+def test_optimisers_share_all_parameters_between_them():
+    model = Model(SMALL)
+    optimisers = build_optimisers(model, lr=1e-3, matrix_lr=0.02, weight_decay=0.0)
+    held = [p for o in optimisers for g in o.param_groups for p in g["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+
+
+def test_initial_weights_look_near_and_gate_moderately():
+    model = Model(SMALL)
+    prepare_for_matching(model, seed=0)
+    images = draw_batch(0, LONGER, patch=8).images
+    with torch.inference_mode():
+        found, _ = model.run(images, rule="ttt3r", outputs=frozenset({"cam", "trace"}))
+    assert found.trace is not None
+    assert found.trace.gate_logits.mean().abs() < 6
+    assert (found.pointmap_cam[..., 2] > 0.5).float().mean() > 0.9
+
+
+def test_learning_rate_rises_stays_and_falls():
+    settings = TrainSettings(total_steps=100, warm_up=10, cool_down=0.5)
+    factors = [rate_factor(step, settings) for step in (0, 9, 50, 75, 99)]
+    assert factors[:3] == pytest.approx([0.1, 1.0, 1.0])
+    assert factors[3] == pytest.approx(0.51)
+    assert factors[4] < 0.03
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+
+def test_training_resumed_gives_the_curve_of_an_uninterrupted_run(tmp_path):
+    train(SETTINGS, tmp_path / "whole", device="cpu")
+    train(SETTINGS, tmp_path / "first", device="cpu", stop_after=2)
+    model = train(SETTINGS, tmp_path / "second", tmp_path / "first", device="cpu")
+    curve = losses_of(tmp_path / "whole")
+    assert len(curve) == 6
+    assert losses_of(tmp_path / "first") + losses_of(tmp_path / "second") == curve
+    stored = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)["averaged"]
+    assert all(torch.equal(stored[name], value) for name, value in model.state_dict().items())
+
+
+def test_training_learns_the_poses_of_a_batch_it_keeps_seeing():
+    model = Model(SMALL)
+    prepare_for_matching(model, seed=0)
+    batch = draw_batch(0, replace(PAIRS, rooms=1.0), patch=8)
+    targets = Targets.build(batch.depth, batch.valid, batch.T_world_cam, batch.intrinsics)
+    optimisers = build_optimisers(model, lr=2e-3, matrix_lr=0.01, weight_decay=0.0)
+    curve = []
+    for _ in range(30):
+        found, _ = model.run(
+            batch.images, rule="cut3r", outputs=frozenset({"cam", "world", "trace"})
+        )
+        loss, parts = total_loss(found, targets, LossWeights())
+        loss.backward()
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        curve.append(float(parts["cam"].detach() + parts["translation"].detach()))
+    assert curve[-1] < 0.6 * curve[0]
+
+
+def test_training_continues_from_exported_weights(tmp_path):
+    train(SETTINGS, tmp_path / "run", device="cpu", stop_after=2)
+    path = tmp_path / "small.safetensors"
+    info = export(tmp_path / "run", path, config=SMALL, name="small", segment_frames=3)
+    assert info.trained
+    assert info.licence == "Apache-2.0"
+    assert "cut3r" in info.notes
+    model, _ = load_model(path)
+    assert model.config == SMALL
+    train(SETTINGS, tmp_path / "more", path, device="cpu", stop_after=1)
+    assert len(losses_of(tmp_path / "more")) == 1
+
+
+def test_training_refuses_a_folder_without_a_state(tmp_path):
+    with pytest.raises(ValueError, match=r"state\.pt"):
+        train(SETTINGS, tmp_path / "run", tmp_path)
+
+
+def test_training_validates_on_held_out_worlds(tmp_path):
+    train(replace(SETTINGS, validate_every=2), tmp_path, device="cpu", stop_after=2)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    found = [row for row in rows if "validation" in row]
+    assert [row["validation"] for row in found] == ["rooms", "streets"]
+    assert all(row["abs_rel"] > 0 and 0 <= row["gate_median"] <= 1 for row in found)
+    assert all(0 < row["rendering"] < 1 for row in rows if "loss" in row)

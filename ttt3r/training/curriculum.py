@@ -1,0 +1,148 @@
+"""Which sequences the network sees at which step: a pure function of the step's number.
+
+Pairs come first, small and many: matching between views has to emerge before poses can be
+learnt, and only sheer numbers of pairs bring it about. Then sequences grow longer, pictures
+larger, motions wider. There are no resets: a reset gives the network the initial state, so a
+sequence with one is two shorter sequences.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ttt3r.images import fit
+from ttt3r.synthetic import HELD_OUT_SEED, WorldName, render
+
+# Width over height, and how often: 16:9, 4:3, KITTI, portrait.
+ASPECTS = ((16 / 9, 5), (4 / 3, 2), (3.32, 3), (3 / 4, 1))
+ONE_ASPECT = ((3 / 2, 1),)
+_LANES_PER_STEP = 1024  # seeds set aside for one step and process
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training in which sequences are alike."""
+
+    steps: int
+    frames: tuple[int, ...]  # lengths to choose from
+    lanes: int  # sequences of the shortest length; longer ones come in proportionally fewer
+    long_side: int  # pixels
+    rooms: float = 0.5  # share of room sequences
+    motion: tuple[float, float] = (0.5, 1.5)  # scales the natural motion in streets
+    rooms_motion: tuple[float, float] = (0.5, 2.0)  # and in rooms
+    aspects: tuple[tuple[float, int], ...] = ASPECTS
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rendered sequences as tensors on the device; the time axis is second."""
+
+    images: Tensor  # [L, T, 3, H, W] in [-1, 1]
+    depth: Tensor  # [L, T, H, W] metres
+    valid: Tensor  # [L, T, H, W] bool
+    T_world_cam: Tensor  # [L, T, 4, 4]
+    intrinsics: Tensor  # [L, 3, 3]
+
+
+# At 48 pixels a natural motion hardly moves the picture: wide motions teach matching.
+CURRICULUM = (
+    Stage(2000, (2, 4, 4, 4), 20, 48, 0.5, (0.8, 2.0), (1.5, 4.0), ONE_ASPECT),
+    Stage(2500, (4,), 8, 80, 0.4),
+    Stage(2500, (4, 8), 8, 80, 0.4),
+    Stage(2500, (8, 16), 4, 80, 0.4),
+)
+
+
+def stage_at(step: int, curriculum: tuple[Stage, ...]) -> Stage:
+    """The stage of `step`; the last one goes on for ever."""
+    for stage in curriculum:
+        if step < stage.steps:
+            return stage
+        step -= stage.steps
+    return curriculum[-1]
+
+
+def fit_sides(aspect: float, long_side: int, patch: int) -> tuple[int, int]:
+    """Height and width in pixels that a picture of `aspect` (width over height) is cropped to."""
+    wide, tall = (aspect, 1.0) if aspect >= 1 else (1.0, 1 / aspect)
+    view = fit(round(1000 * wide), round(1000 * tall), long_side, patch)
+    return view.height, view.width
+
+
+def draw_batch(
+    step: int,
+    stage: Stage,
+    *,
+    patch: int,
+    seed: int = 0,
+    share: tuple[int, int] = (0, 1),
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """Render the batch of `step`: equal arguments, equal batch, on the same kind of device.
+
+    Every rendered sequence is used twice, the second time mirrored, and in rooms also
+    backwards: rendering is dear, and this costs nothing.
+
+    Args:
+        step: number of the optimiser's step.
+        stage: what sequences are like.
+        patch: the network's patch size, pixels.
+        seed: of the whole training.
+        share: (k, n): the k-th of n equal parts of the batch, of `stage.lanes / n` lanes.
+        device: where to render.
+    """
+    rng = random.Random(seed * 1_000_003 + step)
+    frames = rng.choice(stage.frames)
+    aspect = rng.choices([a for a, _ in stage.aspects], [w for _, w in stage.aspects])[0]
+    height, width = fit_sides(aspect, stage.long_side, patch)
+    lanes = max(1, stage.lanes * min(stage.frames) // frames // share[1] // 2) * 2
+    rng.seed((seed * 1_000_003 + step) * 64 + share[0])
+    # One world a call: half the work of rendering so little does not depend on how much it is.
+    world: WorldName = "rooms" if rng.random() < stage.rooms else "streets"
+    slow, fast = stage.rooms_motion if world == "rooms" else stage.motion
+    motion = math.exp(rng.uniform(math.log(slow), math.log(fast)))
+    first = ((step + seed * 7919) * share[1] + share[0]) * _LANES_PER_STEP
+    first %= HELD_OUT_SEED - _LANES_PER_STEP
+    seeds = range(first, first + lanes // 2)
+    parts = _twice(world, seeds, frames, height, width, motion, device)
+    return Batch(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+_Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _twice(
+    world: WorldName,
+    seeds: range,
+    frames: int,
+    height: int,
+    width: int,
+    motion: float,
+    device: torch.device | str,
+) -> list[_Parts]:
+    """Rendered sequences, and their mirror images (in rooms: run backwards)."""
+    seen = render(world, seeds, frames, height, width, device=device, motion=motion)
+    images = seen.images.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+    plain = (images, seen.depth, seen.valid, seen.T_world_cam, seen.intrinsics)
+    twin = mirrored(plain)
+    return [plain, backwards(twin) if world == "rooms" else twin]
+
+
+def mirrored(parts: _Parts) -> _Parts:
+    """The same sequences seen in a mirror: left is right."""
+    images, depth, valid, T_world_cam, intrinsics = parts
+    flip = torch.diag(torch.tensor([-1.0, 1, 1, 1], device=depth.device))
+    lens = intrinsics.clone()
+    lens[:, 0, 2] = depth.shape[-1] - 1 - lens[:, 0, 2]
+    return images.flip(-1), depth.flip(-1), valid.flip(-1), flip @ T_world_cam @ flip, lens
+
+
+def backwards(parts: _Parts) -> _Parts:
+    """The same sequences from the last frame to the first."""
+    images, depth, valid, T_world_cam, intrinsics = parts
+    return images.flip(1), depth.flip(1), valid.flip(1), T_world_cam.flip(1), intrinsics

@@ -1,0 +1,254 @@
+"""The training loop: resumable to the step, on a CPU or one GPU."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt3r.config import COMPACT, ModelConfig
+from ttt3r.model import Model
+from ttt3r.training.curriculum import CURRICULUM, Batch, Stage, draw_batch, fit_sides, stage_at
+from ttt3r.training.initial import prepare_for_matching
+from ttt3r.training.losses import LossWeights, Targets, total_loss
+from ttt3r.training.optimiser import build_optimisers
+from ttt3r.training.parallel import average_gradients, rank, workers
+from ttt3r.training.validation import Trial, validate
+
+log = logging.getLogger(__name__)
+STATE_FILE, LOG_FILE = "state.pt", "log.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides what training does, apart from where it runs."""
+
+    model: ModelConfig = COMPACT
+    curriculum: tuple[Stage, ...] = CURRICULUM
+    loss: LossWeights = field(default_factory=LossWeights)
+    seed: int = 0
+    total_steps: int = 8500
+    lr: float = 1.0e-3  # AdamW
+    matrix_lr: float = 0.01  # Muon
+    weight_decay: float = 0.01
+    warm_up: int = 100
+    cool_down: float = 0.4  # last share of the steps, over which the rates fall to 2 %
+    clip: float = 1.0
+    average: float = 0.998  # weights that are validated and exported: moving average
+    validate_every: int = 100
+    save_every_s: float = 120.0
+    half: bool | None = None  # bfloat16 autocast; None: on a GPU only
+
+
+def train(
+    settings: TrainSettings,
+    out_dir: str | Path,
+    resume: str | Path | None = None,
+    *,
+    device: str | None = None,
+    stop_after: int | None = None,
+) -> Model:
+    """Train until `settings.total_steps`; return the model with averaged weights.
+
+    Writes to `out_dir`: `state.pt` (all that resuming needs) and `log.jsonl` (one object per
+    step, validation or save; with frames/s and the share of the time spent rendering).
+
+    Args:
+        settings: what to do.
+        out_dir: folder for results; created.
+        resume: folder of an earlier run, or a .safetensors file whose weights to start from.
+            From a folder the loss curve goes on as if never interrupted.
+        device: "cuda" or "cpu"; None takes a GPU where there is one.
+        stop_after: leave after this many steps in all; a later resume goes on from there.
+    """
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _Run(settings, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if resume is not None:
+        run.resume(Path(resume))
+    last = min(settings.total_steps, stop_after or settings.total_steps)
+    saved = time.monotonic()
+    name = folder / LOG_FILE if rank() == 0 else Path(os.devnull)
+    with name.open("a", buffering=1) as out:
+        while run.step < last:
+            _write(out, run.advance())
+            if rank() == 0 and (run.step % settings.validate_every == 0 or run.step == last):
+                for record in run.validate():
+                    _write(out, record)
+            is_due = time.monotonic() - saved > settings.save_every_s
+            if rank() == 0 and (is_due or run.step == last):
+                run.save(folder)
+                saved = time.monotonic()
+    return run.averaged
+
+
+def _write(out: Any, record: dict[str, Any]) -> None:
+    out.write(json.dumps(record) + "\n")
+    if "validation" in record or record["step"] % 10 == 0:
+        log.info("%s", json.dumps(record))
+
+
+def rate_factor(step: int, settings: TrainSettings) -> float:
+    """Learning rates over time: warm-up, constant, then a cosine down to 2 %."""
+    rising = min(1.0, (step + 1) / settings.warm_up)
+    start = settings.total_steps * (1 - settings.cool_down)
+    fallen = min(1.0, max(0.0, step - start) / max(1.0, settings.total_steps - start))
+    return rising * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fallen)))
+
+
+class _Run:
+    """Model, optimisers and step number: what a checkpoint holds."""
+
+    def __init__(self, settings: TrainSettings, device: str) -> None:
+        torch.manual_seed(settings.seed)
+        self.settings, self.device = settings, torch.device(device)
+        self.model = Model(settings.model)
+        prepare_for_matching(self.model, settings.seed)
+        self.model.to(self.device)
+        self.averaged = Model(settings.model).to(self.device)
+        self.averaged.load_state_dict(self.model.state_dict())
+        self.optimisers = build_optimisers(
+            self.model,
+            lr=settings.lr,
+            matrix_lr=settings.matrix_lr,
+            weight_decay=settings.weight_decay,
+        )
+        self.step, self.frames, self.started = 0, 0, time.monotonic()
+        self.seconds_before = 0.0
+
+    # -- one step ----------------------------------------------------------------------------
+
+    def advance(self) -> dict[str, Any]:
+        """One optimiser step; returns its log record."""
+        began = time.monotonic()
+        stage = stage_at(self.step, self.settings.curriculum)
+        batch = draw_batch(
+            self.step, stage,
+            patch=self.settings.model.patch_size, seed=self.settings.seed,
+            share=(rank(), workers()), device=self.device,
+        )  # fmt: skip
+        targets = Targets.build(batch.depth, batch.valid, batch.T_world_cam, batch.intrinsics)
+        rendered = self._now() - began
+        loss, parts = self._loss(batch, targets)
+        loss.backward()
+        average_gradients(list(self.model.parameters()))
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.optimisers[1].param_groups[0]["params"], self.settings.clip
+        )
+        # The gradients' norm is the same in all processes, so they agree.
+        is_sound = bool(torch.isfinite(norm))
+        if is_sound:  # a step on infinities would be the last
+            self._apply()
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        lanes, frames = batch.images.shape[0] * workers(), batch.images.shape[1]
+        self.frames += lanes * frames
+        spent = self._now() - began
+        return {
+            "step": self.step,
+            "loss": float(loss.detach()),
+            **{name: round(float(part.detach()), 5) for name, part in parts.items()},
+            "lanes": lanes,
+            "frames": frames,
+            "sides": list(batch.images.shape[-2:]),
+            "skipped": not is_sound,
+            "frames_per_s": round(lanes * frames / spent, 1),
+            "rendering": round(rendered / spent, 3),
+            "seen": self.frames,
+        }
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.monotonic()
+
+    def _loss(self, batch: Batch, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        with self._precision():
+            found, _ = self.model.run(
+                batch.images, rule="cut3r", outputs=self.settings.loss.outputs
+            )
+        return total_loss(found, targets, self.settings.loss)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        half = self.settings.half
+        is_half = self.device.type == "cuda" if half is None else half
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_half)
+
+    def _apply(self) -> None:
+        settings = self.settings
+        factor = rate_factor(self.step, settings)
+        for optimiser, rate in zip(self.optimisers, (settings.matrix_lr, settings.lr), strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * factor
+            optimiser.step()
+        keep = min(settings.average, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.averaged.parameters()), list(self.model.parameters()), 1 - keep
+            )
+
+    # -- validation --------------------------------------------------------------------------
+
+    def validate(self) -> list[dict[str, Any]]:
+        """Records of the averaged weights on held-out worlds, as long as those trained on."""
+        stage = stage_at(self.step - 1, self.settings.curriculum)
+        height, width = fit_sides(16 / 9, stage.long_side, self.settings.model.patch_size)
+        longest = max(stage.frames)
+        count = max(2, 64 // longest)
+        return [
+            {"step": self.step, "validation": world, "frames": longest, "seen": self.frames}
+            | {
+                name: round(value, 4)
+                for name, value in validate(
+                    self.averaged, Trial(world, longest, height, width, count)
+                ).items()
+            }
+            for world in ("rooms", "streets")
+        ]
+
+    # -- saving ------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write `state.pt` in one go: a killed run leaves the previous one whole."""
+        record = {
+            "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "step": self.step,
+            "frames": self.frames,
+            "seconds": self.seconds_before + time.monotonic() - self.started,
+        }
+        torch.save(record, folder / f"{STATE_FILE}.part")
+        os.replace(folder / f"{STATE_FILE}.part", folder / STATE_FILE)
+
+    def resume(self, place: Path) -> None:
+        """Go on from a run's folder, or start from the weights of a .safetensors file."""
+        if place.is_dir():
+            self._resume_state(place / STATE_FILE)
+        else:
+            from ttt3r.weights import load_model
+
+            weights = load_model(str(place))[0].state_dict()
+            self.model.load_state_dict(weights)
+            self.averaged.load_state_dict(weights)
+
+    def _resume_state(self, path: Path) -> None:
+        if not path.is_file():
+            raise ValueError(f"{path.parent} holds no {STATE_FILE}; expected a folder of train()")
+        record = torch.load(path, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(record["model"])
+        self.averaged.load_state_dict(record["averaged"])
+        for optimiser, state in zip(self.optimisers, record["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
+        self.step, self.frames = record["step"], record["frames"]
+        self.seconds_before = record["seconds"]

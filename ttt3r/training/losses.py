@@ -1,0 +1,208 @@
+"""What the network is punished for: points, confidence, camera poses, and its gate.
+
+Errors are relative: points to their distance, translations and rotations to the motion of
+their sequence. A metre matters where the camera moved ten centimetres, not where it drove ten
+metres. Without this the pose gets no gradient worth having until the depth is learnt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ttt3r.geometry import camera_pose_to_matrix, depth_to_pointmap
+from ttt3r.model import Predictions
+
+FAR = 90.0  # metres; pixels beyond are sky for the loss
+_NEAR_DISTANCE = 1.0  # metres added to a distance before an error is divided by it
+_LEAST_STEP = 0.02  # share of the scene's mean distance that is added to a motion, likewise
+_LEAST_TURN = 0.02  # radians
+_CONFIDENCE_PRICE = 0.2
+_WORST = 20.0  # relative errors above are clipped: one bad sequence must not rule a batch
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The truth about L sequences of T frames, relative to each first camera."""
+
+    pointmap_cam: Tensor  # [L, T, H, W, 3] metres
+    pointmap_world: Tensor  # [L, T, H, W, 3] metres, in the first camera's frame
+    valid: Tensor  # [L, T, H, W] bool
+    T_seg_cam: Tensor  # [L, T, 4, 4]
+
+    @property
+    def least_step(self) -> Tensor:
+        """Motion [L, 1] that is hardly one: a fiftieth of the distance to what is seen."""
+        distance = (self.pointmap_cam.norm(dim=-1) * self.valid).sum(dim=(1, 2, 3))
+        return (0.02 + _LEAST_STEP * distance / self.valid.sum(dim=(1, 2, 3)).clamp(min=1))[:, None]
+
+    @classmethod
+    def build(
+        cls, depth: Tensor, valid: Tensor, T_world_cam: Tensor, intrinsics: Tensor
+    ) -> Targets:
+        """From z-depth [L, T, H, W], its validity, poses [L, T, 4, 4], intrinsics [L, 3, 3]."""
+        frames = depth.shape[1]
+        near = valid & (depth < FAR)
+        depth = torch.where(near, depth, 1.0)
+        lens = intrinsics[:, None].expand(-1, frames, -1, -1)
+        cam = depth_to_pointmap(depth.flatten(0, 1), lens.flatten(0, 1)).unflatten(
+            0, depth.shape[:2]
+        )
+        T_seg_cam = torch.linalg.inv(T_world_cam[:, :1].double()) @ T_world_cam.double()
+        T_seg_cam = T_seg_cam.float()
+        turned = torch.einsum("ltij,lthwj->lthwi", T_seg_cam[..., :3, :3], cam)
+        return cls(cam, turned + T_seg_cam[:, :, None, None, :3, 3], near, T_seg_cam)
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How the parts add up."""
+
+    cam: float = 1.0
+    world: float = 0.5
+    translation: float = 2.0
+    rotation: float = 1.0
+    steps: float = 1.0  # motion between neighbouring frames
+    shift: float = 0.15  # what a point's coordinates change by from camera to segment
+    gate: float = 0.02
+    # Not a weight:
+    gate_logit: float = -0.85  # sigmoid gives 0.3, the median published for the large weights
+
+    @property
+    def needs_world(self) -> bool:
+        """Whether the points in the segment's frame are learnt: the dearest of the heads."""
+        return self.world > 0 or self.shift > 0
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        """What the network has to predict."""
+        return frozenset({"cam", "trace"} | ({"world"} if self.needs_world else set()))
+
+
+def total_loss(
+    found: Predictions, targets: Targets, weights: LossWeights
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its parts (scalars).
+
+    Args:
+        found: predictions with `weights.outputs`.
+        targets: the truth.
+        weights: how the parts add up; a part of no weight is not computed.
+    """
+    if found.pointmap_cam is None or found.trace is None:
+        raise ValueError(f"the loss needs predictions with the outputs {sorted(weights.outputs)}")
+    parts = {
+        "cam": point_loss(
+            found.pointmap_cam, found.confidence, targets.pointmap_cam, targets.valid
+        ),
+        **_pose_parts(camera_pose_to_matrix(found.camera_pose), targets),
+        "gate": gate_loss(found.trace.gate_logits, weights.gate_logit),
+    }
+    if weights.needs_world:
+        parts["world"] = point_loss(
+            found.pointmap_world, found.confidence_world, targets.pointmap_world, targets.valid
+        )
+        parts["shift"] = shift_loss(found, targets)
+    total = sum((getattr(weights, name) * part for name, part in parts.items()), torch.zeros(()))
+    return total, parts
+
+
+def _pose_parts(T_seg_cam: Tensor, targets: Targets) -> dict[str, Tensor]:
+    least = targets.least_step
+    translation, rotation = pose_errors(T_seg_cam, targets.T_seg_cam, least)
+    step_translation, step_rotation = pose_errors(
+        neighbour_motion(T_seg_cam), neighbour_motion(targets.T_seg_cam), least, skip=0
+    )
+    return {
+        "translation": translation.mean(),
+        "rotation": rotation.mean(),
+        "steps": step_translation.mean() + step_rotation.mean(),
+    }
+
+
+def relative_point_error(points: Tensor, truth: Tensor) -> Tensor:
+    """Distance between points [..., 3], over the true distance from the origin plus 1 m."""
+    return _norm(points - truth) / (truth.norm(dim=-1) + _NEAR_DISTANCE)
+
+
+def point_loss(
+    points: Tensor | None, confidence: Tensor | None, truth: Tensor, valid: Tensor
+) -> Tensor:
+    """Mean over valid pixels of confidence * relative error - 0.2 * log(confidence)."""
+    assert points is not None
+    assert confidence is not None
+    error = relative_point_error(points, truth).clamp(max=_WORST)
+    each = confidence * error - _CONFIDENCE_PRICE * confidence.log()
+    return (each * valid).sum() / valid.sum().clamp(min=1)
+
+
+def shift_loss(found: Predictions, targets: Targets) -> Tensor:
+    """Error of (world point - camera point), relative to the mean true shift of the sequence.
+
+    It does not feel the error of the depth, which would drown it, and it is dense: every patch
+    has to find its own motion. Matching between views emerges from it far sooner than from the
+    seven numbers of a pose.
+    """
+    assert found.pointmap_world is not None
+    assert found.pointmap_cam is not None
+    shift = found.pointmap_world - found.pointmap_cam.detach()
+    true_shift = targets.pointmap_world - targets.pointmap_cam
+    weight = targets.valid / (targets.pointmap_cam.norm(dim=-1) + _NEAR_DISTANCE)
+    usual = _norm(true_shift)[:, 1:].mul(weight[:, 1:]).sum(dim=(1, 2, 3))
+    usual = usual / weight[:, 1:].sum(dim=(1, 2, 3)).clamp(min=1e-3) + targets.least_step[:, 0]
+    # The logarithm: two heads that still disagree by metres must not shout down all else.
+    error = torch.log1p(_norm(shift - true_shift) / usual[:, None, None, None])
+    return (error * weight).sum() / weight.sum().clamp(min=1e-3)
+
+
+def neighbour_motion(T_seg_cam: Tensor) -> Tensor:
+    """Motion from each frame to the next one [L, T-1, 4, 4], in the earlier camera's frame."""
+    before, after = T_seg_cam[:, :-1], T_seg_cam[:, 1:]
+    R_t = before[..., :3, :3].transpose(-1, -2)
+    motion = torch.zeros_like(before)
+    motion[..., :3, :3] = R_t @ after[..., :3, :3]
+    motion[..., :3, 3:] = R_t @ (after[..., :3, 3:] - before[..., :3, 3:])
+    motion[..., 3, 3] = 1.0
+    return motion
+
+
+def pose_errors(
+    T: Tensor, truth: Tensor, least_step: Tensor, *, skip: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Errors of translation and rotation [L, T - skip] relative to each sequence's motion.
+
+    Args:
+        T: poses or motions [L, T, 4, 4].
+        truth: the true ones.
+        least_step: [L, 1] metres added to each sequence's motion.
+        skip: leading frames that take no part in the sequence's mean motion: the first camera
+            is where it is by definition. They still are in the result's first column.
+    """
+    moved = truth[..., :3, 3].norm(dim=-1)[:, skip:].mean(dim=1, keepdim=True)
+    turned = _angle(truth[..., :3, :3])[:, skip:].mean(dim=1, keepdim=True)
+    translation = _norm(T[..., :3, 3] - truth[..., :3, 3]) / (moved + least_step)
+    between = T[..., :3, :3] - truth[..., :3, :3]
+    rotation = _norm(between.flatten(-2)) / 2**0.5 / (turned + _LEAST_TURN)
+    return translation.clamp(max=_WORST), rotation.clamp(max=_WORST)
+
+
+def gate_loss(logits: Tensor, wanted: float) -> Tensor:
+    """Squared distance of each frame's mean gate logit [L, T, S] from `wanted`.
+
+    Full overwriting (the rule that is trained) leaves the gate's mean free: softmax does not
+    see a constant. The penalty settles that constant and nothing else.
+    """
+    return (logits.mean(dim=-1) - wanted).square().mean()
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Length of the last axis, with a gradient at zero."""
+    return (x.square().sum(dim=-1) + 1e-10).sqrt()
+
+
+def _angle(R: Tensor) -> Tensor:
+    """Small-angle safe rotation angle of [..., 3, 3], radians: chord length over sqrt 2."""
+    eye = torch.eye(3, device=R.device)
+    return (R - eye).flatten(-2).norm(dim=-1) / 2**0.5
