@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import base64
 import re
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+from uuid import UUID
 
-from prefect.artifacts import create_image_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_image_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 
 from storage.reconstruction import ReconstructionStore
 from tasks.summary import summarise
@@ -15,6 +23,20 @@ from tasks.summary import summarise
 def artifact_key(*words: str) -> str:
     """Words as an artifact key: lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
+
+
+@contextmanager
+def progress_of(what: str, steps: int) -> Iterator[Callable[[], None]]:
+    """A progress bar in the UI while the block runs; it is given what moves the bar by a step."""
+    done = 0
+    bar = cast(UUID, create_progress_artifact(progress=0.0, description=what))
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        update_progress_artifact(artifact_id=bar, progress=100.0 * done / steps)
+
+    yield advance
 
 
 def publish_drive(url: str) -> None:

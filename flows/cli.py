@@ -334,8 +334,10 @@ def report(url: StoreUrl) -> None:
     from storage.reconstruction import ReconstructionStore
     from tasks.report import report_stage
 
+    store = ReconstructionStore.open(url)
+    store.drop_commits("report")
     report_stage.fn(url)
-    typer.echo(ReconstructionStore.open(url).file_url("report/report.html"))
+    typer.echo(store.file_url("report/report.html"))
 
 
 @app.command()

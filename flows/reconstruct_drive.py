@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from prefect import flow
 
-from flows.artifacts import publish_drive
+from flows.artifacts import progress_of, publish_drive
 from storage.reconstruction import ReconstructionStore
 from storage.video import drive_name
 from tasks.align import align_stage
@@ -70,8 +70,11 @@ def run_stages(location: str, name: str, url: str, config: ReconstructionConfig)
     check_config(config)
     probe_stage(location, name, url)
     ReconstructionStore.open(url).drop_commits("failed")
-    for group in plan_stage(url, config):
-        infer_stage(url, group, config.infer)
+    groups = plan_stage(url, config)
+    with progress_of(f"inference of {name}", len(groups)) as advance:
+        for group in groups:
+            infer_stage(url, group, config.infer)
+            advance()
     align_stage(url, config.align, config.infer)
     for batch in range(plan_tiles_stage(url, config.fuse, config.infer)):
         fuse_tiles_stage(url, batch, config.fuse, config.infer)

@@ -34,9 +34,10 @@ def store(prefect_server, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("cli")
     video = write_video(folder / "squares.mp4", moving_squares(30))
     arguments = ["reconstruct", video, "--output", folder / "out", "--weights", "untrained"]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["ttt3r", *map(str, arguments)])
-        main()
+        with pytest.raises(SystemExit) as stop:
+            main()
     assert not stop.value.code
     return str(folder / "out" / "squares.zarr")
 
