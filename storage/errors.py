@@ -23,6 +23,10 @@ class StoreUnavailable(StoreError):
     """The location cannot be reached, or may not be read or written."""
 
 
+class StoreRefused(StoreUnavailable):
+    """The location answers that it may not or cannot be used: trying again changes nothing."""
+
+
 class ChunkMissing(StoreError):
     """The asked data are not finished: no commit vouches for them."""
 

@@ -20,8 +20,9 @@ from fsspec.core import split_protocol
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore
 
-from storage.errors import CommitExists, StoreUnavailable
+from storage.errors import CommitExists, StoreRefused, StoreUnavailable
 
+NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
 # A listing that a connection remembers would hide what other writers add.
 REMOTE_OPTIONS = {"use_listings_cache": False}
 
@@ -271,12 +272,21 @@ class RemoteFolder(Folder):
 def explain(error: Exception, url: str) -> StoreUnavailable | None:
     """Say in one line, without secrets, why a location cannot be used; None if unknown."""
     reason = _reason(error)
-    return StoreUnavailable(f"{redacted(url)}: {reason}") if reason else None
+    if reason is None:
+        return None
+    kind = StoreRefused if _is_refusal(error) else StoreUnavailable
+    return kind(f"{redacted(url)}: {reason}")
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the same attempt would fail again, unlike a lost connection or a full disk."""
+    final = PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError
+    return isinstance(error, final) or type(error).__name__ in NO_CREDENTIALS
 
 
 def _reason(error: Exception) -> str | None:
     kind = type(error).__name__
-    if kind in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"):
+    if kind in NO_CREDENTIALS:
         return (
             "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         )

@@ -8,8 +8,22 @@ from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
+from storage.errors import DataDamaged, NotAStore, StoreMissing, StoreRefused, StoreTooNew
+
 # A mistake of the user or of the input stays what it is, however often it is tried.
-FINAL_ERRORS = (ValueError, TypeError, KeyError, FileNotFoundError)
+FINAL_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    ImportError,
+    FileNotFoundError,
+    PermissionError,
+    DataDamaged,
+    NotAStore,
+    StoreMissing,
+    StoreRefused,
+    StoreTooNew,
+)
 RETRY_DELAYS_S = [10, 60, 300]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storage.errors import ChunkMissing, StoreUnavailable
+from storage.errors import ChunkMissing, StoreRefused
 from storage.reconstruction import ReconstructionStore
 from storage.records import Segment
 
@@ -118,19 +118,19 @@ def test_killed_writer_leaves_nothing_that_reads_as_finished(store):
 
 def test_create_says_why_a_local_folder_cannot_be_used(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StoreUnavailable, match=r"file/drive\.zarr: cannot be used: Not a dir"):
+    with pytest.raises(StoreRefused, match=r"file/drive\.zarr: cannot be used: Not a dir"):
         ReconstructionStore.create(tmp_path / "file" / "drive.zarr", {})
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_create_says_when_a_local_folder_is_not_writable(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(StoreUnavailable, match="access denied"):
+    with pytest.raises(StoreRefused, match="access denied"):
         ReconstructionStore.create(tmp_path / "drive.zarr", {})
 
 
 def test_create_says_when_the_bucket_is_missing(seaweed):
-    with pytest.raises(StoreUnavailable, match="bucket or parent does not exist"):
+    with pytest.raises(StoreRefused, match="bucket or parent does not exist"):
         ReconstructionStore.create("s3://no-such-bucket/drive.zarr", {})
 
 
