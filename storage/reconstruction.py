@@ -26,6 +26,7 @@ from storage.errors import (
     NotAStore,
     StoreError,
     StoreMissing,
+    StoreRefused,
     StoreTooNew,
     StoreUnavailable,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "ReconstructionStore",
     "StoreError",
     "StoreMissing",
+    "StoreRefused",
     "StoreTooNew",
     "StoreUnavailable",
 ]
@@ -148,6 +150,10 @@ class ReconstructionStore:
     def commits(self, prefix: str = "") -> dict[str, dict[str, Any]]:
         """Records of `prefix` itself and of all below `prefix/`, by name."""
         return self._commits.all(prefix)
+
+    def commit_names(self, prefix: str = "") -> list[str]:
+        """Names of `commits`, from a listing: no record is read."""
+        return self._commits.names(prefix)
 
     def drop_commits(self, prefix: str) -> None:
         """Declare `prefix` and all below `prefix/` unfinished; "" drops everything."""
@@ -266,12 +272,20 @@ class ReconstructionStore:
     def _make_segment(self, segment: Segment, wanted: dict[str, Any]) -> None:
         """Remove what is there and make empty arrays; the group's attributes come last."""
         group = segment_name(segment.index)
-        self._folder.delete(f"{group}/zarr.json")
-        self._folder.delete_tree(group)
+        self._remove_segment_data(group)
         self._write_objects(empty_segment(group, segment, wanted))
         # Commits name the creation that they belong to, so those of a removed one are void.
         attributes = {**wanted, "creation": uuid.uuid4().hex}
         self._folder.write(f"{group}/zarr.json", group_document(attributes))
+
+    def remove_segment(self, index: int) -> None:
+        """Remove a segment that a new plan does not have, its commits first."""
+        self._commits.drop(f"infer/{index:04d}")
+        self._remove_segment_data(segment_name(index))
+
+    def _remove_segment_data(self, group: str) -> None:
+        self._folder.delete(f"{group}/zarr.json")
+        self._folder.delete_tree(group)
 
     def write_chunk(self, segment: Segment, chunk: Chunk, arrays: Mapping[str, np.ndarray]) -> None:
         """Write the data of one chunk; they count for nothing before `commit_chunk`.
@@ -450,6 +464,11 @@ class ReconstructionStore:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"no file {name!r} in {redacted(self.url)}") from error
         return target
+
+    def delete_files(self, prefix: str) -> None:
+        """Remove the stored files whose names start with `prefix`, such as "fusion/"."""
+        for name in self.list_files(prefix):
+            self._folder.delete(name)
 
     def file_url(self, name: str) -> str:
         """Path or URL of a stored file."""

@@ -15,7 +15,7 @@ from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord, Plan, Segment
 from tasks.config import AlignConfig, InferConfig
 from tasks.infer import segment_key
-from tasks.keys import stage_key
+from tasks.keys import drop_later, stage_key
 from tasks.plan import read_plan
 from tasks.retries import STAGE_OPTIONS
 from ttt3r.alignment import (
@@ -37,6 +37,8 @@ from ttt3r.weights import WeightsInfo, weights_info
 VERSION = 1
 # A field of view of 60 degrees, where neither the network nor the user knows the focal length.
 FALLBACK_FOCAL = 0.866
+# Frames of an overlap that are compared at most, evenly over it: bounds memory.
+SEAM_FRAMES = 32
 
 Array = NDArray[np.float64]
 log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ def align_stage(url: str, config: AlignConfig, infer: InferConfig) -> None:
     fits = fit_seams(store, plan, focal, AlignSettings(scale_prior_sigma=config.scale_prior_sigma))
     placements = place_segments(plan, fits, config.scale_prior_sigma)
     arrays = build_trajectory(store, plan, placements, fits, focal, info.config)
+    drop_later(store, "align")
     store.write_trajectory(arrays)
     record = {
         "seconds": time.perf_counter() - began,
@@ -119,9 +122,13 @@ def _fit_seam(
     store: ReconstructionStore, plan: Plan, segment: Segment, focal: float, settings: AlignSettings
 ) -> OverlapFit:
     before, shared = plan.segments[segment.index - 1], plan.overlap(segment)
+    frames = np.unique(np.linspace(shared.start, shared.stop - 1, SEAM_FRAMES).round().astype(int))
 
     def read(of: Segment, name: str) -> Array:
-        return store.read(of, name, shared.start, shared.stop).astype(np.float64)
+        if len(frames) == len(shared):
+            return store.read(of, name, shared.start, shared.stop).astype(np.float64)
+        rows = [store.read(of, name, frame, frame + 1) for frame in frames.tolist()]
+        return np.concatenate(rows).astype(np.float64)
 
     depth_a, depth_b = read(before, "depth"), read(segment, "depth")
     T_a_cam, T_b_cam = read(before, "cam_to_seg"), read(segment, "cam_to_seg")
@@ -203,7 +210,12 @@ def frame_figures(store: ReconstructionStore, plan: Plan) -> dict[str, NDArray[A
     owners = list(zip(plan.segments, plan.owner_ranges(), strict=True))
 
     def collect(name: str, reduce: Any) -> NDArray[Any]:
-        rows = [reduce(store.read(s, name, own.start, own.stop)) for s, own in owners]
+        # Chunk by chunk: a segment may be as long as the drive.
+        rows = [
+            reduce(store.read(s, name, first, min(first + plan.chunk_frames, own.stop)))
+            for s, own in owners
+            for first in range(own.start, own.stop, plan.chunk_frames)
+        ]
         return np.concatenate(rows).astype(np.float32)
 
     lengths = [len(own) for _, own in owners]

@@ -32,7 +32,7 @@ from tasks.fusion import (
     group_tiles,
     plan_tiles,
 )
-from tasks.keys import stage_key
+from tasks.keys import drop_later, stage_key
 from tasks.meshes import (
     Mesh,
     decimate,
@@ -106,7 +106,9 @@ def plan_tiles_stage(url: str, config: FuseConfig, infer: InferConfig) -> int:
     key = stage_key("fuse", VERSION, require_key(store, "align"), config)
     commit = store.read_commit("tiles")
     if commit is None or commit["key"] != key:
-        store.drop_commits("fuse")
+        store.drop_commits("tiles")
+        drop_later(store, "tiles")
+        store.delete_files("fusion/")
         parts = [_plan_part(store, part, config) for part in range(read_plan(store).parts)]
         commit = {"key": key, "parts": parts}
         store.commit("tiles", commit)

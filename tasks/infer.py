@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from prefect import task
 
+from storage.layout import chunk_commit
 from storage.reconstruction import ReconstructionStore
 from storage.records import Chunk, Plan, Segment
 from tasks.config import InferConfig
 from tasks.frames import DriveInput, read_rounds
-from tasks.keys import stage_key
+from tasks.keys import drop_later, stage_key
 from tasks.pipelining import BackgroundWriter, prefetch
 from tasks.plan import read_plan, require_key
 from tasks.retries import STAGE_OPTIONS
@@ -66,8 +67,12 @@ def resolve_precision(config: InferConfig) -> str:
 
 
 @lru_cache(maxsize=1)
-def _cached_model(weights: str, device: str) -> tuple[Model, WeightsInfo]:
-    return load_model(weights, device=device)
+def _cached_model(weights: str, sha256: str, device: str) -> tuple[Model, WeightsInfo]:
+    """The network; `sha256` only tells weights apart that have replaced others of their name."""
+    model, info = load_model(weights, device=device)
+    if info.sha256 != sha256:
+        raise ValueError(f"the weights {weights!r} changed while they were loaded; run again")
+    return model, info
 
 
 @task(name="infer", task_run_name="infer {indices} {url}", tags=["gpu"], **STAGE_OPTIONS)
@@ -90,7 +95,10 @@ def infer_stage(url: str, indices: Sequence[int], config: InferConfig) -> int:
     ]
     if not todo:
         return 0
-    model, info = _cached_model(config.weights, resolve_device(config))
+    drop_later(store, "infer")
+    for segment in (s for segments in todo for s in segments):
+        _drop_stale(store, plan, segment, keys[segment.index])
+    model, info = _cached_model(config.weights, info.sha256, resolve_device(config))
     drive = DriveInput.from_store(store, info.config)
     return sum(infer_lanes(store, drive, segments, keys, model, config) for segments in todo)
 
@@ -98,6 +106,14 @@ def infer_stage(url: str, indices: Sequence[int], config: InferConfig) -> int:
 def is_segment_done(store: ReconstructionStore, plan: Plan, segment: Segment, key: str) -> bool:
     """Whether every chunk of the segment is committed under `key`."""
     return all(store.is_chunk_done(segment, c, key) for c in segment.chunks(plan.chunk_frames))
+
+
+def _drop_stale(store: ReconstructionStore, plan: Plan, segment: Segment, key: str) -> None:
+    """Take back chunks of other weights, rule, frames or plan: they are not progress."""
+    current = {chunk_commit(segment.index, c.index) for c in segment.chunks(plan.chunk_frames)}
+    for name, record in store.commits(f"infer/{segment.index:04d}").items():
+        if name not in current or record.get("key") != key:
+            store.drop_commits(name)
 
 
 def infer_lanes(

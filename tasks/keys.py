@@ -1,4 +1,4 @@
-"""The key of a stage: what its result depends on, as one hash."""
+"""What a stage's result depends on: its key, and which results fall with another's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import hashlib
 import json
 from dataclasses import asdict, is_dataclass
 from typing import Any
+
+from storage.reconstruction import ReconstructionStore
+
+# Commits of the stages in order. Chunks of `infer` are not among them: each has its own key.
+STAGE_COMMITS = ("probe", "plan", "align", "tiles", "fuse", "report")
 
 
 def stage_key(stage: str, version: int, *inputs: Any) -> str:
@@ -17,3 +22,14 @@ def stage_key(stage: str, version: int, *inputs: Any) -> str:
     plain = [asdict(i) if is_dataclass(i) and not isinstance(i, type) else i for i in inputs]
     text = json.dumps([stage, version, *plain], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def drop_later(store: ReconstructionStore, stage: str) -> None:
+    """Take back what was made from a stage's result, before the stage is done again.
+
+    Else a kill in between would leave, say, the mesh of an old trajectory as finished.
+    `infer` stands between `plan` and `align`.
+    """
+    after = "plan" if stage == "infer" else stage
+    for later in STAGE_COMMITS[STAGE_COMMITS.index(after) + 1 :]:
+        store.drop_commits(later)

@@ -12,7 +12,7 @@ from prefect import task
 from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord, Plan, Segment
 from tasks.config import PlanConfig, ReconstructionConfig
-from tasks.keys import stage_key
+from tasks.keys import drop_later, stage_key
 from tasks.retries import STAGE_OPTIONS
 from ttt3r.weights import weights_info
 
@@ -70,6 +70,11 @@ def plan_stage(url: str, config: ReconstructionConfig) -> list[tuple[int, ...]]:
     info = weights_info(config.infer.weights)
     plan = plan_drive(record, config.plan, info.segment_frames)
     key = stage_key("plan", VERSION, require_key(store, "probe"), plan)
+    is_new = (store.read_commit("plan") or {}).get("key") != key
+    if is_new:
+        store.drop_commits("plan")
+        drop_later(store, "plan")
+        _remove_surplus(store, plan)
     store.update_attributes(
         {
             "plan": plan.to_json(),
@@ -78,9 +83,16 @@ def plan_stage(url: str, config: ReconstructionConfig) -> list[tuple[int, ...]]:
             "versions": {name: version(name) for name in VERSIONED},
         }
     )
-    if (store.read_commit("plan") or {}).get("key") != key:
+    if is_new:
         store.commit("plan", {"key": key})
     return group_segments(plan, config.infer.segments_per_task)
+
+
+def _remove_surplus(store: ReconstructionStore, plan: Plan) -> None:
+    """Remove segments that the plan before had and this one has not."""
+    if "plan" in store.attributes:
+        for index in range(len(plan.segments), len(read_plan(store).segments)):
+            store.remove_segment(index)
 
 
 def read_plan(store: ReconstructionStore) -> Plan:

@@ -63,7 +63,7 @@ def count_chunks(store: ReconstructionStore) -> tuple[int, int]:
         for segment in plan.segments
         for chunk in segment.chunks(plan.chunk_frames)
     }
-    return len(wanted), len(wanted & set(store.commits("infer")))
+    return len(wanted), len(wanted & set(store.commit_names("infer")))
 
 
 def summarise(store: ReconstructionStore) -> dict[str, Any]:

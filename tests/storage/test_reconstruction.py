@@ -405,6 +405,21 @@ def test_files_go_in_and_out(store, tmp_path):
         store.local_copy("report/figure.png", tmp_path)
 
 
+def test_files_are_removed_by_the_start_of_their_name(store):
+    for name in ("fusion/mesh.ply", "fusion/tiles/a.ply", "report/report.html"):
+        store.put_file(name, b"x")
+    store.delete_files("fusion/")
+    assert store.list_files() == ["report/report.html"]
+
+
+def test_segment_of_an_earlier_plan_is_removed_with_its_commits(finished):
+    finished.remove_segment(SEGMENT.index)
+    assert finished.commit_names("infer") == []
+    assert finished.describe()["segments"] == {}
+    with pytest.raises(ChunkMissing, match="does not exist yet"):
+        finished.read(SEGMENT, "depth", 10, 12)
+
+
 @pytest.mark.parametrize(
     "name", ["/etc/x", "fusion/../x", "fusion//x", "commits/plan.json", "x", "fusion/zarr.json", ""]
 )

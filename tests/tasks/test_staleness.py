@@ -1,0 +1,75 @@
+"""What is made anew takes back what was made from it: no mixture passes for finished."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from storage.reconstruction import ReconstructionStore
+from tasks.align import align_stage
+from tasks.config import AlignConfig, InferConfig, PlanConfig
+from tasks.infer import infer_stage
+from tasks.plan import plan_stage, read_plan
+from tasks.summary import progress
+
+LATER = ("align", "tiles", "fuse/0000", "fuse/merged", "report")
+
+
+@pytest.fixture
+def finished(corridor_drive):
+    """A drive with a trajectory, and commits of all that comes after it."""
+    corridor_drive.infer_perfectly()
+    align_stage.fn(corridor_drive.url, AlignConfig(), corridor_drive.config.infer)
+    store = ReconstructionStore.open(corridor_drive.url)
+    for name in LATER[1:]:
+        store.commit(name, {"key": "of this trajectory"})
+    assert progress(store.url)["stage"] == "done"
+    return store
+
+
+def test_new_weights_or_rule_take_back_the_trajectory_and_the_chunks_of_the_old(
+    finished, corridor_drive
+):
+    infer_stage.fn(finished.url, (0,), replace(corridor_drive.config.infer, rule="cut3r"))
+    assert not set(LATER) & set(finished.commit_names())
+    assert progress(finished.url)["stage"] != "done"
+
+
+def test_interrupted_change_of_rule_leaves_no_old_chunk_as_progress(finished):
+    missing = InferConfig("untrained", rule="no-such-rule")
+    with pytest.raises(ValueError, match="no-such-rule"):
+        infer_stage.fn(finished.url, (0, 1), missing)
+    assert progress(finished.url)["chunks_done"] == 0
+
+
+def test_new_plan_removes_what_the_old_one_had(finished, corridor_drive):
+    plan_stage.fn(finished.url, replace(corridor_drive.config, plan=PlanConfig(40, 8, 8)))
+    assert not set(LATER) & set(finished.commit_names())
+    assert [s.index for s in read_plan(finished).segments] == [0]
+    assert list(finished.describe()["segments"]) == ["0000"]
+
+
+def test_new_calibration_takes_back_the_mesh(finished, corridor_drive):
+    align_stage.fn(finished.url, AlignConfig(focal_px=44.0), corridor_drive.config.infer)
+    assert [n for n in LATER if n in finished.commit_names()] == ["align"]
+    assert progress(finished.url)["stage"] == "fuse"
+
+
+def test_same_settings_take_back_nothing(finished, corridor_drive):
+    before = finished.commits()
+    plan_stage.fn(finished.url, corridor_drive.config)
+    infer_stage.fn(finished.url, (0, 1), corridor_drive.config.infer)
+    align_stage.fn(finished.url, AlignConfig(), corridor_drive.config.infer)
+    assert finished.commits() == before
+
+
+def test_align_reads_long_overlaps_in_part(finished, monkeypatch):
+    from tasks import align
+
+    before = finished.read_trajectory()["scale"]
+    monkeypatch.setattr(align, "SEAM_FRAMES", 4)
+    store, plan = finished, read_plan(finished)
+    focal = float(store.read_trajectory()["intrinsics"][0, 0])
+    fits = align.fit_seams(store, plan, focal, align.AlignSettings())
+    assert fits[1].frames == 4
+    np.testing.assert_allclose(fits[1].sim3.scale, before[1] / before[0], rtol=0.05)
