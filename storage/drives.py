@@ -45,7 +45,8 @@ def list_drives(collection: str) -> list[DriveLocation]:
       subfolders hold drives too, each video is a drive, and so is each of those.
     - A folder that directly holds two or more images, and no video, is one drive. Folders of
       16-bit or float images (depth maps) are passed over.
-    - Any other folder: what its subfolders hold, at any depth up to 8; hidden ones are ignored.
+    - Any other folder: what its subfolders hold, at any depth up to 8; hidden ones and Zarr
+      groups (results of earlier runs, whose reports hold pictures) are ignored.
     - A glob: what each match holds, by the rules above.
 
     Names that clash are prefixed by those of their parent folders.
@@ -87,6 +88,11 @@ def drive_files(location: str) -> tuple[list[str], list[str]]:
     return videos, images
 
 
+def is_zarr(location: str) -> bool:
+    """Whether a folder's name says that it is a Zarr group, such as a reconstruction."""
+    return file_name(location).lower().endswith(".zarr")
+
+
 def _some(suffixes: frozenset[str], first: str) -> str:
     return f"{', '.join(first.split())} and {len(suffixes) - len(first.split())} other kinds"
 
@@ -104,8 +110,10 @@ def _roots(collection: str) -> list[str]:
     if _is_glob(collection):
         matches = sorted((str(m) for m in fs.glob(path)), key=natural_key)
         roots = [qualified(fs, m) for m in matches if not file_name(m).startswith(".")]
-        return [r for r in roots if fs.isdir(r) or has_suffix(r, VIDEO_SUFFIXES)]
-    return [collection] if fs.exists(path) else []
+        is_folder = [fs.isdir(r) and not is_zarr(r) for r in roots]
+        kept = zip(roots, is_folder, strict=True)
+        return [root for root, folder in kept if folder or has_suffix(root, VIDEO_SUFFIXES)]
+    return [collection] if fs.exists(path) and not is_zarr(path) else []
 
 
 def _drives_in(location: str, depth: int) -> list[str]:
@@ -115,7 +123,7 @@ def _drives_in(location: str, depth: int) -> list[str]:
         return [location]
     videos, images = drive_files(location)
     folders = list_folder(location)[1] if depth < DEEPEST else []
-    below = [drive for folder in folders for drive in _drives_in(folder, depth + 1)]
+    below = [d for f in folders if not is_zarr(f) for d in _drives_in(f, depth + 1)]
     if videos:
         return [*videos, *below] if below else [location]
     if len(images) >= 2 and is_picture(images[0]):

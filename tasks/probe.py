@@ -10,9 +10,12 @@ from typing import Any
 import fsspec
 from prefect import task
 
+from storage.drives import drive_files
+from storage.media import file_name
 from storage.reconstruction import ReconstructionStore
+from storage.records import DriveRecord
 from storage.video import probe_drive
-from tasks.keys import stage_key
+from tasks.keys import drop_later, stage_key
 from tasks.retries import STAGE_OPTIONS
 
 VERSION = 1
@@ -20,8 +23,17 @@ VERSION = 1
 log = logging.getLogger(__name__)
 
 
+def absolute(location: str) -> str:
+    """The location as it is found from any working directory."""
+    fs, path = fsspec.core.url_to_fs(location)
+    return str(path) if "file" in fs.protocol else location.rstrip("/")
+
+
 def fingerprint(location: str) -> list[list[Any]]:
     """Name, size and modification mark of every file of a drive, without reading them.
+
+    Of a folder only the videos count, or the images if there are none: what else lies in it, the
+    output of this pipeline included, changes nothing.
 
     Raises:
         FileNotFoundError: there is nothing at `location`.
@@ -29,11 +41,12 @@ def fingerprint(location: str) -> list[list[Any]]:
     fs, path = fsspec.core.url_to_fs(location)
     if not fs.exists(path):
         raise FileNotFoundError(f"there is no video or folder at {location}; check the path")
-    files = {path: fs.info(path)} if fs.isfile(path) else fs.find(path, detail=True)
-    return sorted(
-        [name.removeprefix(path), info["size"], _modification_mark(info)]
-        for name, info in files.items()
-    )
+    videos, images = ([location], []) if fs.isfile(path) else drive_files(location)
+    found = {file: fs.info(file) for file in videos or images}
+    return [
+        [file_name(name) if name != location else "", info["size"], _modification_mark(info)]
+        for name, info in found.items()
+    ]
 
 
 def _modification_mark(info: dict[str, Any]) -> str:
@@ -42,21 +55,41 @@ def _modification_mark(info: dict[str, Any]) -> str:
     return str(next((mark for mark in marks if mark is not None), ""))
 
 
+def relocated(record: DriveRecord, location: str) -> DriveRecord:
+    """The record of a drive that was moved, or that is reached by another path now."""
+    clips = [
+        replace(clip, location=location + clip.location.removeprefix(record.location))
+        for clip in record.clips
+    ]
+    return replace(record, location=location, clips=tuple(clips))
+
+
 @task(name="probe", task_run_name="probe {location}", **STAGE_OPTIONS)
 def probe_stage(location: str, name: str, url: str) -> None:
     """Decode the drive once and write what it holds into the store at `url`.
 
     Raises:
+        ValueError: the store holds another drive, which would be lost.
         UnreadableVideo: no frame of the recording decodes.
     """
+    location = absolute(location)
     key = stage_key("probe", VERSION, fingerprint(location))
     store = ReconstructionStore.create(url, {})
-    if (store.read_commit("probe") or {}).get("key") == key:
+    known = store.attributes.get("drive")
+    if known is not None and (store.read_commit("probe") or {}).get("key") == key:
+        moved = relocated(DriveRecord.from_json(known), location)
+        store.update_attributes({"drive": moved.to_json()})
         return
+    if known is not None and known["location"] != location:
+        raise ValueError(
+            f"{url} holds the drive at {known['location']}, not that at {location}; choose another "
+            "--output, or remove it"
+        )
     began = time.perf_counter()
     record, frames = probe_drive(location)
     record = replace(record, name=name)
     log.info("%s: %d frames, %d x %d", name, record.frames, record.width, record.height)
+    drop_later(store, "probe")
     store.update_attributes({"drive": record.to_json()})
     store.write_frames(**frames.to_arrays())
     store.commit("probe", {"key": key, "seconds": time.perf_counter() - began})

@@ -122,3 +122,14 @@ def test_nothing_found_says_what_was_looked_for(tmp_path):
     for location in (tmp_path, tmp_path / "none", f"{tmp_path}/*.mp4"):
         with pytest.raises(ValueError, match=r"no drive is found; expected a video file"):
             list_drives(str(location))
+
+
+def test_results_of_earlier_runs_are_no_drives(tmp_path):
+    touch(tmp_path, "trip/1.mp4", "trip/2.mp4")
+    for name in ("trajectory.png", "frames.png"):
+        image(tmp_path / "trip/out/trip.zarr/report" / name)
+    assert found(tmp_path / "trip", tmp_path) == {"trip": "trip"}
+    with pytest.raises(ValueError, match="no drive is found"):
+        list_drives(str(tmp_path / "trip/out"))
+    with pytest.raises(ValueError, match="no drive is found"):
+        list_drives(f"{tmp_path}/trip/out/*")
