@@ -17,11 +17,21 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 setup: $(READY)
 
+# Another index than the last one: torch is installed anew, though its version is the same.
+ifneq ($(TORCH_INDEX_URL),)
+ifneq ($(TORCH_INDEX_URL),$(shell cat .venv/.torch-index 2>/dev/null))
+.PHONY: $(READY)
+OTHER_TORCH := yes
+endif
+endif
+
 $(READY): requirements.lock pyproject.toml deploy/apt-packages.txt
 	deploy/install-system-packages.sh
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --require-hashes --no-deps -r requirements.lock
+	$(if $(OTHER_TORCH),-$(BIN)/pip uninstall --quiet --yes torch)
 	$(BIN)/pip install --quiet $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
+	$(if $(OTHER_TORCH),echo $(TORCH_INDEX_URL) > .venv/.torch-index)
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
