@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from storage.reconstruction import StoreMissing
+from storage.reconstruction import StoreError
 from tasks.summary import progress
 
 POLL_S = 1.0
@@ -49,7 +49,7 @@ def _watch(bars: Progress, urls: Sequence[str], stop: threading.Event) -> None:
         for url in urls:
             try:
                 state = progress(url)
-            except StoreMissing:
+            except (StoreError, OSError):  # not there yet, or not now: only a bar depends on it
                 continue
             if url not in rows:
                 rows[url] = bars.add_task(state["drive"], total=None, stage=state["stage"])
