@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import UTC, datetime
 
 from prefect import flow
 
 from flows.artifacts import progress_of, publish_drive
-from storage.reconstruction import ReconstructionStore
+from storage.reconstruction import ReconstructionStore, StoreError
 from storage.video import drive_name
 from tasks.align import align_stage
 from tasks.config import ReconstructionConfig
 from tasks.fuse import fuse_tiles_stage, merge_tiles_stage, plan_tiles_stage
 from tasks.infer import infer_stage, resolve_device
 from tasks.plan import plan_stage
-from tasks.probe import probe_stage
+from tasks.probe import AnotherDrive, probe_stage
 from tasks.report import report_stage
 from ttt3r.state import find_rule
 from ttt3r.weights import weights_info
+
+log = logging.getLogger(__name__)
 
 
 def store_url(output: str, name: str) -> str:
@@ -46,8 +49,11 @@ def reconstruct_drive(
         URL of the drive's Zarr group.
     """
     url = store_url(output, name or drive_name(location))
+    check_config(config)
     try:
         run_stages(location, name or drive_name(location), url, config)
+    except AnotherDrive:  # no failure of the drive that the store is about
+        raise
     except Exception as error:
         record_failure(url, error)
         raise
@@ -67,7 +73,6 @@ def check_config(config: ReconstructionConfig) -> None:
 
 def run_stages(location: str, name: str, url: str, config: ReconstructionConfig) -> None:
     """All stages of one drive, in order."""
-    check_config(config)
     probe_stage(location, name, url)
     ReconstructionStore.open(url).drop_commits("failed")
     groups = plan_stage(url, config)
@@ -85,7 +90,8 @@ def run_stages(location: str, name: str, url: str, config: ReconstructionConfig)
 
 def record_failure(url: str, error: Exception) -> None:
     """Say in the drive's store that the last attempt failed, and why."""
-    ReconstructionStore.create(url, {}).commit(
-        "failed",
-        {"error": f"{type(error).__name__}: {error}", "time": datetime.now(UTC).isoformat()},
-    )
+    record = {"error": f"{type(error).__name__}: {error}", "time": datetime.now(UTC).isoformat()}
+    try:
+        ReconstructionStore.create(url, {}).commit("failed", record)
+    except (StoreError, OSError) as also:  # the first error says more than this one
+        log.warning("%s: the failure cannot be recorded: %s", url, also)

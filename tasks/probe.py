@@ -23,6 +23,10 @@ VERSION = 1
 log = logging.getLogger(__name__)
 
 
+class AnotherDrive(ValueError):
+    """The store holds the result of another recording, which would be lost."""
+
+
 def absolute(location: str) -> str:
     """The location as it is found from any working directory."""
     fs, path = fsspec.core.url_to_fs(location)
@@ -69,7 +73,7 @@ def probe_stage(location: str, name: str, url: str) -> None:
     """Decode the drive once and write what it holds into the store at `url`.
 
     Raises:
-        ValueError: the store holds another drive, which would be lost.
+        AnotherDrive: the store is that of another recording; it is left as it is.
         UnreadableVideo: no frame of the recording decodes.
     """
     location = absolute(location)
@@ -81,7 +85,7 @@ def probe_stage(location: str, name: str, url: str) -> None:
         store.update_attributes({"drive": moved.to_json()})
         return
     if known is not None and known["location"] != location:
-        raise ValueError(
+        raise AnotherDrive(
             f"{url} holds the drive at {known['location']}, not that at {location}; choose another "
             "--output, or remove it"
         )

@@ -8,9 +8,10 @@ from recordings import moving_squares, write_video
 
 from flows.reconstruct_collection import CollectionIncomplete, reconstruct_collection
 from flows.reconstruct_drive import reconstruct_drive
-from storage.reconstruction import ReconstructionStore
+from storage.reconstruction import ReconstructionStore, StoreRefused
 from tasks.config import AlignConfig, InferConfig, PlanConfig, ReconstructionConfig
 from tasks.plan import read_plan
+from tasks.probe import AnotherDrive
 
 CONFIG = ReconstructionConfig(
     plan=PlanConfig(segment_frames=12, overlap_frames=4, chunk_frames=5),
@@ -153,3 +154,21 @@ def test_inputs_are_not_touched_and_only_the_output_is_written(video, tmp_path):
     assert video.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", video.name]
     assert sorted(p.name for p in Path(tmp_path / "out").iterdir()) == ["squares.zarr"]
+
+
+def test_another_drive_of_the_same_name_is_refused_and_leaves_the_first_as_it_is(video, tmp_path):
+    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    before = ReconstructionStore.open(url).commits()
+    other = write_video(tmp_path / "other.mp4", moving_squares(6))
+    with pytest.raises(AnotherDrive, match="holds the drive at"):
+        reconstruct_drive(str(other), str(tmp_path / "out"), CONFIG, "squares")
+    wrong = replace(CONFIG, infer=replace(CONFIG.infer, rule="no-such-rule"))
+    with pytest.raises(ValueError, match="no-such-rule"):
+        reconstruct_drive(str(video), str(tmp_path / "out"), wrong)
+    assert ReconstructionStore.open(url).commits() == before
+
+
+def test_failure_that_cannot_be_recorded_does_not_hide_the_reason(video, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(StoreRefused, match="Not a directory"):
+        reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
