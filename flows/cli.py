@@ -8,9 +8,13 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
+
+if TYPE_CHECKING:
+    from storage.video import DriveLocation
 
 # Commands import what they need when they run: torch, Open3D and Prefect take seconds.
 app = typer.Typer(
@@ -65,13 +69,27 @@ def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     quiet_prefect()
     try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt:
+        app(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, click.exceptions.Abort):
         fail("interrupted; run the same command again to go on where it stopped", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
     except Exception as error:
         if os.environ.get("TTT3R_TRACEBACK"):
             raise
-        fail(one_line(error), USER_ERROR if isinstance(error, ValueError | OSError) else WORK_ERROR)
+        fail(one_line(error), USER_ERROR if is_users_mistake(error) else WORK_ERROR)
+    sys.exit(0)
+
+
+def is_users_mistake(error: Exception) -> bool:
+    """Whether the call was wrong, rather than the work it asked for."""
+    from storage.errors import NotAStore, StoreMissing, StoreRefused, StoreTooNew
+
+    mistakes = (ValueError, FileNotFoundError, NotAStore, StoreMissing, StoreRefused, StoreTooNew)
+    return isinstance(error, mistakes)
 
 
 def fail(message: str, code: int) -> None:
@@ -82,8 +100,10 @@ def fail(message: str, code: int) -> None:
 
 def one_line(error: BaseException) -> str:
     """What an exception says, on one line."""
+    from storage.errors import StoreError
+
     text = " ".join(str(error).split())
-    known = isinstance(error, ValueError | OSError | RuntimeError)
+    known = isinstance(error, ValueError | OSError | RuntimeError | StoreError)
     return text if text and known else f"{type(error).__name__}: {text}"
 
 
@@ -94,17 +114,12 @@ def quiet_prefect() -> None:
     """
     home = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect"))
     if not home.exists():
-        os.environ.setdefault("PREFECT_HOME", str(cache_dir() / "prefect"))
+        os.environ.setdefault("PREFECT_HOME", str(Path.home() / ".cache" / "ttt3r" / "prefect"))
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     # The first start of its own server sets up a database: slow on a busy machine.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")
-
-
-def cache_dir() -> Path:
-    """Where weights and Prefect's own database are kept."""
-    return Path.home() / ".cache" / "ttt3r"
 
 
 def print_json(data: Any) -> None:
@@ -208,7 +223,7 @@ def reconstruct(
 def run_reconstruction(source: str, output: str, config: Any) -> None:
     """Run the flow that fits the input, show its progress, print what came out."""
     from flows.progress import progress_of
-    from flows.reconstruct_drive import check_config, reconstruct_drive, store_url
+    from flows.reconstruct_drive import check_config, store_url
     from storage.video import is_collection, list_drives
 
     check_config(config)
@@ -217,13 +232,31 @@ def run_reconstruction(source: str, output: str, config: Any) -> None:
         if is_collection(source):
             outcomes = run_collection(source, output, config)
         else:
-            reconstruct_drive(drives[0].location, output, config, drives[0].name)
-            outcomes = [{"url": store_url(output, drives[0].name), "error": None}]
+            outcomes = [run_drive(drives[0], output, config)]
+    if len(outcomes) == 1 and outcomes[0]["error"]:
+        fail(outcomes[0]["error"], WORK_ERROR)
     for outcome in outcomes:
         print_result(outcome)
     failed = sum(outcome["error"] is not None for outcome in outcomes)
     if failed:
-        fail(f"{failed} of {len(outcomes)} drives failed; their stores say why", WORK_ERROR)
+        fail(f"{failed} of {len(outcomes)} drives failed", WORK_ERROR)
+
+
+def run_drive(drive: DriveLocation, output: str, config: Any) -> dict[str, Any]:
+    """Reconstruct one drive; its failure is in what is returned, not raised."""
+    from flows.reconstruct_drive import reconstruct_drive, store_url
+    from tasks.probe import AnotherDrive
+
+    error = None
+    try:
+        reconstruct_drive(drive.location, output, config, drive.name)
+    except AnotherDrive:
+        raise
+    except Exception as failure:
+        if os.environ.get("TTT3R_TRACEBACK"):
+            raise
+        error = one_line(failure)
+    return {"url": store_url(output, drive.name), "error": error}
 
 
 def run_collection(source: str, output: str, config: Any) -> list[dict[str, Any]]:
@@ -261,13 +294,14 @@ def demo(
     output: Annotated[str, typer.Option(help="Folder that takes the result.")] = "out/demo",
 ) -> None:
     """Reconstruct the bundled sample drive and compare it with its ground truth."""
+    from flows.reconstruct_drive import store_url
     from tasks.config import ReconstructionConfig
     from tasks.evaluate import evaluate_store
 
     sample = Path(__file__).parent / "samples" / "street.mp4"
     run_reconstruction(str(sample), output, ReconstructionConfig())
     truth = sample.with_name("street_groundtruth_tum.txt")
-    figures = evaluate_store(f"{output}/street.zarr", str(truth), "tum")
+    figures = evaluate_store(store_url(output, "street"), str(truth), "tum")
     typer.echo("\nagainst the sample's ground truth:")
     print_figures(figures)
 
@@ -393,6 +427,8 @@ def serve() -> None:
     prefect deployment run 'reconstruct-drive/local' --param location=... --param output=...
     """
     os.environ.setdefault("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    os.environ["PREFECT_LOGGING_LEVEL"] = "INFO"  # runs log to the server
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "flows,tasks,storage,ttt3r")
     from prefect import serve as serve_deployments
 
     from flows.reconstruct_collection import reconstruct_collection
@@ -484,6 +520,8 @@ def weights_import(
 @weights_app.command("verify")
 def weights_verify(weights: Annotated[Path, typer.Argument(help="A .safetensors file.")]) -> None:
     """Hash the tensors of a file again and compare with what is recorded in it."""
+    if not weights.is_file():
+        raise ValueError(f"there is no weights file {weights}")
     from ttt3r.weights import verify_weights
 
     typer.echo(f"{weights}: {verify_weights(weights).sha256}, as recorded")

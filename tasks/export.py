@@ -28,9 +28,10 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
     part = choose_part(store, part)
     ending = format if format in ("ply", "glb") else f"{format}.txt"
     target = to or f"{store.attributes['drive']['name']}.{ending}"
-    data = mesh_bytes(store, format, part) if format in ("ply", "glb") else None
+    make = mesh_bytes if format in ("ply", "glb") else trajectory_bytes
+    data = make(store, format, part)  # before the file is opened: a failure leaves none
     with fsspec.open(target, "wb") as file:
-        file.write(data if data is not None else trajectory_bytes(store, format, part))
+        file.write(data)
     return target
 
 

@@ -38,8 +38,11 @@ log = logging.getLogger(__name__)
 def segment_key(
     store: ReconstructionStore, plan: Plan, segment: Segment, config: InferConfig, info: WeightsInfo
 ) -> str:
-    """Key of a segment's inference: its frames, the weights' hash, the rule, the precision."""
-    what = [config.rule, resolve_precision(config), info.sha256, plan.chunk_frames]
+    """Key of a segment's inference: its frames, the weights' hash, the rule, the precision.
+
+    As set, not as resolved: a drive inferred on a GPU is not inferred anew on a laptop.
+    """
+    what = [config.rule, config.precision, info.sha256, plan.chunk_frames]
     return stage_key("infer", VERSION, require_key(store, "probe"), segment, what)
 
 

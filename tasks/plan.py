@@ -41,12 +41,17 @@ def plan_drive(record: DriveRecord, config: PlanConfig, recommended_frames: int)
     """Plan of one drive; `recommended_frames` stands in for a segment length not set.
 
     Raises:
-        ValueError: the drive has no frames.
+        ValueError: the drive has no frames, or segments would overlap by more than half.
     """
     if record.frames < 1:
         raise ValueError(f"{record.name} has no frame that decodes; there is nothing to plan")
     segment = config.segment_frames or recommended_frames
-    overlap = min(config.overlap_frames or max(segment // 4, 1), segment // 2)
+    overlap = config.overlap_frames or max(segment // 4, 1)
+    if overlap > segment // 2:
+        raise ValueError(
+            f"overlap_frames is {overlap} of segments of {segment} frames; it can be at most half, "
+            "or three segments would share one frame"
+        )
     cuts = record.cuts if config.split_at_cuts else ()
     plan = cut_into_segments(record.frames, cuts, segment, overlap)
     longest = max(s.frames for s in plan.segments)

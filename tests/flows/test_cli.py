@@ -85,6 +85,27 @@ def test_missing_and_unreadable_videos_are_one_line_errors(run, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_failed_drive_is_one_line_and_exit_code_1_and_its_store_says_why(
+    run, prefect_server, tmp_path
+):
+    text = tmp_path / "text.mp4"
+    text.write_text("hello")
+    output = tmp_path / "o"
+    code, _, err = run("reconstruct", text, "--output", output, "--weights", "untrained")
+    assert code == 1
+    assert len(err.strip().splitlines()) == 1
+    assert "not a video" in err
+    _, out, _ = run("status", output, "--json")
+    assert "not a video" in json.loads(out)[0]["error"]
+
+
+def test_commands_on_a_store_that_is_not_there_are_one_line_errors(run, tmp_path):
+    nothing = tmp_path / "nothing.zarr"
+    for command in (("inspect",), ("report",), ("export", "--format", "ply")):
+        code, _, err = run(command[0], nothing, *command[1:])
+        assert_one_line(code, err, "no reconstruction")
+
+
 def test_wrong_settings_are_one_line_errors_before_anything_is_computed(run, tmp_path):
     video = write_video(tmp_path / "v.mp4", moving_squares(4))
     wrong = {
