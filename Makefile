@@ -1,4 +1,4 @@
-# make setup | demo | test | check | lock
+# make setup | demo | test | test-slow | check | lock
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -13,7 +13,7 @@ export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-all check lock clean
+.PHONY: setup demo test test-slow check lock clean
 
 setup: $(READY)
 
@@ -41,8 +41,9 @@ demo: setup
 test: setup
 	$(BIN)/pytest -q
 
-test-all: setup
-	$(BIN)/pytest -q -m 'not gpu'
+# What takes longer and guards a promise: kills, real recordings, memory.
+test-slow: setup
+	$(BIN)/pytest -q -m 'slow and not gpu' --timeout 1200
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,1 +1,1 @@
-"""Order and parallelism of the stages, and the command line."""
+"""The order of the stages, and the command line."""

@@ -525,3 +525,7 @@ def weights_verify(weights: Annotated[Path, typer.Argument(help="A .safetensors 
     from ttt3r.weights import verify_weights
 
     typer.echo(f"{weights}: {verify_weights(weights).sha256}, as recorded")
+
+
+if __name__ == "__main__":
+    main()
