@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -50,6 +51,7 @@ __all__ = [
 SEGMENT_SPECS = by_name(layout.SEGMENT_ARRAYS)
 STATE_SPECS = by_name(layout.STATE_ARRAYS)
 CHUNK_SPECS = SEGMENT_SPECS | {f"state_{name}": spec for name, spec in STATE_SPECS.items()}
+UNDECODABLE = (ValueError, TypeError, LookupError, RuntimeError, DataDamaged)
 WRITERS = 4  # arrays of a chunk that are written at the same time
 
 
@@ -513,17 +515,52 @@ class ReconstructionStore:
 
     def verify(self) -> list[str]:
         """Read back all that is committed and compare digests; names of what is damaged."""
-        damaged = []
-        for commit, record in self.commits().items():
-            chunk = commit.split("/")[2] if commit.count("/") == 2 else None
-            for path, digest in (record.get("digests") or {}).items():
-                if self._stored_digest(path, record, chunk) != digest:
-                    damaged.append(path if chunk is None else f"{path} chunk {int(chunk)}")
-            for name, digest in (record.get("files") or {}).items():
-                data = self._folder.read(name)
-                if data is None or hashlib.sha256(data).hexdigest() != digest:
-                    damaged.append(name)
+        commits = self.commits().items()
+        return [name for commit, record in commits for name in self._damage(commit, record)]
+
+    def repair(self) -> list[str]:
+        """Declare what `verify` finds damaged unfinished, so that the next run makes it anew.
+
+        Only the commits whose own data or files are damaged are dropped. A segment whose array
+        metadata are damaged is removed, as none of its chunks can be read or written.
+
+        Returns:
+            Names of the dropped commits, such as "infer/0000/0001".
+        """
+        damaged = [name for name, record in self.commits().items() if self._damage(name, record)]
+        for commit in damaged:
+            self._folder.delete(f"{layout.COMMITS}/{commit}.json")
+        for index in sorted({int(n.split("/")[1]) for n in damaged if n.startswith("infer/")}):
+            if not self._is_writable(index):
+                self.remove_segment(index)
         return damaged
+
+    def _damage(self, commit: str, record: dict[str, Any]) -> list[str]:
+        """Names of the arrays, chunks and files of one commit that are not as committed."""
+        chunk = commit.split("/")[2] if commit.count("/") == 2 else None
+        named = "" if chunk is None else f" chunk {int(chunk)}"
+        digests, files = record.get("digests") or {}, record.get("files") or {}
+        arrays = [p for p, d in digests.items() if self._stored_digest(p, record, chunk) != d]
+        broken = [name for name, d in files.items() if self._stored_file_digest(name) != d]
+        return [f"{path}{named}" for path in arrays] + broken
+
+    def _is_writable(self, index: int) -> bool:
+        """Whether all arrays of a segment can be opened."""
+        group = segment_name(index)
+        try:
+            for name in CHUNK_SPECS:
+                self._array(_array_path(group, name))
+        except UNDECODABLE:
+            return False
+        return True
+
+    def _stored_file_digest(self, name: str) -> str | None:
+        """Through a local copy: a mesh may be larger than memory."""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                return _file_digest(self.local_copy(name, folder))
+            except FileNotFoundError:
+                return None
 
     def _stored_digest(self, path: str, record: dict[str, Any], chunk: str | None) -> str | None:
         try:
@@ -536,7 +573,7 @@ class ReconstructionStore:
             rows = array.shards or array.chunks
             start = int(chunk) * rows[0]
             return _digest(np.asarray(array[start : start + frames[1] - frames[0]]))
-        except (ValueError, RuntimeError, OSError, StoreError):
+        except UNDECODABLE:  # not OSError: a lost connection is no damage
             return None
 
     # ---- zarr

@@ -517,3 +517,57 @@ def test_verify_notices_a_shard_that_is_gone(finished):
     filesystem, path = fsspec.core.url_to_fs(finished.url)
     filesystem.rm_file(f"{path}/segments/0000/gate/c/0/0")
     assert finished.verify() == ["segments/0000/gate chunk 0"]
+
+
+def flip_bit(url: str, position: int) -> None:
+    with fsspec.open(url) as file:
+        content = bytearray(file.read())
+    content[position] ^= 0x01
+    write_object(url, bytes(content))
+
+
+def test_repair_declares_only_the_damaged_unfinished(finished):
+    finished.write_trajectory({"scale": np.ones(3)})
+    finished.commit("align", {"key": "key"})
+    for batch in ("a", "b"):
+        digest = finished.put_file(f"fusion/tiles/{batch}.ply", b"mesh")
+        record = {"key": "key", "files": {f"fusion/tiles/{batch}.ply": digest}}
+        finished.commit(f"fuse/{batch}", record)
+    finished.commit("fuse", {"key": "key"})
+    assert finished.repair() == []
+    before = set(finished.commit_names())
+    flip_bit(f"{finished.url}/segments/0000/depth/c/1/0/0", 100)
+    flip_bit(f"{finished.url}/fusion/tiles/a.ply", 2)
+    assert finished.repair() == ["fuse/a", "infer/0000/0001"]
+    assert before - set(finished.commit_names()) == {"fuse/a", "infer/0000/0001"}
+    done = [finished.is_chunk_done(SEGMENT, chunk, "key") for chunk in CHUNKS]
+    assert done == [True, False, True]
+    assert finished.verify() == []
+    finish(finished, CHUNKS[1])
+    np.testing.assert_allclose(
+        finished.read(SEGMENT, "depth", 14, 18), chunk_arrays(CHUNKS[1])["depth"], rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("document", [None, b"{}", b"nonsense"])
+def test_repair_makes_a_segment_with_broken_metadata_writable_again(finished, document):
+    path = f"{finished.url}/segments/0000/gate/zarr.json"
+    if document is None:
+        filesystem, local = fsspec.core.url_to_fs(path)
+        filesystem.rm_file(local)
+    else:
+        write_object(path, document)
+    assert len(finished.repair()) == len(CHUNKS)
+    create_segment(finished)
+    for chunk in CHUNKS:
+        finish(finished, chunk)
+    assert finished.verify() == []
+
+
+def test_damaged_commit_of_a_stage_does_not_take_those_below_it(finished):
+    digest = finished.put_file("report/report.html", b"page")
+    finished.commit("tiles", {"key": "key", "files": {"report/report.html": digest}})
+    finished.commit("tiles/0000", {"key": "key"})
+    write_object(f"{finished.url}/report/report.html", b"edit")
+    assert finished.repair() == ["tiles"]
+    assert "tiles/0000" in finished.commit_names()
