@@ -81,7 +81,7 @@ def run_stages(location: str, name: str, url: str, config: ReconstructionConfig)
             infer_stage(url, group, config.infer)
             advance()
     align_stage(url, config.align, config.infer)
-    for batch in range(plan_tiles_stage(url, config.fuse, config.infer)):
+    for batch in range(plan_tiles_stage(url, config.fuse)):
         fuse_tiles_stage(url, batch, config.fuse, config.infer)
     merge_tiles_stage(url, config.fuse)
     report_stage(url)

@@ -1,15 +1,18 @@
 """Fuse: depth and trajectory into a mesh, tile by tile.
 
 `plan_tiles_stage` cuts space into tiles and tiles into batches, `fuse_tiles_stage` fuses one
-batch in one pass over its frames, `merge_tiles_stage` joins the tiles of each part.
+batch in one pass over its frames, `merge_tiles_stage` joins the tiles of each part. None of
+them holds more than a batch of tiles in memory, however long the drive.
 """
 
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from prefect import task
 
 from storage.reconstruction import ReconstructionStore
 from storage.records import Plan
+from storage.video import read_frames
 from tasks.config import FuseConfig, InferConfig
 from tasks.frames import DriveInput
 from tasks.fusion import (
@@ -33,21 +37,18 @@ from tasks.fusion import (
     plan_tiles,
 )
 from tasks.keys import drop_later, stage_key
-from tasks.meshes import (
-    Mesh,
-    decimate,
-    merge_meshes,
-    read_ply,
-    remove_small_components,
-    write_glb,
-    write_ply,
-)
+from tasks.meshes import Mesh, PlyWriter, read_ply, write_glb, write_ply
 from tasks.plan import read_plan, require_key
 from tasks.retries import STAGE_OPTIONS
+from tasks.tile_merge import TileIndex, TileSet, merge_tiles
+from ttt3r.images import preprocess
 from ttt3r.weights import weights_info
 
-VERSION = 2
+VERSION = 3
 SAMPLED_FRAMES = 50  # of a part, to choose the grid
+SKIPPED_FRAMES = 50  # so many unwanted frames in a row are not decoded
+# Viewers give up on larger ones, and a GLB is made in memory.
+LARGEST_GLB_TRIANGLES = 5_000_000
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,11 @@ class DepthSource:
 
 
 @task(name="plan-tiles", task_run_name="plan tiles {url}", **STAGE_OPTIONS)
-def plan_tiles_stage(url: str, config: FuseConfig, infer: InferConfig) -> int:
+def plan_tiles_stage(url: str, config: FuseConfig) -> int:
     """Choose the voxel grid of every part and cut it into batches of tiles.
+
+    Each batch becomes a commit of its own, "tiles/0003", so that nobody reads all frames of
+    all tiles; "tiles", written last, says how many there are.
 
     Returns:
         The number of batches.
@@ -105,22 +109,28 @@ def plan_tiles_stage(url: str, config: FuseConfig, infer: InferConfig) -> int:
     store = ReconstructionStore.open(url)
     key = stage_key("fuse", VERSION, require_key(store, "align"), config)
     commit = store.read_commit("tiles")
-    if commit is None or commit["key"] != key:
+    if commit is None or commit["key"] != key or not _is_planned(store, commit):
         store.drop_commits("tiles")
         drop_later(store, "tiles")
         store.delete_files("fusion/")
-        parts = [_plan_part(store, part, config) for part in range(read_plan(store).parts)]
-        commit = {"key": key, "parts": parts}
+        commit = {"key": key, "batches": 0}
+        for part in range(read_plan(store).parts):
+            for batch in _plan_part(store, part, config):
+                store.commit(_planned_name(commit["batches"]), {"key": key, **batch})
+                commit["batches"] += 1
         store.commit("tiles", commit)
-    return sum(len(part["batches"]) for part in commit["parts"])
+    return int(commit["batches"])
 
 
-def _plan_part(store: ReconstructionStore, part: int, config: FuseConfig) -> dict[str, Any]:
+def _plan_part(
+    store: ReconstructionStore, part: int, config: FuseConfig
+) -> Iterator[dict[str, Any]]:
+    """One record for each batch of tiles of the part."""
     source = DepthSource(store, read_plan(store), part, config.frame_step)
     depths, confidences = source.sample()
     if not (depths > 0).any():
         log.warning("%s: part %d has no positive depth; it gets no mesh", store.url, part)
-        return {"part": part, "grid": None, "batches": []}
+        return
     settings = FusionSettings(
         voxel_m=config.voxel_m,
         depth_limit_m=config.depth_limit_m,
@@ -129,44 +139,82 @@ def _plan_part(store: ReconstructionStore, part: int, config: FuseConfig) -> dic
     )
     grid = choose_grid(settings, depths, source.focal_px, confidences)
     tiles = plan_tiles(source.read(source.frames.tolist(), grid), grid)
-    batches = group_tiles(tiles, grid)
-    return {
-        "part": part,
-        "grid": asdict(grid),
-        "batches": [[asdict(tile) for tile in batch] for batch in batches],
-    }
+    for batch in group_tiles(tiles, grid):
+        written = [{**asdict(t), "frames": runs_of(t.frames)} for t in batch]
+        yield {"part": part, "grid": asdict(grid), "tiles": written}
+
+
+def _planned_name(batch: int) -> str:
+    return f"tiles/{batch:04d}"
+
+
+def _is_planned(store: ReconstructionStore, commit: dict[str, Any]) -> bool:
+    """Whether the record of every batch is there."""
+    names = set(store.commit_names("tiles"))
+    return all(_planned_name(batch) in names for batch in range(commit["batches"]))
+
+
+def runs_of(numbers: Sequence[int], gap: int = 0) -> list[tuple[int, int]]:
+    """Ascending numbers as runs [start, stop) that leave out at least `gap` + 1 numbers each."""
+    if not len(numbers):
+        return []
+    values = np.asarray(numbers, np.int64)
+    breaks = np.flatnonzero(np.diff(values) > gap + 1)
+    first, last = np.r_[0, breaks + 1], np.r_[breaks, len(values) - 1]
+    return [(int(values[a]), int(values[b]) + 1) for a, b in zip(first, last, strict=True)]
+
+
+def _planned_tiles(record: dict[str, Any]) -> list[Tile]:
+    """The tiles in the record of a batch."""
+    tiles = []
+    for tile in record["tiles"]:
+        frames = tuple(n for start, stop in tile["frames"] for n in range(start, stop))
+        tiles.append(Tile(tuple(tile["index"]), frames, tile["blocks"]))
+    return tiles
+
+
+def _grid(record: dict[str, Any]) -> FusionGrid:
+    settings = FusionSettings(**record["grid"]["settings"])
+    return FusionGrid(**{**record["grid"], "settings": settings})
 
 
 @task(name="fuse-tiles", task_run_name="fuse tiles {batch} {url}", **STAGE_OPTIONS)
 def fuse_tiles_stage(url: str, batch: int, config: FuseConfig, infer: InferConfig) -> None:
     """Fuse one batch of tiles and write their meshes."""
     store = ReconstructionStore.open(url)
-    commit = store.read_commit("tiles")
-    if commit is None:
-        raise ValueError(f"the tiles of {url} are not planned; run `ttt3r reconstruct` again")
-    key = stage_key("fuse-tiles", VERSION, commit["key"], batch)
-    if (store.read_commit(f"fuse/{batch:04d}") or {}).get("key") == key:
+    planned = _read_planned(store, batch)
+    key = stage_key("fuse-tiles", VERSION, planned["key"], batch)
+    if (store.read_commit(_fused_name(batch)) or {}).get("key") == key:
         return
     began = time.perf_counter()
-    part, tiles = [(part, tiles) for part in commit["parts"] for tiles in part["batches"]][batch]
-    settings = FusionSettings(**part["grid"]["settings"])
-    grid = FusionGrid(**{**part["grid"], "settings": settings})
+    tiles, grid, part = _planned_tiles(planned), _grid(planned), planned["part"]
     drive = DriveInput.from_store(store, weights_info(infer.weights).config)
-    source = DepthSource(store, drive.plan, part["part"], config.frame_step)
-    wanted = [Tile(tuple(t["index"]), tuple(t["frames"]), t["blocks"]) for t in tiles]
-    frames = colored_frames(drive, source, wanted, grid)
-    names = []
-    for tile, mesh in zip(wanted, fuse_tiles(wanted, frames, grid), strict=True):
-        names.append(tile_name(part["part"], tile))
-        store.put_file(names[-1], write_ply(mesh))
+    source = DepthSource(store, drive.plan, part, config.frame_step)
+    meshes = fuse_tiles(tiles, colored_frames(drive, source, tiles, grid), grid)
+    names = [tile_name(part, tile.index) for tile in tiles]
+    files = {n: store.put_file(n, write_ply(m)) for n, m in zip(names, meshes, strict=True)}
     seconds = time.perf_counter() - began
-    record = {"key": key, "tiles": names, "part": part["part"], "seconds": seconds}
-    store.commit(f"fuse/{batch:04d}", record)
+    record = {"key": key, "part": part, "files": files, "seconds": seconds}
+    store.commit(_fused_name(batch), record)
 
 
-def tile_name(part: int, tile: Tile) -> str:
+def _read_planned(store: ReconstructionStore, batch: int) -> dict[str, Any]:
+    record = store.read_commit(_planned_name(batch))
+    if record is None:
+        raise ValueError(
+            f"batch {batch} of the tiles of {store.url} is not planned; run `ttt3r reconstruct` "
+            "again"
+        )
+    return record
+
+
+def _fused_name(batch: int) -> str:
+    return f"fuse/{batch:04d}"
+
+
+def tile_name(part: int, index: TileIndex) -> str:
     """Name of a tile's file in the store."""
-    x, y, z = tile.index
+    x, y, z = index
     return f"fusion/tiles/part{part:04d}_{x}_{y}_{z}.ply"
 
 
@@ -175,50 +223,108 @@ def colored_frames(
 ) -> Iterator[FusionFrame]:
     """The frames that `tiles` need, with their colours, in order."""
     numbers = source.frames[frames_of(tiles)].tolist()
-    colors = drive.read(numbers[0], numbers[-1] + 1)
-    decoded = range(numbers[0], numbers[-1] + 1)
-    wanted = set(numbers)
-    needed = (color for number, color in zip(decoded, colors, strict=True) if number in wanted)
-    for frame, color in zip(source.read(numbers, grid), needed, strict=True):
+    colors = read_some(drive, numbers)
+    for frame, color in zip(source.read(numbers, grid), colors, strict=True):
         yield replace(frame, color=color)
+
+
+def read_some(drive: DriveInput, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+    """Preprocessed RGB frames [h, w, 3] of the drive, `numbers` ascending.
+
+    Between two of them frames are decoded, as video asks for, and let go; longer gaps are
+    sought over.
+    """
+    wanted = set(numbers)
+    for start, stop in runs_of(numbers, SKIPPED_FRAMES):
+        decoded = read_frames(drive.record, drive.frames, start, stop)
+        for number, frame in zip(range(start, stop), decoded, strict=True):
+            if number in wanted:
+                yield preprocess(frame, drive.config.image_size, drive.config.patch_size)
 
 
 @task(name="merge-tiles", task_run_name="merge tiles {url}", **STAGE_OPTIONS)
 def merge_tiles_stage(url: str, config: FuseConfig) -> None:
-    """Join the tiles of each part into its mesh, and decimate a preview."""
+    """Join the tiles of each part into its mesh, and decimate a preview.
+
+    Each part gets mesh.ply and preview.ply, and of what is not empty preview.glb and, up to
+    `LARGEST_GLB_TRIANGLES`, mesh.glb. See `merge_tiles` for what is held in memory.
+    """
     store = ReconstructionStore.open(url)
-    commit = store.read_commit("tiles")
-    if commit is None:
+    tiles = store.read_commit("tiles")
+    if tiles is None:
         raise ValueError(f"the tiles of {url} are not planned; run `ttt3r reconstruct` again")
-    key = stage_key("merge", VERSION, commit["key"])
+    key = stage_key("merge", VERSION, tiles["key"])
     if (store.read_commit("fuse/merged") or {}).get("key") == key:
         return
     began = time.perf_counter()
-    batches = store.commits("fuse")
+    planned = [_read_planned(store, batch) for batch in range(tiles["batches"])]
+    _require_fused(store, tiles["batches"])
     parts = store.read_trajectory()["part"]
     longest = int(np.bincount(parts).argmax())
-    figures = []
+    meshes: list[dict[str, Any]] = []
+    files: dict[str, str] = {}
     for part in range(int(parts.max()) + 1):
-        names = [n for b in batches.values() if b.get("part") == part for n in b["tiles"]]
-        mesh = merge_meshes([read_ply(store.get_file(name)) for name in names])
-        mesh = remove_small_components(mesh, config.smallest_piece)
         folder = "fusion" if part == longest else f"fusion/part{part:04d}"
-        write_mesh(store, f"{folder}/mesh", mesh)
-        write_mesh(store, f"{folder}/preview", decimate(mesh, config.preview_triangles))
-        figures.append(
-            {
-                "part": part,
-                "folder": folder,
-                "vertices": len(mesh.vertices),
-                "triangles": len(mesh.triangles),
-            }
-        )
+        mine = [record for record in planned if record["part"] == part]
+        figures, written = merge_part(store, folder, mine, config)
+        meshes.append({"part": part, "folder": folder, **figures})
+        files |= written
     seconds = time.perf_counter() - began
-    store.commit("fuse/merged", {"key": key, "meshes": figures, "seconds": seconds})
+    store.commit("fuse/merged", {"key": key, "meshes": meshes, "files": files, "seconds": seconds})
 
 
-def write_mesh(store: ReconstructionStore, name: str, mesh: Mesh) -> None:
-    """Write a mesh as PLY and GLB; an empty one as PLY only, as glTF cannot hold it."""
-    store.put_file(f"{name}.ply", write_ply(mesh))
+def _require_fused(store: ReconstructionStore, batches: int) -> None:
+    """Refuse to make a mesh with holes where batches are missing."""
+    done = set(store.commit_names("fuse"))
+    missing = [batch for batch in range(batches) if _fused_name(batch) not in done]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {batches} batches of tiles of {store.url} are not fused, the "
+            f"first is {missing[0]}; run `ttt3r reconstruct` again"
+        )
+
+
+def merge_part(
+    store: ReconstructionStore, folder: str, planned: list[dict[str, Any]], config: FuseConfig
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Write the meshes of one part into `folder`; return their figures and files' digests."""
+    if not planned:
+        files = write_mesh(store, f"{folder}/mesh", Mesh.empty())
+        files |= write_mesh(store, f"{folder}/preview", Mesh.empty())
+        return {"vertices": 0, "triangles": 0}, files
+    part = planned[0]["part"]
+    # In the order in which the drive enters them, so that few borders wait for a neighbour.
+    indices = tuple(tuple(tile["index"]) for record in planned for tile in record["tiles"])
+    tiles = TileSet(
+        indices, lambda index: read_ply(store.get_file(tile_name(part, index))), _grid(planned[0])
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        whole, preview = merge_tiles(
+            tiles, config.smallest_piece, config.preview_triangles, Path(scratch)
+        )
+        files = write_whole(store, f"{folder}/mesh", whole, Path(scratch))
+    files |= write_mesh(store, f"{folder}/preview", preview)
+    return {"vertices": whole.vertices, "triangles": whole.triangles}, files
+
+
+def write_whole(
+    store: ReconstructionStore, name: str, whole: PlyWriter, scratch: Path
+) -> dict[str, str]:
+    """Write a mesh of any size as PLY, and as GLB unless it is too large for that."""
+    if whole.triangles <= LARGEST_GLB_TRIANGLES:
+        return write_mesh(store, name, whole.mesh())
+    log.info("%s: %s has %d triangles; no GLB of it", store.url, name, whole.triangles)
+    whole.finish(scratch / "mesh.ply")
+    return {f"{name}.ply": store.put_file(f"{name}.ply", scratch / "mesh.ply")}
+
+
+def write_mesh(store: ReconstructionStore, name: str, mesh: Mesh) -> dict[str, str]:
+    """Write a mesh as PLY and GLB, an empty one as PLY only, as glTF cannot hold it.
+
+    Returns:
+        Digests of the files by name.
+    """
+    files = {f"{name}.ply": store.put_file(f"{name}.ply", write_ply(mesh))}
     if len(mesh.triangles):
-        store.put_file(f"{name}.glb", write_glb(mesh))
+        files[f"{name}.glb"] = store.put_file(f"{name}.glb", write_glb(mesh))
+    return files

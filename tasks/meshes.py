@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,20 +92,28 @@ def merge_meshes(meshes: Iterable[Mesh]) -> Mesh:
     )
 
 
-def remove_small_components(mesh: Mesh, min_triangles: int) -> Mesh:
-    """Drop connected pieces of fewer than `min_triangles` triangles: the specks of noise."""
+def label_pieces(mesh: Mesh) -> np.ndarray:
+    """Number of the connected piece that each vertex belongs to, int32 [V], from 0."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    if not len(mesh.triangles):
-        return Mesh.empty()
     a, b, c = mesh.triangles.T
     ends = np.concatenate([a, b]), np.concatenate([b, c])
     size = len(mesh.vertices)
     links = coo_array((np.ones(len(ends[0]), bool), ends), shape=(size, size))
-    _, piece_of_vertex = connected_components(links, directed=False)
-    piece = piece_of_vertex[a]
-    is_kept = np.bincount(piece)[piece] >= min_triangles
+    return np.asarray(connected_components(links, directed=False)[1], np.int32)
+
+
+def remove_small_components(mesh: Mesh, min_triangles: int) -> Mesh:
+    """Drop connected pieces of fewer than `min_triangles` triangles: the specks of noise."""
+    if not len(mesh.triangles):
+        return Mesh.empty()
+    piece = label_pieces(mesh)[mesh.triangles[:, 0]]
+    return keep_triangles(mesh, np.bincount(piece)[piece] >= min_triangles)
+
+
+def keep_triangles(mesh: Mesh, is_kept: np.ndarray) -> Mesh:
+    """The triangles with True in `is_kept` [F], and the vertices that they use."""
     return _without_unused(Mesh(mesh.vertices, mesh.triangles[is_kept], mesh.colors))
 
 
@@ -133,20 +143,76 @@ def decimate(mesh: Mesh, target_triangles: int) -> Mesh:
 
 def write_ply(mesh: Mesh) -> bytes:
     """Binary PLY in world axes (OpenCV: x right, y down, z forward), metres, sRGB colours."""
-    header = (
+    header = _ply_header(len(mesh.vertices), len(mesh.triangles))
+    vertices = _ply_vertices(mesh.vertices, mesh.colors)
+    return header + vertices.tobytes() + _ply_triangles(mesh.triangles).tobytes()
+
+
+class PlyWriter:
+    """A PLY file that grows piece by piece, for meshes larger than memory.
+
+    A PLY file holds all vertices before all triangles, so both go to files of their own in
+    `folder` until `finish` joins them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.vertices = self.triangles = 0
+        self._paths = folder / "vertices.bin", folder / "triangles.bin"
+        for path in self._paths:
+            path.write_bytes(b"")
+
+    def append(self, vertices: np.ndarray, colors: np.ndarray, triangles: np.ndarray) -> None:
+        """Add vertices [V,3] with colours [V,3] and triangles [F,3], rows of all vertices so far.
+
+        Raises:
+            ValueError: more vertices than PLY's 32-bit indices can count.
+        """
+        if self.vertices + len(vertices) >= 2**31:
+            raise ValueError("the mesh has more than 2^31 vertices; use larger voxels (--voxel-m)")
+        self.vertices += len(vertices)
+        self.triangles += len(triangles)
+        rows = _ply_vertices(vertices, colors), _ply_triangles(triangles)
+        for path, values in zip(self._paths, rows, strict=True):
+            with path.open("ab") as file:
+                file.write(values.tobytes())
+
+    def finish(self, target: Path) -> None:
+        """Write the whole file to `target`."""
+        with target.open("wb") as whole:
+            whole.write(_ply_header(self.vertices, self.triangles))
+            for path in self._paths:
+                with path.open("rb") as part:
+                    shutil.copyfileobj(part, whole, 2**20)
+
+    def mesh(self) -> Mesh:
+        """All that was appended, in memory."""
+        vertices = np.fromfile(self._paths[0], _PLY_VERTEX)
+        triangles = np.fromfile(self._paths[1], _PLY_TRIANGLE)["vertices"]
+        return Mesh(vertices["position"], triangles, vertices["color"])
+
+
+def _ply_header(vertices: int, triangles: int) -> bytes:
+    return (
         "ply\nformat binary_little_endian 1.0\n"
         "comment metres, axes of the first camera: x right, y down, z forward\n"
-        f"element vertex {len(mesh.vertices)}\n"
+        f"element vertex {vertices}\n"
         "property float x\nproperty float y\nproperty float z\n"
         "property uchar red\nproperty uchar green\nproperty uchar blue\n"
-        f"element face {len(mesh.triangles)}\n"
+        f"element face {triangles}\n"
         "property list uchar int vertex_indices\nend_header\n"
-    )
-    vertices = np.empty(len(mesh.vertices), _PLY_VERTEX)
-    vertices["position"], vertices["color"] = mesh.vertices, mesh.colors
-    triangles = np.empty(len(mesh.triangles), _PLY_TRIANGLE)
-    triangles["count"], triangles["vertices"] = 3, mesh.triangles
-    return header.encode() + vertices.tobytes() + triangles.tobytes()
+    ).encode()
+
+
+def _ply_vertices(vertices: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    rows = np.empty(len(vertices), _PLY_VERTEX)
+    rows["position"], rows["color"] = vertices, colors
+    return rows
+
+
+def _ply_triangles(triangles: np.ndarray) -> np.ndarray:
+    rows = np.empty(len(triangles), _PLY_TRIANGLE)
+    rows["count"], rows["vertices"] = 3, triangles
+    return rows
 
 
 def read_ply(data: bytes) -> Mesh:

@@ -1,27 +1,53 @@
+from dataclasses import replace
+
+import fsspec
 import numpy as np
 import pytest
 
 from storage.reconstruction import ReconstructionStore
+from tasks import fuse
 from tasks.align import align_stage
 from tasks.config import AlignConfig, FuseConfig
-from tasks.fuse import fuse_tiles_stage, merge_tiles_stage, plan_tiles_stage
-from tasks.meshes import read_ply
+from tasks.frames import DriveInput
+from tasks.fuse import fuse_tiles_stage, merge_tiles_stage, plan_tiles_stage, read_some, runs_of
+from tasks.fusion import choose_grid
+from tasks.meshes import read_ply, weld, write_ply
+from ttt3r.weights import weights_info
 
 VOXEL_M = 0.1
+CONFIG = FuseConfig(voxel_m=VOXEL_M, depth_limit_m=6.0, smallest_piece=1)
+
+
+def fuse_drive(drive) -> ReconstructionStore:
+    for batch in range(plan_tiles_stage.fn(drive.url, CONFIG)):
+        fuse_tiles_stage.fn(drive.url, batch, CONFIG, drive.config.infer)
+    merge_tiles_stage.fn(drive.url, CONFIG)
+    return ReconstructionStore.open(drive.url)
 
 
 @pytest.fixture
-def fused(corridor_drive):
-    """The mesh of the corridor and the metres of its world per metre."""
+def aligned(corridor_drive):
     corridor_drive.infer_perfectly()
-    url, infer = corridor_drive.url, corridor_drive.config.infer
-    align_stage.fn(url, AlignConfig(scale_prior_sigma=100.0), infer)
-    config = FuseConfig(voxel_m=VOXEL_M, depth_limit_m=6.0, smallest_piece=1)
-    for batch in range(plan_tiles_stage.fn(url, config, infer)):
-        fuse_tiles_stage.fn(url, batch, config, infer)
-    merge_tiles_stage.fn(url, config)
-    store = ReconstructionStore.open(url)
+    infer = corridor_drive.config.infer
+    align_stage.fn(corridor_drive.url, AlignConfig(scale_prior_sigma=100.0), infer)
+    return corridor_drive
+
+
+@pytest.fixture
+def fused(aligned):
+    """The mesh of the corridor and the metres of its world per metre."""
+    store = fuse_drive(aligned)
     return read_ply(store.get_file("fusion/mesh.ply")), store.read_trajectory()["scale"][0]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of three metres and little memory, so that even a corridor has several batches."""
+
+    def choose(settings, *rest):
+        return choose_grid(replace(settings, tile_m=3.0, max_volume_bytes=3_000_000), *rest)
+
+    monkeypatch.setattr(fuse, "choose_grid", choose)
 
 
 def test_fuse_puts_the_walls_where_they_are_without_a_step_at_the_seam(fused):
@@ -48,8 +74,114 @@ def test_fuse_keeps_the_colours_of_the_walls(fused):
 def test_fuse_commits_and_is_not_done_again(corridor_drive, fused):
     store = ReconstructionStore.open(corridor_drive.url)
     before = store.commits("fuse")
-    config = FuseConfig(voxel_m=VOXEL_M, depth_limit_m=6.0, smallest_piece=1)
-    for batch in range(plan_tiles_stage.fn(store.url, config, corridor_drive.config.infer)):
-        fuse_tiles_stage.fn(store.url, batch, config, corridor_drive.config.infer)
-    merge_tiles_stage.fn(store.url, config)
-    assert store.commits("fuse") == before
+    assert fuse_drive(corridor_drive).commits("fuse") == before
+
+
+def test_many_tiles_give_the_mesh_of_one(aligned, fused, monkeypatch, small_tiles):
+    one, _ = fused
+    store = ReconstructionStore.open(aligned.url)
+    store.drop_commits("tiles")
+    store = fuse_drive(aligned)
+    assert store.read_commit("tiles")["batches"] > 3
+    many = read_ply(store.get_file("fusion/mesh.ply"))
+    assert write_ply(weld(many)) == write_ply(weld(one))
+
+
+def test_batch_needs_only_its_own_plan_and_frames_as_runs(aligned, small_tiles):
+    batches = plan_tiles_stage.fn(aligned.url, CONFIG)
+    store = ReconstructionStore.open(aligned.url)
+    assert batches > 3
+    plans = [store.read_commit(f"tiles/{batch:04d}") for batch in range(batches)]
+    # Forty frames on a straight road pass each tile once or twice.
+    assert max(len(tile["frames"]) for plan in plans for tile in plan["tiles"]) <= 3
+    for other in range(1, batches):
+        store.drop_commits(f"tiles/{other:04d}")
+    fuse_tiles_stage.fn(aligned.url, 0, CONFIG, aligned.config.infer)
+    assert store.read_commit("fuse/0000")["files"].keys() == set(store.list_files("fusion/"))
+    with pytest.raises(ValueError, match=r"batch 1 of the tiles .* is not planned"):
+        fuse_tiles_stage.fn(aligned.url, 1, CONFIG, aligned.config.infer)
+    assert plan_tiles_stage.fn(aligned.url, CONFIG) == batches
+    assert [store.read_commit(f"tiles/{b:04d}")["tiles"] for b in range(batches)] == [
+        plan["tiles"] for plan in plans
+    ]
+
+
+def test_merge_refuses_to_leave_a_batch_out(aligned, small_tiles):
+    store = fuse_drive(aligned)
+    store.drop_commits("fuse/merged")
+    store.drop_commits("fuse/0001")
+    with pytest.raises(ValueError, match="are not fused, the first is 1"):
+        merge_tiles_stage.fn(aligned.url, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("name", "commit"), [("mesh.ply", "fuse/merged"), ("preview.glb", "fuse/merged"), ("", "0000")]
+)
+def test_damaged_mesh_is_named_and_made_anew(aligned, fused, name, commit):
+    store = ReconstructionStore.open(aligned.url)
+    assert store.verify() == []
+    name = f"fusion/{name}" if name else store.list_files("fusion/tiles")[0]
+    sound = store.get_file(name)
+    broken = bytearray(sound)
+    broken[len(broken) // 2] ^= 1
+    with fsspec.open(store.file_url(name), "wb") as file:
+        file.write(bytes(broken))
+    assert store.verify() == [name]
+    assert [dropped.rpartition(commit)[2] for dropped in store.repair()] == [""]
+    fuse_drive(aligned)
+    assert store.verify() == []
+    assert store.get_file(name) == sound
+
+
+def test_mesh_too_large_for_viewers_gets_no_glb(aligned, fused, monkeypatch):
+    mesh, _ = fused
+    store = ReconstructionStore.open(aligned.url)
+    ply = store.get_file("fusion/mesh.ply")
+    store.drop_commits("tiles")
+    monkeypatch.setattr(fuse, "LARGEST_GLB_TRIANGLES", len(mesh.triangles) - 1)
+    fuse_drive(aligned)
+    written = [name for name in store.list_files("fusion/") if "/tiles/" not in name]
+    assert written == ["fusion/mesh.ply", "fusion/preview.glb", "fusion/preview.ply"]
+    assert store.get_file("fusion/mesh.ply") == ply
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize(
+    ("numbers", "gap", "runs"),
+    [
+        ([], 0, []),
+        ([4], 0, [(4, 5)]),
+        ([0, 1, 2, 5, 6, 9], 0, [(0, 3), (5, 7), (9, 10)]),
+        ([0, 1, 2, 5, 6, 9], 2, [(0, 10)]),
+        ([0, 3, 7], 2, [(0, 4), (7, 8)]),
+    ],
+)
+def test_runs_leave_out_gaps(numbers, gap, runs):
+    assert runs_of(numbers, gap) == runs
+
+
+def test_only_wanted_frames_are_prepared_and_long_gaps_are_not_decoded(corridor_drive, monkeypatch):
+    decoded, prepared = [], []
+    read, prepare = fuse.read_frames, fuse.preprocess
+
+    def spy_read(record, table, start, stop):
+        for number, frame in enumerate(read(record, table, start, stop), start):
+            decoded.append(number)
+            yield frame
+
+    def spy_prepare(frame, *rest):
+        prepared.append(decoded[-1])
+        return prepare(frame, *rest)
+
+    monkeypatch.setattr(fuse, "read_frames", spy_read)
+    monkeypatch.setattr(fuse, "preprocess", spy_prepare)
+    monkeypatch.setattr(fuse, "SKIPPED_FRAMES", 5)
+    store = ReconstructionStore.open(corridor_drive.url)
+    drive = DriveInput.from_store(store, weights_info("untrained").config)
+    wanted = [2, 3, 8, 20, 39]
+    got = list(read_some(drive, wanted))
+    assert prepared == wanted
+    assert decoded == [2, 3, 4, 5, 6, 7, 8, 20, 39]
+    whole = list(drive.read(0, 40))
+    for number, frame in zip(wanted, got, strict=True):
+        np.testing.assert_array_equal(frame, whole[number])

@@ -10,6 +10,7 @@ import trimesh
 
 from tasks.meshes import (
     Mesh,
+    PlyWriter,
     decimate,
     merge_meshes,
     read_ply,
@@ -112,6 +113,16 @@ def test_ply_reads_back_exactly():
     np.testing.assert_array_equal(again.vertices, ball.vertices)
     np.testing.assert_array_equal(again.triangles, ball.triangles)
     np.testing.assert_array_equal(again.colors, ball.colors)
+
+
+def test_ply_written_piece_by_piece_is_the_same_file(tmp_path):
+    ball = sphere(2)
+    writer = PlyWriter(tmp_path)
+    writer.append(ball.vertices[:50], ball.colors[:50], ball.triangles[:0])
+    writer.append(ball.vertices[50:], ball.colors[50:], ball.triangles[:100])
+    writer.append(ball.vertices[:0], ball.colors[:0], ball.triangles[100:])
+    writer.finish(tmp_path / "ball.ply")
+    assert (tmp_path / "ball.ply").read_bytes() == write_ply(ball) == write_ply(writer.mesh())
 
 
 def test_ply_of_an_empty_tile_reads_back():
