@@ -83,7 +83,7 @@ def recorded(video: str, ground_truth: str, size: int, patch: int) -> Iterator[P
             "expected one line a frame"
         )
     images: list[np.ndarray] = []
-    for number, frame in enumerate(read_frames(record, 0, len(poses))):
+    for number, frame in enumerate(read_frames(record, table, 0, len(poses))):
         images.append(preprocess(frame, size, patch))
         if len(images) == _CHUNK or number + 1 == len(poses):
             first = number + 1 - len(images)

@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from ttt3r.config import TINY
+from ttt3r.geometry import matrix_to_quaternion
 from ttt3r.model import Model
 from ttt3r.synthetic import HELD_OUT_SEED
 from ttt3r.training import Stage, TrainSettings, train
 from ttt3r.training.curriculum import backwards, draw_batch, fit_sides, mirrored, stage_at
 from ttt3r.training.export import export
 from ttt3r.training.initial import prepare_for_matching
+from ttt3r.training.lesson import FOCAL, draw_windows, lesson_loss
 from ttt3r.training.loop import rate_factor
 from ttt3r.training.losses import (
+    FAR,
     LossWeights,
     Targets,
     gate_loss,
@@ -24,13 +27,14 @@ from ttt3r.training.losses import (
     point_loss,
     pose_errors,
     total_loss,
+    wide_loss,
 )
 from ttt3r.training.optimiser import build_optimisers, orthogonalise
 from ttt3r.weights import load_model
 
 SMALL = replace(TINY, encoder_rope_fp16=False, ray_map_encoder=False)
 PAIRS = Stage(steps=3, frames=(2,), lanes=4, long_side=24, aspects=((1.5, 1),))
-LONGER = Stage(steps=3, frames=(3,), lanes=2, long_side=24)
+LONGER = Stage(steps=3, frames=(3,), lanes=2, long_side=24, aspects=((1.5, 1), (0.75, 1)))
 SETTINGS = TrainSettings(
     model=SMALL, curriculum=(PAIRS, LONGER), total_steps=6, warm_up=2, validate_every=100
 )
@@ -64,12 +68,12 @@ def test_targets_are_relative_to_the_first_camera():
     torch.testing.assert_close(targets.pointmap_world[0, 1, 1, 2], torch.tensor([0.0, 0.0, 6.0]))
 
 
-def test_targets_leave_out_the_sky_and_what_is_very_far():
+def test_targets_put_the_sky_and_what_is_very_far_at_one_distance():
     depth = torch.tensor([5.0, torch.inf, 500.0, 30.0]).view(1, 1, 1, 4)
     valid = torch.tensor([True, False, True, True]).view(1, 1, 1, 4)
     targets = Targets.build(depth, valid, torch.eye(4).view(1, 1, 4, 4), torch.eye(3)[None])
     assert targets.valid.flatten().tolist() == [True, False, False, True]
-    assert targets.pointmap_cam.isfinite().all()
+    assert targets.pointmap_cam[..., 2].flatten().tolist() == [5.0, FAR, FAR, 30.0]
 
 
 def test_point_loss_weighs_the_relative_error_by_the_confidence():
@@ -79,10 +83,14 @@ def test_point_loss_weighs_the_relative_error_by_the_confidence():
     assert float(found) == pytest.approx(2 * 0.2 - 0.2 * math.log(2))
 
 
-def test_point_loss_ignores_invalid_pixels():
-    truth, confidence = torch.ones(2, 3), torch.ones(2)
-    points = torch.stack([truth[0], truth[1] + 100])
-    assert float(point_loss(points, confidence, truth, torch.tensor([True, False]))) < 1e-4
+def test_point_loss_wants_the_sky_far_and_without_confidence():
+    truth = torch.tensor([[0.0, 0.0, 9.0], [0.0, 0.0, 90.0]])
+    points = torch.tensor([[0.0, 0.0, 9.0], [0.0, 0.0, 44.5]])  # the sky at half its distance
+    valid = torch.tensor([True, False])
+    plain = float(point_loss(points, torch.ones(2), truth, valid))
+    assert plain == pytest.approx(0.5 * 45.5 / 91, abs=1e-3)
+    sure = float(point_loss(points, torch.tensor([1.0, 3.0]), truth, valid))
+    assert sure == pytest.approx(plain + 0.5 * math.log(3), abs=1e-3)
 
 
 def test_pose_errors_are_relative_to_the_motion_of_their_sequence():
@@ -199,6 +207,47 @@ def test_fit_sides_gives_whole_patches(aspect, sides):
 def test_stage_at_goes_on_with_the_last_stage():
     stages = (PAIRS, LONGER)
     assert [stage_at(step, stages) for step in (0, 2, 3, 99)] == [PAIRS, PAIRS, LONGER, LONGER]
+
+
+def test_lesson_windows_show_the_shift_that_the_poses_tell():
+    images, T = draw_windows("rooms", range(3), 16, 24, 4)
+    assert images.shape == (12, 2, 3, 16, 24)
+    for pair, turn in zip(images, T[:, 1, :3, :3], strict=True):
+        right = round(float(torch.atan2(turn[0, 2], turn[0, 0])) * FOCAL)
+        down = round(float(torch.atan2(turn[1, 2], turn[1, 1])) * FOCAL)
+        before = pair[0][:, max(0, down) : 16 + min(0, down), max(0, right) : 24 + min(0, right)]
+        after = pair[1][:, max(0, -down) : 16 - max(0, down), max(0, -right) : 24 - max(0, right)]
+        together = torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1]
+        assert together > 0.9
+
+
+def test_lesson_loss_is_zero_for_the_right_turn():
+    _, T = draw_windows("rooms", range(1), 16, 24, 4)
+    model = Model(SMALL)
+    found, _ = model.run(
+        torch.zeros(4, 2, 3, 8, 8), rule="cut3r", outputs=frozenset({"cam", "trace"})
+    )
+    pose = torch.cat([torch.zeros(4, 2, 3), matrix_to_quaternion(T[..., :3, :3])], dim=-1)
+    weights = LossWeights(gate=0.0)
+    right = lesson_loss(replace(found, camera_pose=pose), T, weights)[0]
+    assert float(right.detach()) < 1e-3
+    still = torch.tensor([0.0, 0, 0, 1, 0, 0, 0]).expand(4, 2, 7)
+    assert float(lesson_loss(replace(found, camera_pose=still), T, weights)[0].detach()) > 0.02
+
+
+def test_stage_mixes_lessons_into_sequences():
+    stage = replace(PAIRS, lesson_reach=4, lesson_every=3)
+    assert [stage.is_lesson(step) for step in range(4)] == [True, False, False, True]
+    assert not PAIRS.is_lesson(0)
+
+
+def test_wide_loss_is_the_share_of_squared_motion_left_unexplained():
+    truth = torch.stack([torch.eye(4), moved_by(0, 0, 2)])[None]
+    still = torch.eye(4).expand(1, 2, 4, 4)
+    least = torch.tensor([[0.01]])
+    assert float(wide_loss(truth, truth, least)) == 0.0
+    # Half of the four shares are rotations, which are right; standing still explains nothing.
+    assert float(wide_loss(still, truth, least)) == pytest.approx(0.5, abs=1e-3)
 
 
 # --- optimiser ----------------------------------------------------------------------------------

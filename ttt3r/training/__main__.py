@@ -19,10 +19,11 @@ from ttt3r.weights import load_model
 def main(arguments: list[str]) -> int:
     """Train, and export what came of it."""
     options = _options(arguments)
-    chosen = {"seed": options.seed}
+    settings = replace(TrainSettings(), seed=options.seed)
+    larger = [replace(s, lanes=s.lanes * options.batch) for s in settings.curriculum]
+    settings = replace(settings, curriculum=tuple(larger))
     if options.steps:
-        chosen["total_steps"] = options.steps
-    settings = replace(TrainSettings(), **chosen)
+        settings = replace(settings, total_steps=options.steps)
     launch(options.workers, _work, settings, options)
     path = options.out / "compact.safetensors"
     info = export(options.out, path)
@@ -46,6 +47,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--resume", type=Path, help="folder of a run, or .safetensors to start from"
     )
     parser.add_argument("--steps", type=int, help="train until this many steps in all")
+    parser.add_argument("--batch", type=int, default=1, help="batches this many times as large")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda or cpu; a GPU is used where there is one")
     parser.add_argument("--workers", type=int, default=1, help="processes; on a CPU, one a core")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ttt3r.images import fit
 from ttt3r.synthetic import HELD_OUT_SEED, WorldName, render
+from ttt3r.training.lesson import WINDOWS, draw_windows
 
 # Width over height, and how often: 16:9, 4:3, KITTI, portrait.
 ASPECTS = ((16 / 9, 5), (4 / 3, 2), (3.32, 3), (3 / 4, 1))
@@ -36,6 +37,12 @@ class Stage:
     motion: tuple[float, float] = (0.5, 1.5)  # scales the natural motion in streets
     rooms_motion: tuple[float, float] = (0.5, 2.0)  # and in rooms
     aspects: tuple[tuple[float, int], ...] = ASPECTS
+    lesson_reach: int = 0  # pixels; above 0 there are lessons in matching, see `lesson`
+    lesson_every: int = 1  # steps; the others are sequences
+
+    def is_lesson(self, step: int) -> bool:
+        """Whether `step` is a lesson in matching rather than rendered sequences."""
+        return self.lesson_reach > 0 and step % self.lesson_every == 0
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,14 @@ class Batch:
     intrinsics: Tensor  # [L, 3, 3]
 
 
-# At 48 pixels a natural motion hardly moves the picture: wide motions teach matching.
+# Lessons until matching has emerged (`turn` below a tenth of its first value), and a few all
+# the way, or it is forgotten again while depth is learnt. At this size a natural motion hardly
+# moves a picture: wide motions first.
 CURRICULUM = (
-    Stage(2000, (2, 4, 4, 4), 20, 48, 0.5, (0.8, 2.0), (1.5, 4.0), ONE_ASPECT),
-    Stage(2500, (4,), 8, 80, 0.4),
-    Stage(2500, (4, 8), 8, 80, 0.4),
-    Stage(2500, (8, 16), 4, 80, 0.4),
+    Stage(1500, (2,), 64, 48, aspects=ONE_ASPECT, lesson_reach=8),
+    Stage(6000, (2, 4, 4), 20, 80, 0.4, (0.8, 2.0), (1.5, 4.0), lesson_reach=8, lesson_every=3),
+    Stage(6000, (4, 8), 8, 80, 0.4, lesson_reach=8, lesson_every=6),
+    Stage(6000, (8, 16), 4, 80, 0.4, lesson_reach=8, lesson_every=12),
 )
 
 
@@ -106,11 +115,35 @@ def draw_batch(
     world: WorldName = "rooms" if rng.random() < stage.rooms else "streets"
     slow, fast = stage.rooms_motion if world == "rooms" else stage.motion
     motion = math.exp(rng.uniform(math.log(slow), math.log(fast)))
-    first = ((step + seed * 7919) * share[1] + share[0]) * _LANES_PER_STEP
-    first %= HELD_OUT_SEED - _LANES_PER_STEP
+    first = _first_seed(step, seed, share)
     seeds = range(first, first + lanes // 2)
     parts = _twice(world, seeds, frames, height, width, motion, device)
     return Batch(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def draw_lesson(
+    step: int,
+    stage: Stage,
+    *,
+    patch: int,
+    seed: int = 0,
+    share: tuple[int, int] = (0, 1),
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Images and poses of the lesson of `step`; arguments as for `draw_batch`."""
+    rng = random.Random((seed * 1_000_003 + step) * 64 + share[0])
+    world: WorldName = "rooms" if rng.random() < stage.rooms else "streets"
+    height, width = fit_sides(stage.aspects[0][0], stage.long_side, patch)
+    first = _first_seed(step, seed, share)
+    pictures = max(1, stage.lanes // share[1] // WINDOWS)
+    seeds = range(first, first + pictures)
+    return draw_windows(world, seeds, height, width, stage.lesson_reach, device=device)
+
+
+def _first_seed(step: int, seed: int, share: tuple[int, int]) -> int:
+    """Each step and process has seeds of its own, all below those held out."""
+    first = ((step + seed * 7919) * share[1] + share[0]) * _LANES_PER_STEP
+    return first % (HELD_OUT_SEED - _LANES_PER_STEP)
 
 
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

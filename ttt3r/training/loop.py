@@ -17,8 +17,16 @@ from torch import Tensor
 
 from ttt3r.config import COMPACT, ModelConfig
 from ttt3r.model import Model
-from ttt3r.training.curriculum import CURRICULUM, Batch, Stage, draw_batch, fit_sides, stage_at
+from ttt3r.training.curriculum import (
+    CURRICULUM,
+    Stage,
+    draw_batch,
+    draw_lesson,
+    fit_sides,
+    stage_at,
+)
 from ttt3r.training.initial import prepare_for_matching
+from ttt3r.training.lesson import lesson_loss
 from ttt3r.training.losses import LossWeights, Targets, total_loss
 from ttt3r.training.optimiser import build_optimisers
 from ttt3r.training.parallel import average_gradients, rank, workers
@@ -26,6 +34,7 @@ from ttt3r.training.validation import Trial, validate
 
 log = logging.getLogger(__name__)
 STATE_FILE, LOG_FILE = "state.pt", "log.jsonl"
+_Loss = tuple[Tensor, dict[str, Tensor]]  # and its parts
 
 
 @dataclass(frozen=True)
@@ -36,14 +45,14 @@ class TrainSettings:
     curriculum: tuple[Stage, ...] = CURRICULUM
     loss: LossWeights = field(default_factory=LossWeights)
     seed: int = 0
-    total_steps: int = 8500
-    lr: float = 1.0e-3  # AdamW
-    matrix_lr: float = 0.01  # Muon
+    total_steps: int = 19500
+    lr: float = 8e-4  # AdamW
+    matrix_lr: float = 0.003  # Muon
     weight_decay: float = 0.01
     warm_up: int = 100
     cool_down: float = 0.4  # last share of the steps, over which the rates fall to 2 %
     clip: float = 1.0
-    average: float = 0.998  # weights that are validated and exported: moving average
+    average: float = 0.99  # weights that are validated and exported: moving average
     validate_every: int = 100
     save_every_s: float = 120.0
     half: bool | None = None  # bfloat16 autocast; None: on a GPU only
@@ -131,14 +140,11 @@ class _Run:
         """One optimiser step; returns its log record."""
         began = time.monotonic()
         stage = stage_at(self.step, self.settings.curriculum)
-        batch = draw_batch(
-            self.step, stage,
-            patch=self.settings.model.patch_size, seed=self.settings.seed,
-            share=(rank(), workers()), device=self.device,
-        )  # fmt: skip
-        targets = Targets.build(batch.depth, batch.valid, batch.T_world_cam, batch.intrinsics)
-        rendered = self._now() - began
-        loss, parts = self._loss(batch, targets)
+        if stage.is_lesson(self.step):
+            images, rendered, found = self._lesson(stage, began)
+        else:
+            images, rendered, found = self._sequences(stage, began)
+        loss, parts = found
         loss.backward()
         average_gradients(list(self.model.parameters()))
         norm = torch.nn.utils.clip_grad_norm_(
@@ -151,7 +157,7 @@ class _Run:
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         self.step += 1
-        lanes, frames = batch.images.shape[0] * workers(), batch.images.shape[1]
+        lanes, frames = images.shape[0] * workers(), images.shape[1]
         self.frames += lanes * frames
         spent = self._now() - began
         return {
@@ -160,7 +166,7 @@ class _Run:
             **{name: round(float(part.detach()), 5) for name, part in parts.items()},
             "lanes": lanes,
             "frames": frames,
-            "sides": list(batch.images.shape[-2:]),
+            "sides": list(images.shape[-2:]),
             "skipped": not is_sound,
             "frames_per_s": round(lanes * frames / spent, 1),
             "rendering": round(rendered / spent, 3),
@@ -172,12 +178,32 @@ class _Run:
             torch.cuda.synchronize(self.device)
         return time.monotonic()
 
-    def _loss(self, batch: Batch, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+    def _sequences(self, stage: Stage, began: float) -> tuple[Tensor, float, _Loss]:
+        """Images, seconds of rendering and the loss of this step's rendered sequences."""
+        settings = self.settings
+        batch = draw_batch(
+            self.step, stage,
+            patch=settings.model.patch_size, seed=settings.seed,
+            share=(rank(), workers()), device=self.device,
+        )  # fmt: skip
+        targets = Targets.build(batch.depth, batch.valid, batch.T_world_cam, batch.intrinsics)
+        rendered = self._now() - began
         with self._precision():
-            found, _ = self.model.run(
-                batch.images, rule="cut3r", outputs=self.settings.loss.outputs
-            )
-        return total_loss(found, targets, self.settings.loss)
+            found, _ = self.model.run(batch.images, rule="cut3r", outputs=settings.loss.outputs)
+        return batch.images, rendered, total_loss(found, targets, settings.loss)
+
+    def _lesson(self, stage: Stage, began: float) -> tuple[Tensor, float, _Loss]:
+        """The same of windows of still pictures."""
+        settings = self.settings
+        images, T = draw_lesson(
+            self.step, stage,
+            patch=settings.model.patch_size, seed=settings.seed,
+            share=(rank(), workers()), device=self.device,
+        )  # fmt: skip
+        rendered = self._now() - began
+        with self._precision():
+            found, _ = self.model.run(images, rule="cut3r", outputs=frozenset({"trace"}))
+        return images, rendered, lesson_loss(found, T, settings.loss)
 
     def _precision(self) -> AbstractContextManager[Any]:
         half = self.settings.half

@@ -15,7 +15,8 @@ from torch import Tensor
 from ttt3r.geometry import camera_pose_to_matrix, depth_to_pointmap
 from ttt3r.model import Predictions
 
-FAR = 90.0  # metres; pixels beyond are sky for the loss
+FAR = 90.0  # metres; pixels beyond are sky for the loss: their depth is taken to be this
+_SKY_WEIGHT = 0.5  # of a sky pixel against one of the scene
 _NEAR_DISTANCE = 1.0  # metres added to a distance before an error is divided by it
 _LEAST_STEP = 0.02  # share of the scene's mean distance that is added to a motion, likewise
 _LEAST_TURN = 0.02  # radians
@@ -45,7 +46,8 @@ class Targets:
         """From z-depth [L, T, H, W], its validity, poses [L, T, 4, 4], intrinsics [L, 3, 3]."""
         frames = depth.shape[1]
         near = valid & (depth < FAR)
-        depth = torch.where(near, depth, 1.0)
+        # Sky must come out far, or fusion makes a ceiling of it.
+        depth = torch.where(near, depth, FAR)
         lens = intrinsics[:, None].expand(-1, frames, -1, -1)
         cam = depth_to_pointmap(depth.flatten(0, 1), lens.flatten(0, 1)).unflatten(
             0, depth.shape[:2]
@@ -65,6 +67,7 @@ class LossWeights:
     translation: float = 2.0
     rotation: float = 1.0
     steps: float = 1.0  # motion between neighbouring frames
+    wide: float = 2.0  # squared errors of all motions, over the batch's mean squared motion
     shift: float = 0.15  # what a point's coordinates change by from camera to segment
     gate: float = 0.02
     # Not a weight:
@@ -116,6 +119,7 @@ def _pose_parts(T_seg_cam: Tensor, targets: Targets) -> dict[str, Tensor]:
         neighbour_motion(T_seg_cam), neighbour_motion(targets.T_seg_cam), least, skip=0
     )
     return {
+        "wide": wide_loss(T_seg_cam, targets.T_seg_cam, least),
         "translation": translation.mean(),
         "rotation": rotation.mean(),
         "steps": step_translation.mean() + step_rotation.mean(),
@@ -130,12 +134,16 @@ def relative_point_error(points: Tensor, truth: Tensor) -> Tensor:
 def point_loss(
     points: Tensor | None, confidence: Tensor | None, truth: Tensor, valid: Tensor
 ) -> Tensor:
-    """Mean over valid pixels of confidence * relative error - 0.2 * log(confidence)."""
+    """Mean over valid pixels of confidence * relative error - 0.2 * log(confidence).
+
+    Sky (not valid) has to be far, and its confidence has to be none, that is 1.
+    """
     assert points is not None
     assert confidence is not None
     error = relative_point_error(points, truth).clamp(max=_WORST)
     each = confidence * error - _CONFIDENCE_PRICE * confidence.log()
-    return (each * valid).sum() / valid.sum().clamp(min=1)
+    sky = _SKY_WEIGHT * (error + confidence.log())
+    return torch.where(valid, each, sky).sum() / valid.sum().clamp(min=1)
 
 
 def shift_loss(found: Predictions, targets: Targets) -> Tensor:
@@ -186,6 +194,23 @@ def pose_errors(
     between = T[..., :3, :3] - truth[..., :3, :3]
     rotation = _norm(between.flatten(-2)) / 2**0.5 / (turned + _LEAST_TURN)
     return translation.clamp(max=_WORST), rotation.clamp(max=_WORST)
+
+
+def wide_loss(T: Tensor, truth: Tensor, least_step: Tensor) -> Tensor:
+    """Share of the squared motion of the whole batch that is not explained; wide motions lead.
+
+    Errors relative to each sequence's own motion have a flat minimum at "has not moved" for a
+    network that cannot see motion yet. Squares have not: they pull where motion is plain to see.
+    """
+    first = torch.eye(4, device=T.device)
+    shares = []
+    for said, true in ((T[:, 1:], truth[:, 1:]), (neighbour_motion(T), neighbour_motion(truth))):
+        away = (said - true)[..., :3, 3] / least_step[..., None]
+        moved = true[..., :3, 3] / least_step[..., None]
+        shares.append(away.square().mean() / (moved.square().mean() + 0.1))
+        turned = (true - first)[..., :3, :3].square().mean()
+        shares.append((said - true)[..., :3, :3].square().mean() / (turned + 1e-5))
+    return torch.stack(shares).clamp(max=_WORST).mean()
 
 
 def gate_loss(logits: Tensor, wanted: float) -> Tensor:
