@@ -11,6 +11,7 @@ import numpy as np
 from markupsafe import Markup
 from prefect import task
 
+from storage.objects import redacted
 from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord, Plan
 from tasks import report_figures as figures
@@ -22,29 +23,44 @@ from tasks.retries import STAGE_OPTIONS
 from tasks.summary import summarise
 from ttt3r.weights import WeightsInfo
 
-VERSION = 1
+VERSION = 2
 STRIP_FRAMES = 6
 # Above this, neighbouring segments disagree so much that a seam can be seen.
 LARGE_SEAM_RESIDUAL = 0.1
 LARGE_FOCAL_SPREAD = 0.2
+PASSING = ("stage", "error", "chunks_done")  # figures of a summary that are soon out of date
+# What the page shows beside results: a change redoes the page and nothing else.
+SHOWN_ATTRIBUTES = ("drive", "plan", "configuration", "weights", "versions")
 
 
 @task(name="report", task_run_name="report {url}", **STAGE_OPTIONS)
 def report_stage(url: str) -> None:
     """Write `report/report.html` and its pictures, unless they are up to date."""
     store = ReconstructionStore.open(url)
-    key = stage_key("report", VERSION, require_key(store, "fuse/merged"))
+    key = report_key(store)
     if (store.read_commit("report") or {}).get("key") == key:
         return
+    store.drop_commits("report")
     trajectory = store.read_trajectory()
     part = int(np.bincount(trajectory["part"]).argmax())
     columns = strip(store, trajectory)
     notes = warnings(store)
     page = render(store, trajectory, part, columns, notes)
-    store.put_file("report/report.html", page.encode())
-    store.put_file("report/trajectory.png", figures.trajectory_png(trajectory, part))
-    store.put_file("report/frames.png", figures.strip_png([c["images"] for c in columns]))
-    store.commit("report", {"key": key, "warnings": notes})
+    contents = {
+        "report/report.html": page.encode(),
+        "report/trajectory.png": figures.trajectory_png(trajectory, part),
+        "report/frames.png": figures.strip_png([c["images"] for c in columns]),
+    }
+    files = {name: store.put_file(name, data) for name, data in contents.items()}
+    store.commit("report", {"key": key, "warnings": notes, "files": files})
+
+
+def report_key(store: ReconstructionStore) -> str:
+    """Key of all that the page shows."""
+    attributes = store.attributes
+    shown = {name: attributes[name] for name in SHOWN_ATTRIBUTES}
+    stages = [require_key(store, stage) for stage in ("align", "fuse/merged")]
+    return stage_key("report", VERSION, stages, shown)
 
 
 def warnings(store: ReconstructionStore) -> list[str]:
@@ -110,8 +126,14 @@ def strip(store: ReconstructionStore, trajectory: figures.Arrays) -> list[dict[s
         color = next(iter(drive.read(frame, frame + 1)))
         depth = store.read(segment, "depth", frame, frame + 1)[0]
         confidence = store.read(segment, "confidence", frame, frame + 1)[0]
-        images = figures.strip_cells(color, depth, confidence)
-        columns.append({"frame": frame, "time": drive.frames.timestamp[frame], "images": images})
+        columns.append(
+            {
+                "frame": frame,
+                "time": drive.frames.timestamp[frame],
+                "images": figures.strip_cells(color, depth, confidence),
+                "uniform": figures.is_uniform(confidence),
+            }
+        )
     return columns
 
 
@@ -134,30 +156,43 @@ def render(
     )
     return template.render(
         drive=record,
+        location=redacted(record.location),
         tiles=tiles(summary),
         warnings=notes,
         parts=plan.parts,
         plotly_js=Markup(f"<script>{get_plotlyjs()}</script>"),
-        top_view=_embed(figures.top_view(trajectory, part)),
-        scene=_embed(figures.scene(mesh, trajectory, part)) if len(mesh.triangles) else None,
-        mesh_file=store.file_url("fusion/mesh.glb"),
+        top_view=embed(figures.top_view(trajectory, part)),
+        scene=embed(figures.scene(mesh, trajectory, part)) if len(mesh.triangles) else None,
+        mesh_file=mesh_location(store, part),
         strip=[_encode_column(column) for column in columns],
-        over_time=_embed(figures.over_time(trajectory, store.read_frames()["timestamp"], plan)),
+        over_time=embed(figures.over_time(trajectory, store.read_frames()["timestamp"], plan)),
+        points_shown=figures.POINTS_SHOWN,
         timings=timings(store),
         facts=facts(store, summary),
     )
 
 
-def _embed(figure: Any) -> Markup:
+def embed(figure: Any) -> Markup:
+    """A Plotly figure as HTML; Plotly escapes `<`, `>` and `/` in its text for the script."""
     return Markup(figure.to_html(full_html=False, include_plotlyjs=False))
+
+
+def mesh_location(store: ReconstructionStore, part: int) -> str | None:
+    """Where the full mesh of a part is: as GLB where there is one, else as PLY."""
+    merged = store.read_commit("fuse/merged") or {}
+    folders = [mesh["folder"] for mesh in merged["meshes"] if mesh["part"] == part]
+    names = [f"{folder}/mesh.{ending}" for folder in folders for ending in ("glb", "ply")]
+    written = [name for name in names if name in merged["files"]]
+    return redacted(store.file_url(written[0])) if written else None
 
 
 def _encode_column(column: dict[str, Any]) -> dict[str, Any]:
     names = ("frame", "depth", "confidence")
-    cells = [
-        {"alt": name, "data": base64.b64encode(figures.png(image, figures.THUMBNAIL_PX)).decode()}
-        for name, image in zip(names, column["images"], strict=True)
-    ]
+    notes = ("", "", "uniform" if column["uniform"] else "")
+    cells = []
+    for name, note, image in zip(names, notes, column["images"], strict=True):
+        data = base64.b64encode(figures.png(image, figures.THUMBNAIL_PX)).decode()
+        cells.append({"alt": name, "note": note, "data": data})
     return {"frame": column["frame"], "time": column["time"], "cells": cells}
 
 
@@ -205,7 +240,7 @@ def facts(store: ReconstructionStore, summary: dict[str, Any]) -> list[tuple[str
         ("weights", f"{info.name} ({info.source}), sha256 {info.sha256}"),
         ("licence of the weights", info.licence),
     ]
-    rows += [(name, str(value)) for name, value in summary.items() if value is not None]
+    rows += [(n, str(v)) for n, v in summary.items() if v is not None and n not in PASSING]
     for stage, settings in attributes["configuration"].items():
         rows.append((stage, ", ".join(f"{k} = {v}" for k, v in settings.items())))
     rows.append(("versions", ", ".join(f"{k} {v}" for k, v in attributes["versions"].items())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,30 @@ Arrays = dict[str, NDArray[Any]]
 INK, ACCENT, SECOND = "#1f2933", "#0b7285", "#d9480f"
 CAMERAS_SHOWN = 60
 THUMBNAIL_PX = 300
+POINTS_SHOWN = 5000  # of a line: more make the page slow and tell nothing
+UNIFORM_SPREAD = 0.01  # relative; rounding in the store alone makes 0.004
+GREY = 160
+
+
+def evenly(count: int) -> NDArray[np.int64]:
+    """At most `POINTS_SHOWN` rows of `count`, evenly spaced, first and last among them."""
+    if count <= POINTS_SHOWN:
+        return np.arange(count)
+    return np.linspace(0, count - 1, POINTS_SHOWN).round().astype(np.int64)
+
+
+def with_extremes(values: NDArray[Any]) -> NDArray[np.int64]:
+    """At most `POINTS_SHOWN` rows of `values` [N] that keep their outline: no peak is lost."""
+    if len(values) <= POINTS_SHOWN:
+        return np.arange(len(values))
+    edges = np.linspace(0, len(values), POINTS_SHOWN // 2).astype(np.int64)
+    kept = {0, len(values) - 1}
+    for start, stop in pairwise(edges.tolist()):
+        window = values[start:stop]
+        is_gap = np.isnan(window)
+        kept.add(start + int(np.where(is_gap, np.inf, window).argmin()))
+        kept.add(start + int(np.where(is_gap, -np.inf, window).argmax()))
+    return np.array(sorted(kept))
 
 
 def top_view(trajectory: Arrays, part: int) -> Any:
@@ -24,8 +49,9 @@ def top_view(trajectory: Arrays, part: int) -> Any:
     import plotly.graph_objects as go
 
     frames = np.flatnonzero(trajectory["part"] == part)
-    position = trajectory["cam_to_world"][frames, :3, 3]
-    seams = np.flatnonzero(np.diff(trajectory["segment"][frames])) + 1
+    seams = frames[1:][np.diff(trajectory["segment"][frames]) != 0]
+    frames, seams = frames[evenly(len(frames))], seams[evenly(len(seams))]
+    position, joints = (trajectory["cam_to_world"][rows, :3, 3] for rows in (frames, seams))
     figure = go.Figure()
     figure.add_scatter(
         x=position[:, 0],
@@ -43,8 +69,8 @@ def top_view(trajectory: Arrays, part: int) -> Any:
         name="path",
     )
     figure.add_scatter(
-        x=position[seams, 0],
-        y=position[seams, 2],
+        x=joints[:, 0],
+        y=joints[:, 2],
         mode="markers",
         marker={"symbol": "circle-open", "size": 9, "color": SECOND},
         name="seams of segments",
@@ -73,7 +99,7 @@ def scene(mesh: Mesh, trajectory: Arrays, part: int) -> Any:
         lighting={"ambient": 1.0, "diffuse": 0.0, "specular": 0.0}, name="mesh",
     )  # fmt: skip
     poses = trajectory["cam_to_world"][trajectory["part"] == part]
-    x, y, z = _upright(poses[:, :3, 3])
+    x, y, z = _upright(poses[evenly(len(poses)), :3, 3])
     figure.add_scatter3d(
         x=x,
         y=y,
@@ -137,14 +163,21 @@ def over_time(trajectory: Arrays, timestamp: NDArray[Any], plan: Plan) -> Any:
         rows=5, cols=1, shared_xaxes=True, vertical_spacing=0.05, subplot_titles=titles
     )
     for row, name in enumerate(("confidence", "gate", "focal"), 1):
+        shown = with_extremes(trajectory[name])
         figure.add_scatter(
-            x=timestamp, y=trajectory[name], mode="lines", line={"color": ACCENT}, row=row, col=1
+            x=timestamp[shown],
+            y=trajectory[name][shown],
+            mode="lines",
+            line={"color": ACCENT},
+            row=row,
+            col=1,
         )
     starts = timestamp[[segment.start for segment in plan.segments]]
     for row, name in enumerate(("seam_residual", "scale"), 4):
+        shown = with_extremes(trajectory[name])
         figure.add_scatter(
-            x=starts,
-            y=trajectory[name],
+            x=starts[shown],
+            y=trajectory[name][shown],
             mode="lines+markers",
             line={"color": SECOND},
             row=row,
@@ -179,17 +212,26 @@ def colormap(values: NDArray[Any], low: float, high: float, name: str) -> NDArra
 def strip_cells(
     color: NDArray[np.uint8], depth: NDArray[Any], confidence: NDArray[Any]
 ) -> list[NDArray[np.uint8]]:
-    """One column of the strip: the frame, its inverse depth (near is bright), its confidence."""
+    """One column of the strip: the frame, its inverse depth (near is bright), its confidence.
+
+    Uniform confidence is grey: a colour would say sure or unsure.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
         nearness = np.where(depth > 0, 1 / depth, np.nan)
     valid = nearness[np.isfinite(nearness)]
     low, high = np.percentile(valid, [2, 98]) if valid.size else (0.0, 1.0)
-    sure = np.log(np.maximum(confidence, 1.0))
-    return [
-        color,
-        colormap(nearness, float(low), float(high), "inferno"),
-        colormap(sure, 0.0, float(max(np.percentile(sure, 98), 0.1)), "viridis"),
-    ]
+    if is_uniform(confidence):
+        certainty = np.full((*confidence.shape, 3), GREY, np.uint8)
+    else:
+        sure = np.log(np.maximum(confidence, 1.0))
+        certainty = colormap(sure, 0.0, float(max(np.percentile(sure, 98), 0.1)), "viridis")
+    return [color, colormap(nearness, float(low), float(high), "inferno"), certainty]
+
+
+def is_uniform(confidence: NDArray[Any]) -> bool:
+    """Whether the confidence [H, W] says the same of all pixels."""
+    low, high = float(np.min(confidence)), float(np.max(confidence))
+    return high - low <= UNIFORM_SPREAD * max(abs(low), abs(high))
 
 
 def png(image: NDArray[np.uint8], width: int | None = None) -> bytes:

@@ -1,0 +1,234 @@
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import fsspec
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+
+from storage.reconstruction import ReconstructionStore
+from storage.records import Plan, Segment
+from tasks import fuse
+from tasks import report_figures as figures
+from tasks.align import align_stage
+from tasks.config import AlignConfig, FuseConfig
+from tasks.fuse import fuse_tiles_stage, merge_tiles_stage, plan_tiles_stage
+from tasks.meshes import Mesh
+from tasks.report import embed, report_stage
+
+EVIL = "</script><script>alert(1)</script>"
+FUSE = FuseConfig(voxel_m=0.15, depth_limit_m=6.0, smallest_piece=1, preview_triangles=500)
+
+
+def fuse_drive(drive, config=FUSE) -> ReconstructionStore:
+    for batch in range(plan_tiles_stage.fn(drive.url, config)):
+        fuse_tiles_stage.fn(drive.url, batch, config, drive.config.infer)
+    merge_tiles_stage.fn(drive.url, config)
+    return ReconstructionStore.open(drive.url)
+
+
+@pytest.fixture
+def aligned(corridor_drive):
+    corridor_drive.infer_perfectly()
+    align_stage.fn(corridor_drive.url, AlignConfig(), corridor_drive.config.infer)
+    return corridor_drive
+
+
+@pytest.fixture
+def fused(aligned):
+    return fuse_drive(aligned)
+
+
+def page_of(store: ReconstructionStore) -> str:
+    report_stage.fn(store.url)
+    return store.get_file("report/report.html").decode()
+
+
+class Reader(HTMLParser):
+    """What a browser sees: scripts, and text outside of them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.scripts: list[str] = []
+        self.text = ""
+        self._in_script = False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "script":
+            self._in_script = True
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        if tag == "script":
+            self._in_script = False
+
+    def handle_data(self, data):
+        if self._in_script:
+            self.scripts[-1] += data
+        else:
+            self.text += data
+
+
+def test_report_is_not_made_anew_unless_what_it_shows_changes(fused):
+    report_stage.fn(fused.url)
+    first = fused.read_commit("report")["commit_id"]
+    report_stage.fn(fused.url)
+    assert fused.read_commit("report")["commit_id"] == first
+    attributes = fused.attributes
+    configuration = {**attributes["configuration"], "fuse": {"voxel_m": 0.125}}
+    for name, value, shown in (
+        ("configuration", configuration, "voxel_m = 0.125"),
+        ("versions", {**attributes["versions"], "torch": "9.9.9"}, "torch 9.9.9"),
+        ("weights", {**attributes["weights"], "licence": "a licence of its own"}, "of its own"),
+    ):
+        before = fused.read_commit("report")["commit_id"]
+        fused.update_attributes({name: value})
+        assert shown in page_of(fused)
+        assert fused.read_commit("report")["commit_id"] != before
+
+
+def test_new_trajectory_makes_a_new_report_even_of_the_same_mesh(fused):
+    report_stage.fn(fused.url)
+    before = fused.read_commit("report")["commit_id"]
+    fused.commit("align", {**fused.read_commit("align"), "key": "another"})
+    report_stage.fn(fused.url)
+    assert fused.read_commit("report")["commit_id"] != before
+
+
+def test_damaged_report_is_named_and_made_anew(fused):
+    page = page_of(fused)
+    assert fused.verify() == []
+    with fsspec.open(fused.file_url("report/report.html"), "wb") as file:
+        file.write(page.replace("metres", "furlongs").encode())
+    assert fused.verify() == ["report/report.html"]
+    assert fused.repair() == ["report"]
+    assert "furlongs" not in page_of(fused)
+    assert fused.verify() == []
+
+
+def test_names_from_outside_cannot_break_out_of_the_page(fused):
+    attributes = fused.attributes
+    plain_scripts = len(Reader(page_of(fused)).scripts)
+    fused.update_attributes(
+        {
+            "drive": {**attributes["drive"], "name": EVIL, "codec": EVIL, "problems": [EVIL]},
+            "weights": {**attributes["weights"], "licence": EVIL, "source": EVIL},
+            "versions": {EVIL: EVIL},
+        }
+    )
+    page = page_of(fused)
+    assert EVIL not in page
+    seen = Reader(page)
+    assert len(seen.scripts) == plain_scripts
+    assert not any("alert(1)" in script for script in seen.scripts)
+    assert seen.text.count(EVIL) >= 5  # shown as text
+
+
+def test_names_cannot_break_out_of_a_plot():
+    figure = go.Figure(go.Scatter(x=[0], y=[1], name=EVIL))
+    figure.update_layout(title=EVIL)
+    page = embed(figure)
+    assert EVIL not in page
+    assert len(Reader(page).scripts) == len(Reader(embed(go.Figure())).scripts)
+
+
+def test_report_names_the_mesh_that_exists(aligned, monkeypatch):
+    page = page_of(fuse_drive(aligned))
+    assert "corridor.zarr/fusion/mesh.glb" in page
+    monkeypatch.setattr(fuse, "LARGEST_GLB_TRIANGLES", 10)
+    store = ReconstructionStore.open(aligned.url)
+    store.drop_commits("tiles")
+    page = page_of(fuse_drive(aligned))
+    assert "mesh.glb" not in page
+    assert "corridor.zarr/fusion/mesh.ply" in page
+
+
+def test_report_of_an_empty_mesh_names_no_mesh(aligned):
+    page = page_of(fuse_drive(aligned, FuseConfig(voxel_m=0.15, smallest_piece=10**9)))
+    assert "No surface was seen often enough" in page
+    assert "mesh.glb" not in page
+    assert "mesh.ply" not in page
+
+
+def test_uniform_confidence_is_grey_and_says_so(fused):
+    image = np.zeros((4, 6, 3), np.uint8)
+    depth = np.full((4, 6), 2.0)
+    even = figures.strip_cells(image, depth, np.full((4, 6), 5.0))[2]
+    assert len(np.unique(even)) == 1  # red = green = blue, the same everywhere
+    graded = figures.strip_cells(image, depth, np.linspace(1, 9, 24).reshape(4, 6))[2]
+    assert len(np.unique(graded)) > 20
+    # The corridor's confidence is 5 all over: a note on each of six thumbnails.
+    assert page_of(fused).count("<span>uniform</span>") == 6
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium to lay the page out")
+def test_strip_fits_into_its_box_on_wide_and_narrow_screens(fused, tmp_path):
+    page = re.sub("<script.*?</script>", "", page_of(fused), flags=re.DOTALL)
+    probe = """<script>
+      const box = document.querySelector(".strip").closest("section").getBoundingClientRect();
+      const cells = [...document.querySelectorAll(".strip img")];
+      const right = Math.max(...cells.map(cell => cell.getBoundingClientRect().right));
+      const rows = new Set(cells.map(cell => Math.round(cell.getBoundingClientRect().top)));
+      document.title = `${cells.length} images, ${rows.size} rows, fits: ${right < box.right}`;
+    </script></body>"""
+    file = tmp_path / "page.html"
+    file.write_text(page.replace("</body>", probe))
+    assert title_at(file, 1120) == "18 images, 3 rows, fits: true"
+    assert re.fullmatch(r"18 images, (6|9|18) rows, fits: true", title_at(file, 500))
+
+
+def title_at(file, width: int) -> str:
+    """Title of a page that a browser laid out, `width` pixels wide."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
+    options += [f"--user-data-dir={file.parent / 'profile'}", "--dump-dom"]
+    command = ["chromium", *options, file.as_uri()]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return re.search("<title>(.*?)</title>", found.stdout).group(1)
+
+
+def long_drive(frames: int):
+    """A long curve in segments of 100 frames, with one spike in its curves."""
+    T = np.tile(np.eye(4), (frames, 1, 1))
+    T[:, 0, 3], T[:, 2, 3] = np.sin(np.arange(frames) / 1e4) * 500, np.arange(frames) * 0.5
+    count = frames // 100
+    segments = tuple(Segment(i, 100 * i, 100 * (i + 1), 0) for i in range(count))
+    curve = np.ones(frames, np.float32)
+    curve[34_567], curve[45_678], curve[50_000:50_300] = 9, -9, np.nan
+    per_segment = np.linspace(0, 1, count)
+    trajectory = {
+        "cam_to_world": T,
+        "part": np.zeros(frames, np.int32),
+        "segment": np.arange(frames) // 100,
+        **{name: curve for name in ("confidence", "gate", "focal")},
+        **{name: per_segment for name in ("seam_residual", "scale")},
+    }
+    return trajectory, np.arange(frames) / 10, Plan(frames, 32, segments)
+
+
+def test_long_drive_makes_a_small_page_that_keeps_its_peaks():
+    trajectory, timestamp, plan = long_drive(100_000)
+    over_time = figures.over_time(trajectory, timestamp, plan)
+    mesh = Mesh(np.eye(3, dtype=np.float32), np.array([[0, 1, 2]]), np.zeros((3, 3), np.uint8))
+    plots = [figures.top_view(trajectory, 0), figures.scene(mesh, trajectory, 0), over_time]
+    lines = [trace for plot in plots for trace in plot.data if trace.type != "mesh3d"]
+    assert max(len(line.x) for line in lines) <= figures.POINTS_SHOWN
+    assert sum(len(embed(plot)) for plot in plots) < 1_000_000
+    for line in over_time.data[:3]:
+        peaks = {(x, y) for x, y in zip(line.x, line.y, strict=True) if abs(y) == 9}
+        assert peaks == {(3456.7, 9), (4567.8, -9)}
+        assert np.isnan(line.y).any()  # a gap stays a gap
+        assert (line.x[0], line.x[-1]) == (0, 9999.9)
+    path = plots[0].data[0]
+    assert (path.y[0], path.y[-1]) == (0, 49_999.5)
+
+
+def test_short_drive_is_shown_frame_by_frame():
+    trajectory, timestamp, plan = long_drive(100_000)
+    short = {name: values[:400] for name, values in trajectory.items()}
+    plan = Plan(400, 32, plan.segments[:4])
+    short |= {name: short[name][:4] for name in ("seam_residual", "scale")}
+    assert len(figures.top_view(short, 0).data[0].x) == 400
+    assert len(figures.over_time(short, timestamp[:400], plan).data[0].x) == 400
