@@ -182,8 +182,10 @@ def mesh_location(store: ReconstructionStore, part: int) -> str | None:
     merged = store.read_commit("fuse/merged") or {}
     folders = [mesh["folder"] for mesh in merged["meshes"] if mesh["part"] == part]
     names = [f"{folder}/mesh.{ending}" for folder in folders for ending in ("glb", "ply")]
-    written = [name for name in names if name in merged["files"]]
-    return redacted(store.file_url(written[0])) if written else None
+    # Commits of earlier versions do not list their files.
+    written = merged.get("files") or store.list_files("fusion/")
+    found = [name for name in names if name in written]
+    return redacted(store.file_url(found[0])) if found else None
 
 
 def _encode_column(column: dict[str, Any]) -> dict[str, Any]:

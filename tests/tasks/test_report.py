@@ -146,6 +146,12 @@ def test_report_names_the_mesh_that_exists(aligned, monkeypatch):
     assert "corridor.zarr/fusion/mesh.ply" in page
 
 
+def test_report_of_a_store_whose_commits_list_no_files(fused):
+    record = fused.read_commit("fuse/merged")
+    fused.commit("fuse/merged", {name: record[name] for name in ("key", "meshes", "seconds")})
+    assert "corridor.zarr/fusion/mesh.glb" in page_of(fused)
+
+
 def test_report_of_an_empty_mesh_names_no_mesh(aligned):
     page = page_of(fuse_drive(aligned, FuseConfig(voxel_m=0.15, smallest_piece=10**9)))
     assert "No surface was seen often enough" in page
