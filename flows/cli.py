@@ -328,7 +328,8 @@ def inspect(
     url: StoreUrl,
     as_json: AsJson = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read every committed chunk back, check its digest.")
+        bool,
+        typer.Option("--verify", help="Read back all that is committed, check digests."),
     ] = False,
 ) -> None:
     """Say what is stored, what is finished and how good it is."""
@@ -342,7 +343,19 @@ def inspect(
     else:
         print_figures(summarise(store))
     if damaged:
-        fail(f"{len(damaged)} committed chunks are damaged: {', '.join(damaged)}", WORK_ERROR)
+        names = ", ".join(damaged)
+        fail(f"{len(damaged)} damaged: {names}; run `ttt3r repair {url}`", WORK_ERROR)
+
+
+@app.command()
+def repair(url: StoreUrl) -> None:
+    """Declare damaged data unfinished; the next `ttt3r reconstruct` computes it again."""
+    from storage.reconstruction import ReconstructionStore
+
+    dropped = ReconstructionStore.open(url).repair()
+    for name in dropped:
+        typer.echo(name)
+    typer.echo(f"{len(dropped)} damaged commits dropped", err=True)
 
 
 @app.command()

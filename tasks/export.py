@@ -65,5 +65,10 @@ def mesh_bytes(store: ReconstructionStore, format: str, part: int) -> bytes:
     mesh = next(mesh for mesh in merged["meshes"] if mesh["part"] == part)
     if not mesh["triangles"]:
         raise ValueError(f"part {part} of {store.url} has an empty mesh; there is nothing to write")
-    folder = mesh["folder"]
-    return store.get_file(f"{folder}/mesh.{format}")
+    name = f"{mesh['folder']}/mesh.{format}"
+    if not store.list_files(name):
+        raise ValueError(
+            f"{store.url} has no {format.upper()} of part {part}, as it would be too large "
+            f"({mesh['triangles']:,} triangles); export ply instead"
+        )
+    return store.get_file(name)

@@ -142,6 +142,11 @@ def test_inspect_verify_names_damaged_data(run, store, tmp_path):
     code, _, err = run("inspect", copy, "--verify")
     assert code == 1
     assert "segments/0000/depth" in err
+    assert run("repair", copy)[0] == 0
+    assert run("inspect", copy, "--verify")[0] == 0
+    _, out, _ = run("status", copy, "--json")
+    state = json.loads(out)[0]
+    assert state["chunks_done"] == state["chunks"] - 1
 
 
 def test_export_writes_trajectories_that_read_back(run, store, tmp_path):
