@@ -426,7 +426,10 @@ def verify(
         fail(f"{len(wrong)} of {len(rows)} arrays are beyond the limits", WORK_ERROR)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def train(context: typer.Context) -> None:
     """Train the compact network on rendered worlds (see `ttt3r train --help`)."""
     importlib.import_module("ttt3r.training.__main__").main(context.args)
