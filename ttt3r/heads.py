@@ -6,6 +6,7 @@ Heads take any number of frames at once: B is lanes times frames.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -70,7 +71,7 @@ class PoseHead(nn.Module):
         return self.mlp.forward_fp32_out(token)
 
 
-class _Head(nn.Module):
+class _Head(nn.Module, ABC):
     """What both kinds of head share: the pose, and tokens turned into the world's frame.
 
     Subclasses list in `levels` the decoder layers that they read (0 is the encoder's output).
@@ -97,9 +98,9 @@ class _Head(nn.Module):
             assert layer.bias is not None
             layer.bias[2 * pixels : 3 * pixels] = 1.0  # raw z; expm1(1) = 1.7
 
+    @abstractmethod
     def point_outputs(self) -> list[tuple[nn.Linear | nn.Conv2d, int]]:
         """The last layers that give points, with their outputs per channel x, y, z, c."""
-        raise NotImplementedError
 
     def to_world(self, tokens: Tensor, pose_token: Tensor, rotary: Rotary) -> Tensor:
         """Condition image tokens [B, N, D] on their pose token [B, D] (section 7.2)."""
@@ -107,19 +108,19 @@ class _Head(nn.Module):
             tokens = block(tokens, pose_token, rotary)
         return tokens
 
+    @abstractmethod
     def cam(self, levels: Sequence[Tensor], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Points [B, H, W, 3] in the frame's own camera and their confidence [B, H, W]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def world(
         self, levels: Sequence[Tensor], pose_token: Tensor, rotary: Rotary, grid: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """Points [B, H, W, 3] in the segment's frame and their confidence [B, H, W]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rgb(self, levels: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
         """Colour [B, H, W, 3] in (-1, 1)."""
-        raise NotImplementedError
 
 
 class LinearHead(_Head):
