@@ -432,7 +432,7 @@ def verify(
 )
 def train(context: typer.Context) -> None:
     """Train the compact network on rendered worlds (see `ttt3r train --help`)."""
-    importlib.import_module("ttt3r.training.__main__").main(context.args)
+    importlib.import_module("ttt3r.training.command").main(context.args)
 
 
 @app.command()

@@ -2,6 +2,10 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -347,3 +351,35 @@ def test_training_validates_on_held_out_worlds(tmp_path):
     assert [row["validation"] for row in found] == ["rooms", "streets"]
     assert all(row["abs_rel"] > 0 and 0 <= row["gate_median"] <= 1 for row in found)
     assert all(0 < row["rendering"] < 1 for row in rows if "loss" in row)
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_command_trains_in_two_processes_and_exports_what_came_of_it(tmp_path):
+    command = [sys.executable, "-m", "ttt3r.training", tmp_path, "--workers", "2", "--steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert losses_of(tmp_path)[1] > 0
+    assert load_model(tmp_path / "compact.safetensors")[1].segment_frames == 2
+    assert {"curves.png", "rooms.png", "streets.png"} <= {p.name for p in tmp_path.iterdir()}
+
+
+@pytest.mark.slow
+def test_killed_command_leaves_no_process_behind(tmp_path):
+    command = [sys.executable, "-m", "ttt3r.training", tmp_path, "--workers", "2"]
+    run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    wait_until(lambda: losses_of(tmp_path) if (tmp_path / "log.jsonl").is_file() else False)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    assert len(children) >= 2
+    run.kill()
+    run.wait()
+    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+
+
+def wait_until(holds: Callable[[], object], patience_s: float = 120) -> None:
+    end = time.monotonic() + patience_s
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)

@@ -60,10 +60,9 @@ class Batch:
 # the way, or it is forgotten again while depth is learnt. At this size a natural motion hardly
 # moves a picture: wide motions first.
 CURRICULUM = (
-    Stage(1500, (2,), 64, 48, aspects=ONE_ASPECT, lesson_reach=8),
-    Stage(6000, (2, 4, 4), 20, 80, 0.4, (0.8, 2.0), (1.5, 4.0), lesson_reach=8, lesson_every=3),
-    Stage(6000, (4, 8), 8, 80, 0.4, lesson_reach=8, lesson_every=6),
-    Stage(6000, (8, 16), 4, 80, 0.4, lesson_reach=8, lesson_every=12),
+    Stage(1100, (2,), 64, 48, aspects=ONE_ASPECT, lesson_reach=8),
+    Stage(3000, (2, 4, 4), 64, 48, 0.5, (0.8, 2.0), (1.0, 3.0), lesson_reach=8, lesson_every=3),
+    Stage(4000, (4, 8), 16, 80, 0.5, lesson_reach=8, lesson_every=8),
 )
 
 

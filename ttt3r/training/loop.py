@@ -45,7 +45,7 @@ class TrainSettings:
     curriculum: tuple[Stage, ...] = CURRICULUM
     loss: LossWeights = field(default_factory=LossWeights)
     seed: int = 0
-    total_steps: int = 19500
+    total_steps: int = 8100
     lr: float = 8e-4  # AdamW
     matrix_lr: float = 0.003  # Muon
     weight_decay: float = 0.01

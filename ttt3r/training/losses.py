@@ -62,13 +62,13 @@ class Targets:
 class LossWeights:
     """How the parts add up."""
 
-    cam: float = 1.0
-    world: float = 0.5
-    translation: float = 2.0
-    rotation: float = 1.0
-    steps: float = 1.0  # motion between neighbouring frames
-    wide: float = 2.0  # squared errors of all motions, over the batch's mean squared motion
-    shift: float = 0.15  # what a point's coordinates change by from camera to segment
+    cam: float = 0.5
+    world: float = 0.25
+    translation: float = 3.0
+    rotation: float = 3.0
+    steps: float = 3.0  # motion between neighbouring frames
+    wide: float = 5.0  # squared errors of all motions, over the batch's mean squared motion
+    shift: float = 0.3  # what a point's coordinates change by from camera to segment
     gate: float = 0.02
     # Not a weight:
     gate_logit: float = -0.85  # sigmoid gives 0.3, the median published for the large weights

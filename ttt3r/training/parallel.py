@@ -6,7 +6,10 @@ process of two threads: threads wait for each other at every operation, processe
 
 from __future__ import annotations
 
+import os
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,9 +68,17 @@ def launch(count: int, work: Callable[..., Any], *arguments: Any) -> None:
 def _enter(
     number: int, count: int, meeting: str, work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=number, world_size=count)
     try:
         work(*arguments)
     finally:
         dist.destroy_process_group()
+
+
+def _end_with_parent(parent: int) -> None:
+    """A killed command must not leave its processes training on."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

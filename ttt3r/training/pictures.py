@@ -13,7 +13,7 @@ from ttt3r.model import Model
 from ttt3r.synthetic import HELD_OUT_SEED, WorldName, render
 from ttt3r.training.curriculum import fit_sides
 
-_PARTS = ("cam", "world", "translation", "rotation", "steps")
+_PARTS = ("turn", "cam", "world", "translation", "rotation", "steps")
 _CHECKS = ("abs_rel", "moved", "turned", "step_moved", "gate_median")
 _FARTHEST = 40.0  # metres; the darkest colour of depth pictures
 
@@ -33,7 +33,10 @@ def draw_curves(log: str | Path, path: str | Path) -> None:
     plt = _pyplot()
     figure, axes = plt.subplots(1, 1 + len(_CHECKS), figsize=(22, 3.4), constrained_layout=True)
     for name in _PARTS:
-        axes[0].plot([r["seen"] for r in steps], _smooth([r[name] for r in steps]), label=name)
+        rows_with = [r for r in steps if name in r]  # lessons and sequences have different parts
+        if rows_with:
+            losses = _smooth([r[name] for r in rows_with])
+            axes[0].plot([r["seen"] for r in rows_with], losses, label=name)
     axes[0].set(title="losses (smoothed)", xlabel="frames seen")
     axes[0].legend(fontsize=7)
     for axis, name in zip(axes[1:], _CHECKS, strict=True):
