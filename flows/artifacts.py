@@ -59,6 +59,26 @@ def publish_drive(url: str) -> None:
             )
 
 
+def publish_ledger(ledger: dict[str, Any]) -> None:
+    """Publish what a drive took beside what was predicted, as a table."""
+    predicted = ledger.get("predicted", {})
+    rows = [
+        {
+            "resource": name,
+            "used": used,
+            "predicted": predicted.get(name),
+            "per video-hour": (ledger["used_per_video_hour"] or {}).get(name),
+            "per km, estimated": (ledger["used_per_km_estimated"] or {}).get(name),
+        }
+        for name, used in ledger["used"].items()
+    ]
+    create_table_artifact(
+        key=artifact_key("ledger", ledger["drive"]),
+        table=rows,
+        description=f"What {ledger['drive']} took on {ledger['device_kind']}",
+    )
+
+
 def publish_collection(outcomes: list[dict[str, Any]]) -> None:
     """Publish what became of every drive as a table."""
     create_table_artifact(

@@ -15,6 +15,7 @@ import typer
 
 if TYPE_CHECKING:
     from storage.video import DriveLocation
+    from tasks.planner import DriveEstimate
 
 # Commands import what they need when they run: torch, Open3D and Prefect take seconds.
 app = typer.Typer(
@@ -192,6 +193,9 @@ def reconstruct(
     depth_limit_m: Annotated[
         float | None, typer.Option(help="Fuse no depth beyond [default: 3 x the median].")
     ] = None,
+    max_gpu_hours: Annotated[
+        float | None, typer.Option(min=0, help="Refuse a run predicted to take more.")
+    ] = None,
 ) -> None:
     """Turn a drive, or a collection of drives, into poses, depth, a mesh and a report.
 
@@ -217,7 +221,57 @@ def reconstruct(
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if max_gpu_hours is not None:
+        from tasks.planner import check_budget
+
+        check_budget(estimate(source, output, config), max_gpu_hours)
     run_reconstruction(source, output, config)
+
+
+def estimate(source: str, output: str, config: Any) -> list[DriveEstimate]:
+    """What every drive of the input will take yet."""
+    from flows.reconstruct_drive import store_url
+    from storage.video import list_drives
+    from tasks.planner import estimate_drive, known_rates
+
+    rates = known_rates(output, config.infer.weights)
+    return [
+        estimate_drive(drive, store_url(output, drive.name), config, rates)
+        for drive in list_drives(source)
+    ]
+
+
+@app.command()
+def plan(
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="A drive, or a folder or glob of drives.")
+    ],
+    output: Annotated[str, typer.Option(help="Folder or URL that takes <drive>.zarr.")],
+    weights: Weights = "compact",
+    as_json: AsJson = False,
+) -> None:
+    """Say what a reconstruction would take yet; computes and writes nothing.
+
+    Hours and bytes are predicted from drives that are finished under OUTPUT; default settings.
+    """
+    from dataclasses import asdict
+
+    from tasks.config import InferConfig, ReconstructionConfig
+    from tasks.planner import total
+
+    estimates = estimate(source, output, ReconstructionConfig(infer=InferConfig(weights)))
+    needed = total(estimates)
+    if as_json:
+        left = None if needed is None else asdict(needed)
+        print_json({"drives": [asdict(e) for e in estimates], "left": left})
+        return
+    for e in estimates:
+        hours = "-" if e.left is None else f"{e.left.gpu_hours:.3g} GPU-h"
+        typer.echo(f"{e.name:<32} {e.stage:<8} {e.frames:>9} frames {e.segments:>6} segs  {hours}")
+    if needed is None:
+        typer.echo("nothing is predicted: no drive is finished under the output with these weights")
+    else:
+        print_figures(asdict(needed))
 
 
 def run_reconstruction(source: str, output: str, config: Any) -> None:

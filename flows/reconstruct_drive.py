@@ -7,14 +7,16 @@ from datetime import UTC, datetime
 
 from prefect import flow
 
-from flows.artifacts import progress_of, publish_drive
+from flows.artifacts import progress_of, publish_drive, publish_ledger
 from storage.reconstruction import ReconstructionStore, StoreError
 from storage.video import drive_name
 from tasks.align import align_stage
 from tasks.config import ReconstructionConfig
 from tasks.fuse import fuse_tiles_stage, merge_tiles_stage, plan_tiles_stage
 from tasks.infer import infer_stage, resolve_device
+from tasks.ledger import write_ledger
 from tasks.plan import plan_stage
+from tasks.planner import known_rates
 from tasks.probe import AnotherDrive, probe_stage
 from tasks.report import report_stage
 from ttt3r.state import find_rule
@@ -74,6 +76,7 @@ def check_config(config: ReconstructionConfig) -> None:
 def run_stages(location: str, name: str, url: str, config: ReconstructionConfig) -> None:
     """All stages of one drive, in order."""
     probe_stage(location, name, url)
+    rates = known_rates(url.rpartition("/")[0], config.infer.weights)
     ReconstructionStore.open(url).drop_commits("failed")
     groups = plan_stage(url, config)
     with progress_of(f"inference of {name}", len(groups)) as advance:
@@ -86,6 +89,7 @@ def run_stages(location: str, name: str, url: str, config: ReconstructionConfig)
     merge_tiles_stage(url, config.fuse)
     report_stage(url)
     publish_drive(url)
+    publish_ledger(write_ledger(url, rates))
 
 
 def record_failure(url: str, error: Exception) -> None:

@@ -485,6 +485,10 @@ class ReconstructionStore:
 
     # ---- inspection
 
+    def stored_bytes(self) -> int:
+        """Size of all that is stored, from a listing."""
+        return sum(self._folder.sizes().values())
+
     def describe(self) -> dict[str, Any]:
         """What is there, for people: JSON values only.
 

@@ -55,7 +55,7 @@ def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
     for command in (
-        "probe", "reconstruct", "demo", "status", "inspect", "export", "report", "evaluate",
+        "probe", "plan", "reconstruct", "demo", "status", "inspect", "export", "report", "evaluate",
         "verify", "weights", "train", "serve",
     ):  # fmt: skip
         assert command in out
