@@ -222,19 +222,23 @@ def reconstruct(
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if max_gpu_hours is not None:
+        from tasks.infer import device_kind, resolve_device
         from tasks.planner import check_budget
 
-        check_budget(estimate(source, output, config), max_gpu_hours)
+        kind = device_kind(resolve_device(config.infer))
+        check_budget(estimate(source, output, config, kind), max_gpu_hours)
     run_reconstruction(source, output, config)
 
 
-def estimate(source: str, output: str, config: Any) -> list[DriveEstimate]:
-    """What every drive of the input will take yet."""
+def estimate(
+    source: str, output: str, config: Any, device_kind: str | None = None
+) -> list[DriveEstimate]:
+    """What every drive of the input will take yet, by rates of any device or of that kind."""
     from flows.reconstruct_drive import store_url
     from storage.video import list_drives
     from tasks.planner import estimate_drive, known_rates
 
-    rates = known_rates(output, config.infer.weights)
+    rates = known_rates(output, config.infer.weights, device_kind)
     return [
         estimate_drive(drive, store_url(output, drive.name), config, rates)
         for drive in list_drives(source)

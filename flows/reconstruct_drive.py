@@ -13,7 +13,7 @@ from storage.video import drive_name
 from tasks.align import align_stage
 from tasks.config import ReconstructionConfig
 from tasks.fuse import fuse_tiles_stage, merge_tiles_stage, plan_tiles_stage
-from tasks.infer import infer_stage, resolve_device
+from tasks.infer import device_kind, infer_stage, resolve_device
 from tasks.ledger import write_ledger
 from tasks.plan import plan_stage
 from tasks.planner import known_rates
@@ -76,7 +76,8 @@ def check_config(config: ReconstructionConfig) -> None:
 def run_stages(location: str, name: str, url: str, config: ReconstructionConfig) -> None:
     """All stages of one drive, in order."""
     probe_stage(location, name, url)
-    rates = known_rates(url.rpartition("/")[0], config.infer.weights)
+    kind = device_kind(resolve_device(config.infer))
+    rates = known_rates(url.rpartition("/")[0], config.infer.weights, kind)
     ReconstructionStore.open(url).drop_commits("failed")
     groups = plan_stage(url, config)
     with progress_of(f"inference of {name}", len(groups)) as advance:

@@ -62,9 +62,9 @@ def resolve_device(config: InferConfig) -> str:
     return config.device
 
 
-def device_kind(device: torch.device) -> str:
+def device_kind(device: str) -> str:
     """What rates are known by: the model of the GPU, or cpu."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 def resolve_precision(config: InferConfig) -> str:
@@ -186,7 +186,7 @@ def infer_lanes(
                     "wait_seconds": waited / len(segments),
                     "host": platform.node(),
                     "device": str(next(model.parameters()).device),
-                    "device_kind": device_kind(next(model.parameters()).device),
+                    "device_kind": device_kind(str(next(model.parameters()).device)),
                 }
                 writer.submit(
                     partial(_write, store, segment, chunk, _of_lane(arrays, lane, chunk), record)
