@@ -99,6 +99,10 @@ class _Head(nn.Module, ABC):
             layer.bias[2 * pixels : 3 * pixels] = 1.0  # raw z; expm1(1) = 1.7
 
     @abstractmethod
+    def last_layers(self) -> list[nn.Module]:
+        """The last layer of each output, which work in float32."""
+
+    @abstractmethod
     def point_outputs(self) -> list[tuple[nn.Linear | nn.Conv2d, int]]:
         """The last layers that give points, with their outputs per channel x, y, z, c."""
 
@@ -134,6 +138,10 @@ class LinearHead(_Head):
         self.proj = Mlp(width, 4 * width, 4 * pixels)
         self.cross_proj = Mlp(width, 4 * width, 4 * pixels)
         self.rgb_proj = Mlp(width, 4 * width, 3 * pixels)
+
+    def last_layers(self) -> list[nn.Module]:
+        mlps = (self.pose_head.mlp, self.proj, self.cross_proj, self.rgb_proj)
+        return [mlp.fc2 for mlp in mlps]
 
     def point_outputs(self) -> list[tuple[nn.Linear | nn.Conv2d, int]]:
         pixels = self.patch_size**2
@@ -273,6 +281,10 @@ class DPTHead(_Head):
         self.dpt_self = DPTStack(config, 4)
         self.dpt_cross = DPTStack(config, 4)
         self.dpt_rgb = DPTStack(config, 3)
+
+    def last_layers(self) -> list[nn.Module]:
+        stacks = (self.dpt_self, self.dpt_cross, self.dpt_rgb)
+        return [self.pose_head.mlp.fc2, *(stack.last for stack in stacks)]
 
     def point_outputs(self) -> list[tuple[nn.Linear | nn.Conv2d, int]]:
         return [(self.dpt_self.last, 1), (self.dpt_cross.last, 1)]

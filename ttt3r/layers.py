@@ -1,7 +1,8 @@
 """The transformer's parts: rotary embedding, attention, MLP and blocks.
 
-Activations are [B, tokens, channels]. The residual stream is float32 even when the weights or
-autocast are bfloat16; heads are [B, tokens, heads, head_dim] until the attention itself.
+Activations are [B, tokens, channels]. The residual stream and all norms are float32 even when
+the weights or autocast are bfloat16; heads are [B, tokens, heads, head_dim] until the attention
+itself.
 Sections and formulas refer to the model specification.
 """
 
@@ -72,15 +73,21 @@ def _mean_logits(q: Tensor, k: Tensor) -> Tensor:
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm with eps 1e-6, computed in float32; the result has the weights' dtype."""
+    """LayerNorm with eps 1e-6, float32 from end to end; `Linear` casts what it takes from it."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.float(), self.bias.float()
-        normed = F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
-        return normed.to(self.weight.dtype)
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class Linear(nn.Linear):
+    """A linear layer that takes its input in any floating type; it works in its weights' own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -94,16 +101,15 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, out: int | None = None) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, out or width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, out or width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
     def forward_fp32_out(self, x: Tensor) -> Tensor:
         """Same, with the last layer in float32: for values that an exponential will magnify."""
-        hidden = F.gelu(self.fc1(x.to(self.fc1.weight.dtype)))
-        return linear_fp32(self.fc2, hidden)
+        return linear_fp32(self.fc2, F.gelu(self.fc1(x)))
 
 
 class SelfAttention(nn.Module):
@@ -113,8 +119,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.rope_fp16 = rope_fp16
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (3 * self.heads, -1))  # [B, N, 3h, d]
@@ -126,8 +132,9 @@ class SelfAttention(nn.Module):
 
     def forward_single(self, x: Tensor) -> Tensor:
         """The attention of one token to itself [B, 1, width]: its softmax weight is 1."""
-        width = x.shape[-1]
-        return self.proj(F.linear(x, self.qkv.weight[2 * width :], self.qkv.bias[2 * width :]))
+        value = slice(2 * x.shape[-1], None)
+        weight, bias = self.qkv.weight[value], self.qkv.bias[value]
+        return self.proj(F.linear(x.to(weight.dtype), weight, bias))
 
 
 class CrossAttention(nn.Module):
@@ -136,10 +143,10 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.projq = nn.Linear(width, width)
-        self.projk = nn.Linear(width, width)
-        self.projv = nn.Linear(width, width)
-        self.proj = nn.Linear(width, width)
+        self.projq = Linear(width, width)
+        self.projk = Linear(width, width)
+        self.projv = Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(
         self, x: Tensor, y: Tensor, x_rotary: Rotary, y_rotary: Rotary, *, gate: bool = False
@@ -164,6 +171,7 @@ class CrossAttention(nn.Module):
     def _heads(
         self, x: Tensor, y: Tensor, x_rotary: Rotary | None, y_rotary: Rotary | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        y = y.to(self.projk.weight.dtype)
         q = self.projq(x).unflatten(-1, (self.heads, -1))
         k = self.projk(y).unflatten(-1, (self.heads, -1))
         v = self.projv(y).unflatten(-1, (self.heads, -1))
@@ -218,10 +226,9 @@ class ModulatedNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = LayerNorm(width)
-        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.mlp = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        condition = condition.to(self.norm.weight.dtype)
         shift, scale = self.mlp(condition)[:, None].chunk(2, dim=-1)
         return self.norm(x) * (1 + scale) + shift
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt3r.config import ModelConfig
-from ttt3r.layers import DecoderBlock
+from ttt3r.layers import DecoderBlock, Linear
 
 
 class ReadBlock(DecoderBlock):
@@ -39,7 +39,7 @@ class PoseMemory(nn.Module):
         width, heads = 2 * config.dec_embed_dim, config.dec_num_heads
         self.masked_token = nn.Parameter(torch.zeros(1, 1, config.dec_embed_dim))
         self.mem = nn.Parameter(torch.zeros(1, config.local_mem_size, width))
-        self.proj_q = nn.Linear(config.enc_embed_dim, config.dec_embed_dim)
+        self.proj_q = Linear(config.enc_embed_dim, config.dec_embed_dim)
         self.write_blocks = nn.ModuleList(
             WriteBlock(width, heads, config.mlp_ratio) for _ in range(2)
         )
@@ -49,7 +49,7 @@ class PoseMemory(nn.Module):
 
     def query(self, descriptor: Tensor) -> Tensor:
         """Project image descriptors [..., E] to queries [..., D]."""
-        return self.proj_q(descriptor.to(self.proj_q.weight.dtype)).float()
+        return self.proj_q(descriptor).float()
 
     def read(self, query: Tensor, memory: Tensor) -> Tensor:
         """Recall the pose token [B, 1, D] for `query` [B, 1, D] from `memory` [B, M, 2D]."""

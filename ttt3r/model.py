@@ -1,7 +1,8 @@
 """The network: encode -> recall pose -> decode -> update -> heads, over frames of L lanes.
 
-One loop, `Model.run`, serves whole sequences, streaming and training. What does not depend on
-other frames is batched over lanes and frames; only memory, decoder and state go frame by frame.
+`Model.run` serves whole sequences, streaming and training. What does not depend on other frames
+is batched over lanes and frames (`encode`, `predict`); only memory, decoder and state go frame by
+frame (`decode`, one `step` a frame).
 Sections refer to the model specification.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +23,7 @@ from ttt3r.layers import (
     DecoderBlock,
     EncoderBlock,
     LayerNorm,
+    Linear,
     PatchEmbed,
     Rotary,
     linear_fp32,
@@ -83,36 +86,36 @@ def _join(parts: list[Any]) -> Any:
 class Encoded:
     """What a frame gives independently of all others."""
 
+    grid: tuple[int, int]  # rows and columns of patches, N in all
     features: Tensor  # [L, T, N, E]
     descriptor: Tensor  # [L, T, E]
     query: Tensor  # [L, T, D] asks the pose memory
     embedded: Tensor  # [L, T, N, D] features in the decoder's width
 
 
-class Decoded(NamedTuple):
-    """One pass of the dual decoder."""
+@dataclass(frozen=True)
+class Decoded:
+    """What the sequential part says of T frames, for the heads."""
 
-    candidate: Tensor  # [L, S, D]
-    layers: dict[int, Tensor]  # image side [L, 1 + N, D] after the layers that the head reads
-    gate_logits: Tensor | None  # [L, S]
-
-    @property
-    def pose(self) -> Tensor:
-        """The pose token that leaves the decoder [L, 1, D]."""
-        return self.layers[max(self.layers)][:, :1]
+    levels: tuple[Tensor, ...]  # [L, T, N, D] image tokens after each decoder layer of the head's
+    pose: Tensor  # [L, T, D] the pose token that leaves the decoder
+    rate: Tensor  # [L, T, S]
+    trace: Trace | None
 
 
-class _Step(NamedTuple):
-    """One frame of all lanes."""
+class Step(NamedTuple):
+    """One frame of all lanes through memory, decoder and update."""
 
-    decoded: Decoded
-    pose_in: Tensor  # [L, 1, D]
-    rate: Tensor  # [L, S]
+    layers: tuple[Tensor, ...]  # [L, 1 + N, D] image side after each layer that the head reads
     tokens: Tensor  # [L, S, D] after the frame
     memory: Tensor  # [L, M, 2D] after the frame
+    rate: Tensor  # [L, S]
+    pose_in: Tensor  # [L, 1, D] the pose token that enters the decoder
+    candidate: Tensor  # [L, S, D]
+    gate_logits: Tensor | None  # [L, S]
 
 
-class _Positions(NamedTuple):
+class Positions(NamedTuple):
     """Rotary tables; `_by_state` and `_by_image` name the heads that are turned."""
 
     encoder: Rotary  # patches, encoder heads
@@ -125,27 +128,24 @@ class _Positions(NamedTuple):
 
 @dataclass(frozen=True)
 class _Flags:
-    """Which lanes start, learn and reset at each frame [T, L].
+    """Which lanes start, learn and reset at each frame."""
 
-    The copies on the host choose branches without waiting for the device.
-    """
-
-    first: np.ndarray  # [T + 1, L] bool; the last row is for the frame after
-    update: np.ndarray
-    reset: np.ndarray
-    first_on_device: Tensor
-    update_on_device: Tensor
-    reset_on_device: Tensor
+    first: Tensor  # [T + 1, L] bool, on the device; the last row is for the frame after
+    update: Tensor  # [T, L] bool, on the device
+    reset: np.ndarray  # [T, L] bool, on the host: resets are rare, and nobody waits to hear of one
 
     @classmethod
     def build(
-        cls, first: Tensor, shape: tuple[int, int], update: Any, reset: Any, device: Any
+        cls, first: Tensor, shape: tuple[int, int], update: Any, reset: Any, device: torch.device
     ) -> _Flags:
         learns = _as_flags("update", update, shape, default=True)
         resets = _as_flags("reset", reset, shape, default=False)
         starts = np.concatenate((first.cpu().numpy()[None], resets))
-        host = (starts, learns, resets)
-        return cls(*host, *(torch.from_numpy(f).to(device, non_blocking=True) for f in host))
+        return cls(_to_device(starts, device), _to_device(learns, device), resets)
+
+
+def _to_device(flags: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(flags).to(device, non_blocking=True)
 
 
 def _as_flags(name: str, given: Any, shape: tuple[int, int], *, default: bool) -> np.ndarray:
@@ -179,8 +179,8 @@ class Model(nn.Module):
         if c.ray_map_encoder:
             self._add_ray_map_encoder()
         self.register_tokens = nn.Embedding(c.state_size, c.enc_embed_dim)
-        self.decoder_embed_state = nn.Linear(c.enc_embed_dim, c.dec_embed_dim)
-        self.decoder_embed = nn.Linear(c.enc_embed_dim, c.dec_embed_dim)
+        self.decoder_embed_state = Linear(c.enc_embed_dim, c.dec_embed_dim)
+        self.decoder_embed = Linear(c.enc_embed_dim, c.dec_embed_dim)
         self.pose_retriever = PoseMemory(c)
         self.dec_blocks = nn.ModuleList(
             DecoderBlock(c.dec_embed_dim, c.dec_num_heads, c.mlp_ratio) for _ in range(c.dec_depth)
@@ -194,7 +194,7 @@ class Model(nn.Module):
         self.downstream_head: heads.DPTHead | heads.LinearHead = (
             heads.DPTHead(c) if c.head_type == "dpt" else heads.LinearHead(c)
         )
-        self._positions_of: dict[tuple[int, int, str], _Positions] = {}
+        self._positions_of: dict[tuple[int, int, str], Positions] = {}
         self._initialise()
         self.register_load_state_dict_pre_hook(_drop_aliases)
 
@@ -207,8 +207,19 @@ class Model(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return self.pose_token.dtype
+        """Type that the layers work in; see `set_precision`."""
+        return self.patch_embed.proj.weight.dtype
+
+    def set_precision(self, dtype: torch.dtype) -> Model:
+        """Hold the weights in `dtype`, except where its rounding would show: those in float32.
+
+        Exempt are the norms, the learnt tokens, and the layers whose output an exponential
+        magnifies; together 0.3 % of the released weights.
+        """
+        exempt = self._float32_parameters()
+        for name, parameter in self.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if name in exempt else dtype)
+        return self
 
     def initial_state(self, lanes: int) -> State:
         """The state before any frame (section 5): a constant of the weights."""
@@ -246,25 +257,12 @@ class Model(nn.Module):
         Returns:
             The predictions of these frames, and the state after them.
         """
-        lanes, frames, grid = self._check(images, outputs)
-        chosen = find_rule(rule)
-        gate = chosen.uses_gate or "trace" in outputs
-        start = self.initial_state(lanes)
-        state = start if state is None else _checked_state(state, start)
-        flags = _Flags.build(state.first, (lanes, frames), update, reset, images.device)
-
+        self._check(images, outputs)
         encoded = self.encode(images)
-        positions = self._positions(grid, images.device)
-        steps: list[_Step] = []
-        tokens, memory = state.tokens, state.pose_memory
-        for t in range(frames):
-            step = self._step(t, encoded, tokens, memory, flags, chosen, positions, gate)
-            # Forget after the frame: the next one starts a stream.
-            tokens = _choose(flags.reset, flags.reset_on_device, t, start.tokens, step.tokens)
-            memory = _choose(flags.reset, flags.reset_on_device, t, start.pose_memory, step.memory)
-            steps.append(step._replace(tokens=tokens, memory=memory))
-        after = State(tokens, memory, torch.from_numpy(flags.first[-1].copy()))
-        return self._predict(encoded, steps, positions, grid, outputs), after
+        decoded, after = self.decode(
+            encoded, state, rule=rule, update=update, reset=reset, trace="trace" in outputs
+        )
+        return self.predict(encoded, decoded, outputs), after
 
     def encode(self, images: Tensor) -> Encoded:
         """Everything that a frame gives by itself, all frames at once (section 4).
@@ -279,41 +277,125 @@ class Model(nn.Module):
         for block in self.enc_blocks:
             x = block(x, rotary)
         features = self.enc_norm(x)
-        descriptor = features.float().mean(dim=1)
+        descriptor = features.mean(dim=1)
         query = self.pose_retriever.query(descriptor)
         embedded = self.decoder_embed(features).float()
-        return Encoded(
-            *(part.unflatten(0, lead) for part in (features, descriptor, query, embedded))
-        )
+        parts = (features, descriptor, query, embedded)
+        return Encoded(grid, *(part.unflatten(0, lead) for part in parts))
 
     def decode(
-        self, pose: Tensor, embedded: Tensor, tokens: Tensor, positions: _Positions, *, gate: bool
-    ) -> Decoded:
-        """The dual decoder (section 6.2): both sides read the other's previous layer.
+        self,
+        encoded: Encoded,
+        state: State | None = None,
+        *,
+        rule: str = "ttt3r",
+        update: Tensor | np.ndarray | None = None,
+        reset: Tensor | np.ndarray | None = None,
+        trace: bool = False,
+    ) -> tuple[Decoded, State]:
+        """Frame by frame through memory, decoder and state (section 6); arguments as in `run`."""
+        lanes, frames = encoded.query.shape[:2]
+        start = self.initial_state(lanes)
+        state = start if state is None else _checked_state(state, start)
+        flags = _Flags.build(state.first, (lanes, frames), update, reset, start.tokens.device)
+        advance = partial(
+            self.step,
+            rule=find_rule(rule),
+            positions=self._positions(encoded.grid, start.tokens.device),
+            gate=trace or find_rule(rule).uses_gate,
+        )
+        kept: list[tuple[tuple[Tensor, ...], Tensor]] = []  # all that heads need of a frame
+        steps: list[Step] = []
+        tokens, memory = state.tokens, state.pose_memory
+        for t in range(frames):
+            step = advance(
+                encoded.query[:, t, None],
+                encoded.embedded[:, t],
+                tokens,
+                memory,
+                flags.first[t],
+                flags.update[t],
+            )
+            tokens, memory = step.tokens, step.memory
+            if flags.reset[t].any():  # forget after the frame: the next one starts a stream
+                forgets = flags.first[t + 1][:, None, None]
+                tokens = torch.where(forgets, start.tokens, tokens)
+                memory = torch.where(forgets, start.pose_memory, memory)
+            kept.append((step.layers, step.rate))
+            if trace:
+                steps.append(step._replace(tokens=tokens, memory=memory))
+        first = torch.from_numpy(flags.reset[-1].copy())
+        return _collect(kept, steps), State(tokens, memory, first)
+
+    def step(
+        self,
+        query: Tensor,
+        embedded: Tensor,
+        tokens: Tensor,
+        memory: Tensor,
+        first: Tensor,
+        update: Tensor,
+        *,
+        rule: UpdateRule,
+        positions: Positions,
+        gate: bool,
+    ) -> Step:
+        """One frame of all lanes: recall its pose, decode, learn (section 6).
+
+        Tensors in, tensors out: nothing here waits for the device or depends on values, so the
+        whole step can be recorded and replayed.
 
         Args:
-            pose: [L, 1, D] pose token.
+            query: [L, 1, D] asks the pose memory.
             embedded: [L, N, D] image tokens.
             tokens: [L, S, D] scene tokens.
-            positions: rotary tables.
+            memory: [L, M, 2D] pose memory.
+            first: [L] bool, the frame starts a stream.
+            update: [L] bool, the frame changes the state.
+            rule: how fast scene tokens learn.
+            positions: rotary tables of the grid.
             gate: whether to compute the gate's logits.
         """
-        image, scene = torch.cat((pose, embedded), dim=1), tokens
-        wanted, layers, logits = self.downstream_head.levels, {}, []
-        blocks = zip(self.dec_blocks, self.dec_blocks_state, strict=True)
-        for index, (image_block, state_block) in enumerate(blocks, start=1):
-            (image, _), (scene, logit) = (
-                image_block(image, scene, positions.image_by_image, positions.state_by_image),
-                state_block(
-                    scene, image, positions.state_by_state, positions.image_by_state, gate=gate
-                ),
+        recalled = self.pose_retriever.read(query, memory)
+        pose = torch.where(first[:, None, None], self.pose_token.float(), recalled)
+        layers, candidate, logits = self._dual_decoder(pose, embedded, tokens, positions, gate=gate)
+        rate = rule.rate(Proposal(tokens, candidate, logits, first))
+        rate = rate.masked_fill(first[:, None], 1.0)  # initial tokens are not normalised: overwrite
+        rate = rate.masked_fill(~update[:, None], 0.0)
+        written = self.pose_retriever.write(memory, query, layers[-1][:, :1])
+        return Step(
+            layers,
+            tokens=blend(tokens, candidate, rate),
+            memory=torch.where(update[:, None, None], written, memory),
+            rate=rate,
+            pose_in=pose,
+            candidate=candidate,
+            gate_logits=logits,
+        )
+
+    def predict(self, encoded: Encoded, decoded: Decoded, outputs: Set[str]) -> Predictions:
+        """Run the heads on all lanes and frames at once (section 7); `outputs` as in `run`."""
+        lead, grid, head = decoded.rate.shape[:2], encoded.grid, self.downstream_head
+        pose = decoded.pose.flatten(0, 1)
+        parts: dict[str, Tensor] = {"camera_pose": heads.camera_pose(head.pose_head(pose))}
+        levels = [level.flatten(0, 1) for level in decoded.levels]  # [L·T, N, *]
+        if 0 in head.levels:
+            levels.insert(0, encoded.features.flatten(0, 1))
+        if "cam" in outputs:
+            parts["pointmap_cam"], parts["confidence"] = head.cam(levels, grid)
+        if "world" in outputs:
+            rotary = self._positions(grid, pose.device).patches
+            parts["pointmap_world"], parts["confidence_world"] = head.world(
+                levels, pose, rotary, grid
             )
-            logits.append(logit)
-            if index in wanted:
-                layers[index] = image
-        layers[len(self.dec_blocks)] = self.dec_norm(image).float()
-        gate_logits = torch.stack(logits).mean(dim=0) if gate else None
-        return Decoded(self.dec_norm_state(scene).float(), layers, gate_logits)
+        if "rgb" in outputs:
+            parts["rgb"] = head.rgb(levels, grid)
+        return Predictions(
+            descriptor=encoded.descriptor,
+            rate=decoded.rate,
+            trace=decoded.trace,
+            **{name: part.unflatten(0, lead) for name, part in parts.items()},
+        )
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take all weights from `tensors`, which must hold exactly the model's names and shapes.
@@ -328,89 +410,39 @@ class Model(nn.Module):
         _drop_aliases(self, given, "")
         _check_names_and_shapes(given, dict(self.named_parameters()))
         is_meta = self.device.type == "meta"
-        dtype = self.dtype
-        self.load_state_dict(
-            {k: v.to(dtype) for k, v in given.items()} if is_meta else given, assign=is_meta
-        )
+        if is_meta:
+            given = {name: given[name].to(p.dtype) for name, p in self.named_parameters()}
+        self.load_state_dict(given, assign=is_meta)
 
-    # -- one frame ---------------------------------------------------------------------------
+    # -- parts -------------------------------------------------------------------------------
 
-    def _step(
-        self,
-        t: int,
-        encoded: Encoded,
-        tokens: Tensor,
-        memory: Tensor,
-        flags: _Flags,
-        rule: UpdateRule,
-        positions: _Positions,
-        gate: bool,
-    ) -> _Step:
-        """Frame `t`: recall its pose, decode, learn (section 6)."""
-        query = encoded.query[:, t, None]
-        pose = self._recall(t, query, memory, flags)
-        decoded = self.decode(pose, encoded.embedded[:, t], tokens, positions, gate=gate)
-        proposal = Proposal(
-            tokens, decoded.candidate, decoded.gate_logits, flags.first_on_device[t]
-        )
-        rate = _learning_rate(t, rule, proposal, flags)
-        written = self.pose_retriever.write(memory, query, decoded.pose)
-        return _Step(
-            decoded,
-            pose,
-            rate,
-            tokens=blend(tokens, decoded.candidate, rate),
-            memory=_choose(flags.update, flags.update_on_device, t, written, memory),
-        )
+    def _dual_decoder(
+        self, pose: Tensor, embedded: Tensor, tokens: Tensor, positions: Positions, *, gate: bool
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
+        """Both sides read the other's previous layer (section 6.2).
 
-    def _recall(self, t: int, query: Tensor, memory: Tensor, flags: _Flags) -> Tensor:
-        """The pose token that enters the decoder [L, 1, D] (section 6.1)."""
-        fresh = self.pose_token.float().expand_as(query)
-        if flags.first[t].all():
-            return fresh
-        recalled = self.pose_retriever.read(query, memory)
-        return _choose(flags.first, flags.first_on_device, t, fresh, recalled)
-
-    # -- all frames --------------------------------------------------------------------------
-
-    def _predict(
-        self,
-        encoded: Encoded,
-        steps: list[_Step],
-        positions: _Positions,
-        grid: tuple[int, int],
-        outputs: Set[str],
-    ) -> Predictions:
-        """Run the heads on all lanes and frames at once (section 7)."""
-        lead = (steps[0].rate.shape[0], len(steps))
-        head = self.downstream_head
-        pose_token = _over_time([s.decoded.pose[:, 0] for s in steps])  # [L, T, D]
-        flat_pose = pose_token.flatten(0, 1)
-        parts: dict[str, Tensor] = {"camera_pose": heads.camera_pose(head.pose_head(flat_pose))}
-        if outputs & {"cam", "world", "rgb"}:
-            levels = [self._level(i, encoded, steps) for i in head.levels]  # each [L·T, N, *]
-        if "cam" in outputs:
-            parts["pointmap_cam"], parts["confidence"] = head.cam(levels, grid)
-        if "world" in outputs:
-            parts["pointmap_world"], parts["confidence_world"] = head.world(
-                levels, flat_pose, positions.patches, grid
+        Returns:
+            The image side [L, 1 + N, D] after each layer that the head reads, the scene tokens
+            [L, S, D] proposed, and with `gate` the gate's logits [L, S].
+        """
+        image, scene = torch.cat((pose, embedded), dim=1), tokens
+        layers, logits = [], []
+        blocks = zip(self.dec_blocks, self.dec_blocks_state, strict=True)
+        for index, (image_block, state_block) in enumerate(blocks, start=1):
+            (image, _), (scene, logit) = (
+                image_block(image, scene, positions.image_by_image, positions.state_by_image),
+                state_block(
+                    scene, image, positions.state_by_state, positions.image_by_state, gate=gate
+                ),
             )
-        if "rgb" in outputs:
-            parts["rgb"] = head.rgb(levels, grid)
-        return Predictions(
-            descriptor=encoded.descriptor,
-            rate=_over_time([s.rate for s in steps]),
-            trace=_trace(steps, pose_token) if "trace" in outputs else None,
-            **{name: part.unflatten(0, lead) for name, part in parts.items()},
-        )
+            logits.append(logit)
+            if index in self.downstream_head.levels[:-1]:
+                layers.append(image)
+        layers.append(self.dec_norm(image))
+        gate_logits = torch.stack(logits).mean(dim=0) if gate else None
+        return tuple(layers), self.dec_norm_state(scene), gate_logits
 
-    def _level(self, index: int, encoded: Encoded, steps: list[_Step]) -> Tensor:
-        """Image tokens after decoder layer `index`, the pose token left out: [L·T, N, *]."""
-        if index == 0:
-            return encoded.features.flatten(0, 1)
-        return _over_time([s.decoded.layers[index][:, 1:] for s in steps]).flatten(0, 1)
-
-    def _positions(self, grid: tuple[int, int], device: torch.device) -> _Positions:
+    def _positions(self, grid: tuple[int, int], device: torch.device) -> Positions:
         """Rotary tables for a grid of patches; kept, as a drive has one grid."""
         key = (*grid, str(device))
         if key not in self._positions_of:
@@ -418,10 +450,18 @@ class Model(nn.Module):
                 self._positions_of[key] = _rotary_tables(self.config, grid, device)
         return self._positions_of[key]
 
+    def _float32_parameters(self) -> set[str]:
+        """Names of the parameters that stay float32 at any precision."""
+        head, retriever = self.downstream_head, self.pose_retriever
+        modules: list[nn.Module] = [self.register_tokens, self.decoder_embed_state]
+        modules += [*head.last_layers(), *(m for m in self.modules() if isinstance(m, LayerNorm))]
+        exempt = {id(p) for m in modules for p in m.parameters()}
+        exempt |= {id(p) for p in (self.pose_token, retriever.mem, retriever.masked_token)}
+        return {name for name, p in self.named_parameters() if id(p) in exempt}
+
     # -- checks and initial values -----------------------------------------------------------
 
-    def _check(self, images: Tensor, outputs: Set[str]) -> tuple[int, int, tuple[int, int]]:
-        """Lanes, frames and the grid of patches."""
+    def _check(self, images: Tensor, outputs: Set[str]) -> None:
         patch = self.config.patch_size
         if images.ndim != 5 or images.shape[2] != 3 or not images.is_floating_point():
             raise ValueError(
@@ -438,7 +478,6 @@ class Model(nn.Module):
             raise ValueError(
                 f"unknown outputs {sorted(outputs - OUTPUTS)}; known: {sorted(OUTPUTS)}"
             )
-        return lanes, frames, (height // patch, width // patch)
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -468,37 +507,29 @@ class Model(nn.Module):
         self.enc_norm_ray_map = LayerNorm(c.enc_embed_dim)
 
 
-def _choose(host: np.ndarray, on_device: Tensor, t: int, yes: Tensor, no: Tensor) -> Tensor:
-    """For each lane, `yes` where its flag at frame `t` is set, else `no`; both [L, *, *]."""
-    if host[t].all():
-        return yes
-    if not host[t].any():
-        return no
-    return torch.where(on_device[t][:, None, None], yes, no)
-
-
-def _learning_rate(t: int, rule: UpdateRule, proposal: Proposal, flags: _Flags) -> Tensor:
-    """How far each scene token moves [L, S]: all the way at first, not at all without update."""
-    rate = rule.rate(proposal)
-    if flags.first[t].any():  # the initial tokens are not normalised: overwrite them
-        rate = rate.masked_fill(flags.first_on_device[t][:, None], 1.0)
-    if not flags.update[t].all():
-        rate = rate.masked_fill(~flags.update_on_device[t][:, None], 0.0)
-    return rate
-
-
 def _over_time(tensors: list[Tensor]) -> Tensor:
     """[L, *] of each frame to [L, T, *]."""
     return torch.stack(tensors, dim=1)
 
 
-def _trace(steps: list[_Step], pose_token_out: Tensor) -> Trace:
-    logits = [s.decoded.gate_logits for s in steps]
+def _collect(kept: list[tuple[tuple[Tensor, ...], Tensor]], traced: list[Step]) -> Decoded:
+    """Layers and rate of all frames, the pose token apart from the image tokens."""
+    by_layer = list(zip(*(layers for layers, _ in kept), strict=True))
+    pose = _over_time([last[:, 0] for last in by_layer[-1]])
+    return Decoded(
+        levels=tuple(_over_time([tokens[:, 1:] for tokens in frames]) for frames in by_layer),
+        pose=pose,
+        rate=_over_time([rate for _, rate in kept]),
+        trace=_trace(traced, pose) if traced else None,
+    )
+
+
+def _trace(steps: list[Step], pose_token_out: Tensor) -> Trace:
     return Trace(
         tokens=_over_time([s.tokens for s in steps]),
         pose_memory=_over_time([s.memory for s in steps]),
-        candidate=_over_time([s.decoded.candidate for s in steps]),
-        gate_logits=_over_time([g for g in logits if g is not None]),
+        candidate=_over_time([s.candidate for s in steps]),
+        gate_logits=_over_time([s.gate_logits for s in steps if s.gate_logits is not None]),
         pose_token_in=_over_time([s.pose_in[:, 0] for s in steps]),
         pose_token_out=pose_token_out,
     )
@@ -512,7 +543,7 @@ def state_positions(count: int) -> Tensor:
     return torch.stack((index // width, index % width), dim=1)
 
 
-def _rotary_tables(config: ModelConfig, grid: tuple[int, int], device: torch.device) -> _Positions:
+def _rotary_tables(config: ModelConfig, grid: tuple[int, int], device: torch.device) -> Positions:
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     patches = torch.stack((rows.flatten(), columns.flatten()), dim=1)
     image = torch.cat((torch.tensor([[-1, -1]]), patches))  # the pose token comes first
@@ -524,7 +555,7 @@ def _rotary_tables(config: ModelConfig, grid: tuple[int, int], device: torch.dev
     def table(positions: Tensor, head_dim: int) -> Rotary:
         return rotary_tables(positions.to(device), head_dim, config.rope_base)
 
-    return _Positions(
+    return Positions(
         encoder=table(patches, encoder_dim),
         patches=table(patches, image_dim),
         image_by_image=table(image, image_dim),

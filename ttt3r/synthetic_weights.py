@@ -21,6 +21,7 @@ _TOKENS = frozenset(
         "pose_retriever.mem",
     }
 )
+_BLOCK = 2**15
 _HALVED = (
     ".head.4.weight",
     "downstream_head.proj.fc2.weight",
@@ -69,9 +70,16 @@ def _gain(name: str, qk_gain: float) -> float:
 
 
 def _uniform(name: str, count: int, weight_seed: int) -> np.ndarray:
-    """SplitMix64, seeded by the name, as float32 in [-1, 1)."""
+    """SplitMix64, seeded by the name, as float32 in [-1, 1); in blocks that fit the cache."""
     seed = np.uint64((weight_seed << 32) | zlib.crc32(name.encode("ascii")))
-    z = np.arange(1, count + 1, dtype=np.uint64)
+    values = np.empty(count, np.float32)
+    for start in range(0, count, _BLOCK):
+        stop = min(start + _BLOCK, count)
+        values[start:stop] = _mixed(np.arange(start + 1, stop + 1, dtype=np.uint64), seed)
+    return values
+
+
+def _mixed(z: np.ndarray, seed: np.uint64) -> np.ndarray:
     z *= np.uint64(0x9E3779B97F4A7C15)
     z += seed
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

@@ -36,7 +36,7 @@ from ttt3r.known_weights import KNOWN_WEIGHTS
 from ttt3r.model import Model
 from ttt3r.weights_file import (
     WeightsInfo,
-    build_model,
+    empty_model,
     read_info,
     read_local_info,
     read_tensors,
@@ -101,7 +101,7 @@ def load_model(
     Args:
         weights: a name (`list_weights`), a .safetensors path, or a URL of one (fetched once).
         device: where the parameters go; each is read straight to it.
-        dtype: of the parameters.
+        dtype: that the layers work in; see `Model.set_precision`.
         cache_dir: where fetched weights are kept; `default_cache_dir()` if None.
 
     Raises:
@@ -111,13 +111,17 @@ def load_model(
     The tensors are copied one by one from the mapped file: memory holds them once.
     """
     if str(weights) == UNTRAINED:
-        return _untrained_model().to(device, dtype).eval(), _untrained_info()
+        return _untrained_model().set_precision(dtype).to(device).eval(), _untrained_info()
     path = locate(weights, cache_dir)
     info = read_local_info(path)
     # Copied even on the CPU: in the file they are aligned as the header's length has it, and the
     # order of sums in a kernel, hence the last bits of the result, can follow the alignment.
-    tensors = {name: t.to(device, dtype, copy=True) for name, t in read_tensors(path)}
-    return build_model(info.config, tensors, dtype).eval(), info
+    model = empty_model(info.config, dtype)
+    types = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    model.load_tensors(
+        {name: t.to(device, types.get(name), copy=True) for name, t in read_tensors(path)}
+    )
+    return model.eval(), info
 
 
 def weights_info(weights: str | Path, cache_dir: str | Path | None = None) -> WeightsInfo:

@@ -182,15 +182,20 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"{path} is damaged or truncated: {error}") from error
 
 
+def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Model:
+    """A network without values, on the meta device, whose parameters have the types to load."""
+    with torch.device("meta"):
+        return Model(config).set_precision(dtype)
+
+
 def build_model(
     config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> Model:
-    """A network whose parameters are `tensors` themselves where their dtype is `dtype`.
+    """A network whose parameters are `tensors` themselves where they have the type to load.
 
     Raises ValueError naming the tensors that are missing, unexpected or misshapen.
     """
-    with torch.device("meta"):
-        model = Model(config).to(dtype)
+    model = empty_model(config, dtype)
     model.load_tensors(tensors)
     return model
 
