@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt3r.config import ModelConfig
-from ttt3r.layers import Mlp, ModulatedBlock, Rotary
+from ttt3r.layers import Mlp, ModulatedBlock, Rotary, without_autocast
 
 LEVEL_WIDTHS = (96, 192, 384, 768)  # fixed, whatever the decoder's width
 FUSED_WIDTH = 256
@@ -267,7 +267,7 @@ class DPTStack(nn.Module):
 def _conv1x1_fp32(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Apply a 1x1 convolution in float32: an exponential will magnify what comes out."""
     assert layer.bias is not None
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return F.conv2d(x.float(), layer.weight.float(), layer.bias.float())
 
 

@@ -8,6 +8,7 @@ Sections and formulas refer to the model specification.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -90,9 +91,16 @@ class Linear(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Where autocast does not act on tensors of the device of `x`."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
     """Apply `layer` in float32 whatever its weights' dtype or autocast says."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return F.linear(x.float(), layer.weight.float(), layer.bias.float())
 
 
