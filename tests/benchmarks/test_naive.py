@@ -56,10 +56,8 @@ def settings(config, width, height):
 @pytest.mark.slow
 def test_throughput_writes_what_its_readers_need(tmp_path, capsys):
     path = tmp_path / "tiny.json"
-    throughput.main(
-        "--config tiny --frames 3 --lanes 1 2 --repeats 1 --naive-frames 2 --json".split()
-        + [str(path)]
-    )
+    arguments = "--config tiny --frames 3 --lanes 1 2 --repeats 1 --naive-frames 2 --json"
+    throughput.main([*arguments.split(), str(path)])
     found = json.loads(path.read_text())
     for name in ("frames_per_second", "gflop_per_frame", "share_of_peak", "peak_memory_bytes"):
         assert np.isfinite(found[name]), name
