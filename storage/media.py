@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import av
 import numpy as np
 from av.container import InputContainer
-from av.error import FFmpegError, InvalidDataError
+from av.error import FFmpegError
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
@@ -35,6 +35,7 @@ VIDEO_SUFFIXES = frozenset([
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"])
 # fmt: on
 LARGEST_SIDE = 16384  # pixels; beyond it a header is taken to be false
+LARGEST_PICTURE = 2**27  # pixels: 16384 x 8192; a few bytes may ask for more than memory holds
 REMOTE_BLOCK = 4 * 2**20  # bytes a request of a remote file reads ahead
 DEMUX_TRIES = 8  # damaged stretches in a row, without a packet between, before giving up
 # Only plain containers: a playlist or a script named .mp4 could make FFmpeg open other files.
@@ -110,6 +111,11 @@ def require(location: str) -> tuple[Any, str]:
     fs, path = url_to_fs(location)
     if not fs.exists(path):
         raise UnreadableVideo(f"{location}: there is no such file or folder; check the path")
+    if isinstance(fs, LocalFileSystem) and not (fs.isfile(path) or fs.isdir(path)):
+        raise UnreadableVideo(
+            f"{location}: neither a file nor a folder but a pipe, socket or device; copy the "
+            "recording into a file"
+        )
     return fs, path
 
 
@@ -151,7 +157,10 @@ def open_video(
             container = stack.enter_context(
                 av.open(source, mode="r", metadata_errors="replace", options=dict(OPEN_OPTIONS))
             )
-        except InvalidDataError as error:
+        except FFmpegError as error:
+            # A file that ends in its header has another error than one of an unknown kind.
+            if isinstance(error, OSError):
+                raise
             raise UnreadableVideo(f"{location}: {_why_not_a_video(location)}") from error
         stream = _first_video(location, container)
         stream.thread_type = threads
@@ -230,6 +239,8 @@ def _packets(
                 if packet.size:  # PyAV ends with an empty packet; draining is done by `_drain`
                     yield packet, None
             return
+        except IndexError:  # PyAV's answer to a track that appears after the header: not ours
+            continue
         except FFmpegError as failure:
             if isinstance(failure, OSError | MemoryError):  # the disk or server, not the data
                 raise
@@ -298,6 +309,8 @@ def _first_video(location: str, container: InputContainer) -> VideoStream:
             f"{location}: the header gives a picture of {width} x {height} pixels; "
             f"1 to {LARGEST_SIDE} a side can be read"
         )
+    # Pictures may grow later than in the header; the decoder refuses such a one.
+    stream.codec_context.options = {"max_pixels": str(LARGEST_PICTURE)}
     return stream
 
 
@@ -311,7 +324,17 @@ def _why_not_a_video(location: str) -> str:
                 "cut off before it was closed: copy it again or repair it with a tool such as "
                 "untrunc"
             )
-    return f"not a video that can be read; it starts with {head!r}"
+    # Not the bytes themselves: a link named like a video may lead to anything.
+    return f"not a video that can be read; it looks like {_kind_of(head)}"
+
+
+def _kind_of(head: bytes) -> str:
+    """What the first bytes of a file say that it is."""
+    kinds = {b"PK": "a zip archive", b"\x1f\x8b": "a gzip file", b"\x7fELF": "a program"}
+    kinds |= {b"\x89PNG": "an image", b"\xff\xd8\xff": "an image", b"%PDF": "a PDF document"}
+    known = [kind for start, kind in kinds.items() if head.startswith(start)]
+    is_text = all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head)
+    return known[0] if known else "text" if is_text else "unknown data"
 
 
 def _has_box(file: IO[bytes], wanted: bytes) -> bool:

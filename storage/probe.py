@@ -108,10 +108,11 @@ def _scan_clips(files: Sequence[str], progress: Progress | None) -> list[_ClipRe
     tail: list[NDArray[np.float32]] = []
     done = 0
     for file in files:
-        result = _ClipResult(file, size_of(file))
+        result = _ClipResult(file, 0)
         offset = done
         report = (lambda n, offset=offset: progress(offset + n)) if progress else None
         try:
+            result.size_bytes = size_of(file)
             result.scan = scan_clip(file, result.size_bytes, tail, report)
             tail, done = result.scan.tail, done + result.scan.frames
         except UnreadableVideo as error:

@@ -1,59 +1,21 @@
 """Awkward recordings made here; each frame shows its own number, so a wrong one is seen."""
 
-import io
 import os
 import time
-from collections.abc import Iterable
-from fractions import Fraction
-from itertools import count
 from pathlib import Path
 
 import av
 import fsspec
 import numpy as np
 import pytest
+from numbered_video import X264, encode, number_in, picture
 from PIL import Image
 
 from storage.records import FrameTable
 from storage.video import UnreadableVideo, list_drives, probe_drive, probe_video, read_frames
 
-WIDTH, HEIGHT, RATE = 128, 64, 25
-X264 = {"x264-params": "keyint=10:min-keyint=10:scenecut=0:bframes=2:open-gop=0"}
 OPEN_GOP = {"x264-params": "keyint=10:min-keyint=10:scenecut=0:bframes=2:open-gop=1"}
 X265 = {"x265-params": "keyint=10:min-keyint=10:scenecut=0:log-level=none"}
-
-
-def picture(number: int, width: int = WIDTH) -> np.ndarray:
-    """Eight bars, white where the bit of `number` is set; the lower half the other way round."""
-    bits = np.array([number >> k & 1 for k in range(8)], np.uint8)
-    row = np.repeat(bits, width // 8) * 219 + 18
-    grey = np.vstack([np.tile(row, (HEIGHT // 2, 1)), np.tile(255 - row, (HEIGHT // 2, 1))])
-    return np.repeat(grey[..., None], 3, axis=2).astype(np.uint8)
-
-
-def number_in(frame: np.ndarray) -> int:
-    bars = frame[HEIGHT // 4, WIDTH // 16 :: WIDTH // 8, 0] > 128
-    return int(sum(1 << k for k, is_set in enumerate(bars) if is_set))
-
-
-def encode(
-    path: Path | io.BytesIO,
-    numbers: Iterable[int],
-    codec: str = "libx264",
-    options: dict[str, str] = X264,
-    ticks: Iterable[int] | None = None,
-    width: int = WIDTH,
-    container: str | None = None,
-) -> None:
-    """Write pictures of `numbers` as a video; `ticks` are their times in 1/RATE s."""
-    with av.open(path if container else str(path), "w", format=container) as output:
-        stream = output.add_stream(codec, rate=RATE, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, HEIGHT, "yuv420p"
-        for number, tick in zip(numbers, count() if ticks is None else ticks, strict=False):
-            frame = av.VideoFrame.from_ndarray(picture(number, width), format="rgb24")
-            frame.pts, frame.time_base = tick, Fraction(1, RATE)
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode())
 
 
 def numbers_of(location: Path | str, *wanted: int) -> list[int]:
