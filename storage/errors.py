@@ -37,3 +37,11 @@ class DataDamaged(StoreError):
 
 class CommitExists(StoreError):
     """Somebody else committed this name first."""
+
+
+class Claimed(StoreError):
+    """A living worker is at work on the same thing."""
+
+
+class ClaimLost(StoreError):
+    """The right to work on something was lost: nothing more may be written."""

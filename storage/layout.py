@@ -9,6 +9,7 @@ One Zarr v3 group per drive; docs/decisions/0001-zarr-layout.md gives the reason
     trajectory/              TRAJECTORY_ARRAYS
     fusion/  report/         plain files: meshes, pictures
     commits/                 plain JSON objects: what is finished
+    claims/                  plain JSON objects: who is at work, gone when the work is
 
 Rounding: an array with `mantissa_bits` is kept as float16 rounded to that many bits. A stored
 value is within max(2^-(bits+1) * |value|, 2^-23) of the value given; magnitudes above 65504,
@@ -32,8 +33,9 @@ SCHEMA = "ttt3r-reconstruction"
 SCHEMA_VERSION = 1
 
 FRAMES, SEGMENTS, TRAJECTORY, COMMITS = "frames", "segments", "trajectory", "commits"
+CLAIMS = "claims"
 FILE_FOLDERS = ("fusion", "report")
-GROUPS = (FRAMES, SEGMENTS, TRAJECTORY, COMMITS, *FILE_FOLDERS)
+GROUPS = (FRAMES, SEGMENTS, TRAJECTORY, COMMITS, CLAIMS, *FILE_FOLDERS)
 
 LARGEST_HALF = 65504.0  # largest finite float16
 HALF_ABSOLUTE_ERROR = 2.0**-23  # where float16 runs out of exponents, below 6.1e-5
@@ -251,6 +253,11 @@ def segment_name(index: int) -> str:
 def chunk_commit(segment: int, chunk: int) -> str:
     """Name of the commit that vouches for a chunk."""
     return f"infer/{segment:04d}/{chunk:04d}"
+
+
+def segment_claim(index: int) -> str:
+    """Name of the claim of who infers a segment."""
+    return f"infer/{index:04d}"
 
 
 def frames_per_read(chunk_frames: int) -> int:

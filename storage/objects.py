@@ -10,10 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import fsspec
 from fsspec.core import split_protocol
@@ -25,6 +29,14 @@ from storage.errors import CommitExists, StoreRefused, StoreUnavailable
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
 # A listing that a connection remembers would hide what other writers add.
 REMOTE_OPTIONS = {"use_listings_cache": False}
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a listing says of an object."""
+
+    size: int  # bytes
+    modified: float  # seconds since 1970
 
 
 def check_name(name: str) -> str:
@@ -104,6 +116,10 @@ class Folder(ABC):
         """Names and sizes in bytes of all finished objects below `prefix/`, in name order."""
 
     @abstractmethod
+    def objects(self) -> dict[str, ObjectInfo]:
+        """All objects of the folder by name, unfinished writes included."""
+
+    @abstractmethod
     def is_file(self) -> bool:
         """Whether the location is one file instead of a folder."""
 
@@ -181,14 +197,19 @@ class LocalFolder(Folder):
             _fsync(target.parent)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
+        found = self._walk(prefix)
+        return {name: info.size for name, info in found.items() if not is_unfinished(name)}
+
+    def objects(self) -> dict[str, ObjectInfo]:
+        return self._walk("")
+
+    def _walk(self, prefix: str) -> dict[str, ObjectInfo]:
         found = {}
         for folder, _, files in os.walk(self.root / prefix):
             for file in files:
                 path = Path(folder, file)
-                name = path.relative_to(self.root).as_posix()
-                if not is_unfinished(name):
-                    found[name] = _size(path)
-        return {name: size for name, size in sorted(found.items()) if size is not None}
+                found[path.relative_to(self.root).as_posix()] = _info(path)
+        return {name: info for name, info in sorted(found.items()) if info is not None}
 
     def is_file(self) -> bool:
         return self.root.is_file()
@@ -257,10 +278,20 @@ class RemoteFolder(Folder):
             return
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
+        return {name: int(info["size"]) for name, info in self._find(prefix).items()}
+
+    def objects(self) -> dict[str, ObjectInfo]:
+        # Without a date an object counts as new: nobody takes it for a leftover.
+        return {
+            name: ObjectInfo(int(info["size"]), _timestamp(info.get("LastModified")))
+            for name, info in self._find("").items()
+        }
+
+    def _find(self, prefix: str) -> dict[str, dict[str, Any]]:
         found = self.filesystem.find(self._path(prefix), detail=True)
         start = len(self.root) + 1
-        names = {path[start:]: int(info["size"]) for path, info in found.items()}
-        return {n: s for n, s in sorted(names.items()) if n and n[-1] != "/"}
+        names = {path[start:]: info for path, info in sorted(found.items())}
+        return {name: info for name, info in names.items() if name and name[-1] != "/"}
 
     def is_file(self) -> bool:
         return False  # S3 lets an object and a folder share a name
@@ -309,11 +340,16 @@ def _is_lost_race(error: OSError) -> bool:
     return response.get("Error", {}).get("Code") == "PreconditionFailed"
 
 
-def _size(path: Path) -> int | None:
+def _timestamp(date: datetime | None) -> float:
+    return time.time() if date is None else date.timestamp()
+
+
+def _info(path: Path) -> ObjectInfo | None:
     try:
-        return path.stat().st_size
+        found = path.lstat()
     except FileNotFoundError:  # removed since it was listed
         return None
+    return ObjectInfo(found.st_size, found.st_mtime)
 
 
 def _make_folder(path: Path) -> None:

@@ -9,7 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ import zarr
 from zarr.core.array import Array
 
 from storage import layout
+from storage.claims import Claim, claimed_names
 from storage.commits import Commits, plain
 from storage.encoding import empty_segment, encode_rows, group_document, whole_array
 from storage.errors import (
     ChunkMissing,
+    Claimed,
+    ClaimLost,
     CommitExists,
     DataDamaged,
     NotAStore,
@@ -31,12 +34,15 @@ from storage.errors import (
     StoreTooNew,
     StoreUnavailable,
 )
-from storage.layout import ArraySpec, by_name, chunk_commit, segment_name
+from storage.garbage import find_garbage
+from storage.layout import ArraySpec, by_name, chunk_commit, segment_claim, segment_name
 from storage.objects import Folder, check_name, explain, open_folder, redacted
 from storage.records import Chunk, Segment
 
 __all__ = [
     "ChunkMissing",
+    "ClaimLost",
+    "Claimed",
     "CommitExists",
     "DataDamaged",
     "NotAStore",
@@ -74,6 +80,7 @@ class ReconstructionStore:
         self._zarr = folder.zarr_store()
         # By commit name, what this object wrote and has not committed yet.
         self._pending: dict[str, dict[str, Any]] = {}
+        self._claims: dict[str, Claim] = {}
 
     # ---- the store as a whole
 
@@ -160,6 +167,27 @@ class ReconstructionStore:
     def drop_commits(self, prefix: str) -> None:
         """Declare `prefix` and all below `prefix/` unfinished; "" drops everything."""
         self._commits.drop(prefix)
+
+    @contextmanager
+    def claim(self, name: str, progress: int = 0) -> Iterator[Claim]:
+        """Be the only one at work on `name` ("drive", "infer/0003") while the block runs.
+
+        Chunks of a segment whose claim this object holds are written only as long as it does.
+
+        Args:
+            name: what is worked on; claims of different names know nothing of each other.
+            progress: what is done of it, to count the holders that died without getting on.
+
+        Raises:
+            Claimed: a living worker holds it. One on another machine that shows no sign of
+                life is waited for, `storage.claims.LEASE_S` at most, and then replaced.
+        """
+        with Claim(self._folder, name, progress) as claim:
+            self._claims[name] = claim
+            try:
+                yield claim
+            finally:
+                del self._claims[name]
 
     # ---- frames and trajectory: written as a whole
 
@@ -301,12 +329,14 @@ class ReconstructionStore:
                 False, `state_first`.
 
         Raises:
+            ClaimLost: another worker may have taken the segment over.
             ValueError: a name, shape or type is not as declared, or the chunk is not one of
                 the segment's.
         """
         found = self._require_layout(segment)
         _check_chunk(segment, chunk, found["chunk_frames"])
         encoded = _encode_chunk(arrays, chunk, found["sizes"])
+        self._check_claim(segment)
         commit = chunk_commit(segment.index, chunk.index)
         self._folder.delete(f"{layout.COMMITS}/{commit}.json")
         group = segment_name(segment.index)
@@ -338,13 +368,28 @@ class ReconstructionStore:
         Args:
             record: at least `key`, which `is_chunk_done` compares; attempt, timings, host and
                 device belong here too. The store adds digests of the stored values.
+
+        Raises:
+            CommitExists: somebody else wrote the same chunk meanwhile. Whose bytes are there is
+                unknown, so that nobody's count: the chunk is declared unfinished.
+            ClaimLost: another worker may have taken the segment over.
         """
         name = chunk_commit(segment.index, chunk.index)
         if name not in self._pending:
             raise ValueError(
                 f"{name} has no data to commit; call write_chunk on the same store object first"
             )
-        self.commit(name, record)
+        self._check_claim(segment)
+        try:
+            self.commit(name, record, exclusive=True)
+        except CommitExists:
+            self._commits.drop(name)
+            raise
+
+    def _check_claim(self, segment: Segment) -> None:
+        claim = self._claims.get(segment_claim(segment.index))
+        if claim is not None:
+            claim.check()
 
     def is_chunk_done(self, segment: Segment, chunk: Chunk, key: str) -> bool:
         """Whether the chunk is committed under this key, in arrays that are still there."""
@@ -539,6 +584,37 @@ class ReconstructionStore:
                 self.remove_segment(index)
         return damaged
 
+    def garbage(self, age_s: float) -> dict[str, int]:
+        """Names and sizes of what no commit refers to and was written `age_s` seconds ago or more.
+
+        What a run at work has written and not committed yet is younger than a day.
+        """
+        commits = self.commits()
+        layouts: dict[int, dict[str, Any]] = {}
+        for name in {n.split("/")[1] for n in self._folder.sizes(layout.SEGMENTS) if "/" in n}:
+            data = self._folder.read(f"{layout.SEGMENTS}/{name}/zarr.json")
+            if name.isdigit() and data:
+                layouts[int(name)] = json.loads(data)["attributes"]
+        valid = {n: record for n, record in commits.items() if _is_valid(n, record, layouts)}
+        planned = {s["index"] for s in self.attributes.get("plan", {}).get("segments", ())}
+        vouched = {int(n.split("/")[1]) for n in valid if n.startswith("infer/")}
+        segments = (planned & layouts.keys()) | vouched
+        return find_garbage(self._folder, valid, segments, age_s)
+
+    def delete_garbage(self, age_s: float) -> dict[str, int]:
+        """Remove what `garbage` gives, as the only one at work on the store.
+
+        Raises:
+            Claimed: a run is at work; nothing is removed.
+        """
+        with ExitStack() as claims:
+            for name in ["drive", *(n for n in claimed_names(self._folder) if n != "drive")]:
+                claims.enter_context(self.claim(name))
+            found = self.garbage(age_s)
+            for name in found:
+                self._folder.delete(name)
+        return found
+
     def _damage(self, commit: str, record: dict[str, Any]) -> list[str]:
         """Names of the arrays, chunks and files of one commit that are not as committed."""
         chunk = commit.split("/")[2] if commit.count("/") == 2 else None
@@ -728,6 +804,15 @@ def _check_file_name(name: str) -> str:
     if name.endswith("zarr.json"):
         raise ValueError(f"{name!r} is a name that Zarr uses; choose another")
     return name
+
+
+def _is_valid(
+    name: str, record: Mapping[str, Any], layouts: Mapping[int, Mapping[str, Any]]
+) -> bool:
+    """Whether a commit counts: one of a chunk belongs to the segment as it was created last."""
+    if not name.startswith("infer/"):
+        return True
+    return record.get("creation") == layouts.get(int(name.split("/")[1]), {}).get("creation")
 
 
 def _segment_progress(

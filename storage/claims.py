@@ -1,0 +1,228 @@
+"""Claims: who works on what, so that two workers that take the same work never mix results.
+
+A claim is the newest of the objects `claims/<name>/<number>.json`. Its holder renews it every
+`RENEW_S`. Whoever finds a claim takes it over only when its holder is dead: the process is gone
+from this machine, or, for a holder elsewhere, the claim was not renewed for `LEASE_S` while
+being watched, so that no two clocks are compared. The next number is created exclusively: of
+several that find a dead holder exactly one takes over. A holder that could not renew for half
+of the lease stops by itself, well before anybody takes its place.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from storage.errors import Claimed, ClaimLost, CommitExists
+from storage.layout import CLAIMS
+from storage.objects import Folder, check_name, redacted
+
+RENEW_S = 15.0
+LEASE_S = 90.0
+WATCH_S = 1.0  # how often a claim of another machine is looked at
+
+log = logging.getLogger(__name__)
+_held: set[str] = set()  # tokens of the claims that this process holds
+
+
+class Claim:
+    """The right to work on `name`, from `with` to the end of the block.
+
+    Raises:
+        Claimed: on entering, a living worker holds it.
+    """
+
+    def __init__(self, folder: Folder, name: str, progress: int = 0) -> None:
+        """`progress`: any measure of what is done, to see whether a dead holder got on."""
+        self._folder, self._prefix = folder, f"{CLAIMS}/{check_name(name)}"
+        self.name, self._progress = name, progress
+        self.deaths = 0  # holders that died one after the other at this same progress
+        self._holder = this_process()
+        self._token = uuid.uuid4().hex
+        self._object = ""
+        self._renewed = 0.0
+        self._is_lost = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name=f"claim {name}", daemon=True)
+
+    def __enter__(self) -> Claim:
+        number, found = self._newest()
+        if found is not None:
+            self._await_death(number, found)
+            if found.get("progress") == self._progress:
+                self.deaths = int(found.get("deaths", 0)) + 1
+        self._object = f"{self._prefix}/{number + 1:06d}.json"
+        self._renewed = time.monotonic()
+        try:
+            self._folder.write_new(self._object, self._document())
+        except CommitExists:
+            raise self._claimed("another worker") from None
+        if self._newest()[0] > number + 1:  # it was held, and given up, since it was looked at
+            self._folder.delete(self._object)
+            raise self._claimed("another worker")
+        for older in self._numbers():
+            if older <= number:
+                self._folder.delete(f"{self._prefix}/{older:06d}.json")
+        _held.add(self._token)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        _held.discard(self._token)
+        try:
+            if self._is_mine():
+                self._folder.delete(self._object)
+        except Exception as failure:  # the next holder finds that this one is gone
+            log.warning("claim %r of %s cannot be given up: %s", self.name, self._url, failure)
+
+    def check(self) -> None:
+        """Make sure, before writing, that the claim is still held.
+
+        Raises:
+            ClaimLost: it may be somebody else's by now.
+        """
+        if self._is_late() or not self._is_mine():
+            self._is_lost = True
+        if self._is_lost:
+            raise ClaimLost(
+                f"{self._url}: the claim on {self.name!r} was lost, as it could not be renewed for "
+                f"{LEASE_S / 2:.0f} s or was removed; what is committed stays, run again"
+            )
+
+    @property
+    def _url(self) -> str:
+        return redacted(self._folder.url)
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._renewed > LEASE_S / 2
+
+    def _is_mine(self) -> bool:
+        return (_parsed(self._folder.read(self._object)) or {}).get("token") == self._token
+
+    def _keep(self) -> None:
+        """Renew until told to stop; a store that is away now may be back the next time."""
+        while not self._stop.wait(RENEW_S) and not self._is_lost:
+            try:
+                self._renew()
+            except Exception as error:
+                log.warning("claim %r of %s not renewed: %s", self.name, self._url, error)
+
+    def _renew(self) -> None:
+        began = time.monotonic()
+        self.check()
+        self._folder.write(self._object, self._document())
+        # A write that took so long may have landed in a claim that was taken over meanwhile.
+        self._is_lost = time.monotonic() - began > LEASE_S / 2
+        self._renewed = began
+
+    def _document(self) -> bytes:
+        record = {
+            "token": self._token,
+            "renewal": uuid.uuid4().hex,
+            "progress": self._progress,
+            "deaths": self.deaths,
+            **self._holder,
+        }
+        return json.dumps(record, indent=1).encode()
+
+    def _numbers(self) -> list[int]:
+        names = (n.rpartition("/")[2] for n in self._folder.sizes(self._prefix))
+        return sorted(int(n[:6]) for n in names if len(n) == 11 and n[:6].isdigit())
+
+    def _newest(self) -> tuple[int, dict[str, Any] | None]:
+        """Number and record of the claim that counts; (0, None) where there is none."""
+        number = max(self._numbers(), default=0)
+        if not number:
+            return 0, None
+        return number, _parsed(self._folder.read(f"{self._prefix}/{number:06d}.json"))
+
+    def _await_death(self, number: int, found: dict[str, Any]) -> None:
+        """Return once the holder is known to be dead, else raise Claimed."""
+        is_alive = _is_alive(found)
+        deadline = time.monotonic() + LEASE_S
+        while is_alive is None and time.monotonic() < deadline:
+            time.sleep(WATCH_S)
+            newest, record = self._newest()
+            if record is None:
+                return
+            if (newest, record.get("renewal")) != (number, found.get("renewal")):
+                is_alive = True
+        if is_alive:
+            raise self._claimed(f"process {found.get('pid')} on {found.get('host')}")
+
+    def _claimed(self, holder: str) -> Claimed:
+        return Claimed(
+            f"{self._url}: {self.name!r} is being worked on by {holder}; its work stands, "
+            "run again when it has ended"
+        )
+
+
+def claimed_names(folder: Folder) -> list[str]:
+    """Names that anybody, dead or alive, holds a claim on."""
+    below = (name.removeprefix(f"{CLAIMS}/") for name in folder.sizes(CLAIMS))
+    return sorted({name.rpartition("/")[0] for name in below if "/" in name})
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process apart from all others, on this and other machines."""
+    pid = os.getpid()
+    return {
+        "host": platform.node(),
+        "machine": _machine(),
+        "pid": pid,
+        "started": _start_of(pid),
+    }
+
+
+def _machine() -> str:
+    """Boot and process namespace, or "" where process numbers cannot be compared."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{platform.node()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process started, in ticks since boot; None where it is gone or only a zombie."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = status.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _is_alive(record: dict[str, Any]) -> bool | None:
+    """Whether the holder lives; None where that cannot be seen from here."""
+    if not record.get("machine") or record["machine"] != _machine():
+        return None
+    if record["pid"] == os.getpid() and record["started"] == _start_of(os.getpid()):
+        return record["token"] in _held
+    return record["started"] is not None and _start_of(record["pid"]) == record["started"]
+
+
+def _parsed(data: bytes | None) -> dict[str, Any] | None:
+    """A claim's record; one that is not ours to read counts as of an unknown holder."""
+    if data is None:
+        return None
+    try:
+        record = json.loads(data)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,0 +1,91 @@
+"""What no commit refers to: leftovers of killed runs, dropped chunks and superseded files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from storage import layout
+from storage.objects import Folder, is_unfinished
+
+OWN = {
+    layout.FRAMES: {spec.name for spec in layout.FRAME_ARRAYS},
+    layout.TRAJECTORY: {spec.name for spec in layout.TRAJECTORY_ARRAYS},
+    "segment": {"frame", "state"} | {spec.name for spec in layout.SEGMENT_ARRAYS},
+}
+
+
+def find_garbage(
+    folder: Folder,
+    commits: Mapping[str, Mapping[str, Any]],
+    segments: Iterable[int],
+    age_s: float,
+) -> dict[str, int]:
+    """Names and sizes of what nothing refers to, of objects written at least `age_s` ago.
+
+    Args:
+        commits: all valid commits by name.
+        segments: indices of the segments that the plan has or that a commit vouches for.
+    """
+    kept = _Referenced(commits, segments)
+    latest = time.time() - age_s
+    return {
+        name: info.size
+        for name, info in folder.objects().items()
+        if info.modified <= latest and (is_unfinished(name) or kept.is_garbage(name))
+    }
+
+
+class _Referenced:
+    """What the commits refer to."""
+
+    def __init__(self, commits: Mapping[str, Mapping[str, Any]], segments: Iterable[int]) -> None:
+        self._segments = {layout.segment_name(index) for index in segments}
+        self._arrays: set[str] = set()  # that are written as a whole
+        self._rows: set[str] = set()  # first index of what lies in an array: "segments/0/depth/c/3"
+        self._files: set[str] = set()
+        self._kept_folders: set[str] = set()  # of commits that do not say what their files are
+        for name, record in commits.items():
+            self._add(name, record)
+
+    def _add(self, name: str, record: Mapping[str, Any]) -> None:
+        for path in record.get("digests") or ():
+            if name.startswith("infer/"):
+                self._rows.add(f"{path}/c/{int(name.rpartition('/')[2])}")
+            else:
+                self._arrays.add(path)
+        self._files |= set(record.get("files") or ())
+        is_older = "files" not in record  # a version that did not list files
+        if is_older and name.startswith("fuse/"):
+            self._kept_folders.add("fusion")
+        if is_older and name == "report":
+            self._kept_folders.add("report")
+
+    def is_garbage(self, name: str) -> bool:
+        """Whether the object is of a kind that commits refer to, and none refers to it."""
+        folder, _, rest = name.partition("/")
+        if not rest or rest == "zarr.json":
+            return False
+        if folder in (layout.FRAMES, layout.TRAJECTORY):
+            array = rest.partition("/")[0]
+            return array in OWN[folder] and f"{folder}/{array}" not in self._arrays
+        if folder == layout.SEGMENTS:
+            return self._is_garbage_of_segment(name)
+        if folder in layout.FILE_FOLDERS:
+            return folder not in self._kept_folders and name not in self._files
+        return False
+
+    def _is_garbage_of_segment(self, name: str) -> bool:
+        parts = name.split("/")
+        group, inside = "/".join(parts[:2]), parts[2:]
+        if not parts[1].isdigit() or not inside:
+            return False
+        if inside[0] != "zarr.json" and inside[0] not in OWN["segment"]:
+            return False
+        if group not in self._segments:
+            return True
+        array, separator, index = name.partition("/c/")
+        if not separator or array.endswith("/frame"):
+            return False  # metadata and coordinates, written when the segment is created
+        return f"{array}/c/{index.partition('/')[0]}" not in self._rows

@@ -1,0 +1,104 @@
+"""Garbage: what no commit refers to, and never anything else."""
+
+import os
+import time
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from small_segment import SEGMENT, SHAPE, chunk_arrays
+
+from storage.errors import Claimed
+from storage.reconstruction import ReconstructionStore
+from storage.records import Segment
+
+CHUNKS = SEGMENT.chunks(4)
+PLAN = {"segments": [{"index": 0}]}
+
+
+def put(store: ReconstructionStore, name: str, data: bytes = b"x") -> None:
+    """Write an object behind the store's back."""
+    with fsspec.open(f"{store.url}/{name}", "wb", auto_mkdir=True) as file:
+        file.write(data)
+
+
+@pytest.fixture
+def store(output_url: str) -> ReconstructionStore:
+    """Everything that a finished drive has, all of it referred to."""
+    made = ReconstructionStore.create(f"{output_url}/drive.zarr", {"plan": PLAN})
+    made.create_segment(SEGMENT, 4, **SHAPE)
+    for chunk in CHUNKS:
+        made.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 1.0))
+        made.commit_chunk(SEGMENT, chunk, {"key": "key"})
+    made.write_trajectory({"cam_to_world": np.zeros((46, 4, 4))})
+    made.commit("align", {"key": "key"})
+    files = {n: made.put_file(n, b"mesh") for n in ("fusion/tiles/a.ply", "fusion/mesh.ply")}
+    made.commit("fuse/merged", {"key": "key", "files": files})
+    put(made, "notes.txt")
+    put(made, "segments/0000/of_a_user/c/0")
+    return made
+
+
+def test_finished_store_has_no_garbage(store):
+    assert store.garbage(0) == {}
+
+
+def test_only_what_no_commit_refers_to_is_listed_and_removed(store):
+    store.drop_commits("infer/0000/0003")
+    store.create_segment(Segment(1, 40, 46, 0), 4, **SHAPE)  # a plan before had it
+    store.put_file("fusion/tiles/old.ply", b"superseded")
+    store.put_file("report/report.html", b"not committed")
+    found = store.garbage(0)
+    dropped = {n for n in found if n.startswith("segments/0000")}
+    assert len(dropped) == 9
+    assert all("/c/3" in name for name in dropped)
+    others = {n for n in found if not n.startswith("segments/")}
+    assert others == {"fusion/tiles/old.ply", "report/report.html"}
+    assert {n.split("/")[1] for n in found if n.startswith("segments/")} == {"0000", "0001"}
+    assert store.delete_garbage(0) == found
+    reopened = ReconstructionStore.open(store.url)
+    assert reopened.garbage(0) == {}
+    assert reopened.verify() == []
+    assert len(reopened.commit_names("infer")) == len(CHUNKS) - 1
+    for name in ("notes.txt", "segments/0000/of_a_user/c/0"):
+        assert fsspec.open(f"{store.url}/{name}").open().read() == b"x"
+    # The dropped chunk can be computed again.
+    store.write_chunk(SEGMENT, CHUNKS[3], chunk_arrays(CHUNKS[3], 1.0))
+    store.commit_chunk(SEGMENT, CHUNKS[3], {"key": "key"})
+    assert store.read(SEGMENT, "depth", 0, 46).shape == (46, 48, 64)
+
+
+def test_what_an_unfinished_run_just_wrote_is_no_garbage(store):
+    store.drop_commits("infer/0000/0003")
+    store.write_chunk(SEGMENT, CHUNKS[3], chunk_arrays(CHUNKS[3], 1.0))
+    store.put_file("fusion/tiles/new.ply", b"to be committed")
+    assert store.garbage(3600) == {}
+    assert store.delete_garbage(3600) == {}
+
+
+@pytest.mark.parametrize("name", ["drive", "infer/0000"])
+def test_nothing_is_removed_while_a_run_is_at_work(store, name):
+    store.put_file("fusion/tiles/old.ply", b"superseded")
+    with store.claim(name):
+        with pytest.raises(Claimed):
+            ReconstructionStore.open(store.url).delete_garbage(0)
+        assert "fusion/tiles/old.ply" in store.garbage(0)
+    assert "fusion/tiles/old.ply" in store.delete_garbage(0)
+
+
+def test_temporary_files_of_killed_writers_are_garbage_once_they_are_old(tmp_path: Path):
+    store = ReconstructionStore.create(tmp_path / "drive.zarr", {"plan": PLAN})
+    left = tmp_path / "drive.zarr" / "commits" / ".plan.json.0123.partial"
+    left.write_bytes(b"half")
+    assert store.garbage(60) == {}
+    os.utime(left, (time.time() - 120,) * 2)
+    assert store.delete_garbage(60) == {"commits/.plan.json.0123.partial": 4}
+    assert not left.exists()
+
+
+def test_files_of_commits_that_do_not_list_them_are_kept(tmp_path: Path):
+    store = ReconstructionStore.create(tmp_path / "drive.zarr", {"plan": PLAN})
+    store.put_file("fusion/mesh.ply", b"mesh")
+    store.commit("fuse/merged", {"key": "of an earlier version"})
+    assert store.garbage(0) == {}
