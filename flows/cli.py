@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -33,7 +34,8 @@ app = typer.Typer(
 weights_app = typer.Typer(no_args_is_help=True, help="List, fetch, show and import weights.")
 app.add_typer(weights_app, name="weights")
 
-USER_ERROR, WORK_ERROR = 2, 1
+USER_ERROR, WORK_ERROR, INCOMPLETE = 2, 1, 3
+STOPPED = 128 + signal.SIGTERM
 
 StoreUrl = Annotated[str, typer.Argument(help="A drive's reconstruction: DIR/NAME.zarr or a URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -66,15 +68,31 @@ class Precision(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Terminated(BaseException):
+    """SIGTERM came; Prefect has seen it and left its traces."""
+
+
+def terminate(number: int, frame: Any) -> None:
+    """What SIGTERM does outside of a flow, and after a flow has ended because of it."""
+    raise Terminated
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     quiet_prefect()
+    signal.signal(signal.SIGTERM, terminate)
     try:
         app(standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, click.exceptions.Abort):
         fail("interrupted; run the same command again to go on where it stopped", 130)
+    except Terminated:
+        fail(
+            "stopped by SIGTERM; what was computed is kept, run the same command again to go on "
+            "where it stopped",
+            STOPPED,
+        )
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -199,7 +217,9 @@ def reconstruct(
 ) -> None:
     """Turn a drive, or a collection of drives, into poses, depth, a mesh and a report.
 
-    A second run does only what is not finished. Exit code 1: some drive failed.
+    A second run does only what is not finished. Exit code 1: some drive failed; 3: all drives
+    are finished, some without segments that could not be computed, which the next run tries
+    again; 143: stopped by SIGTERM, run again to go on.
     """
     from pydantic import ValidationError
 
@@ -298,23 +318,29 @@ def run_reconstruction(source: str, output: str, config: Any) -> None:
     failed = sum(outcome["error"] is not None for outcome in outcomes)
     if failed:
         fail(f"{failed} of {len(outcomes)} drives failed", WORK_ERROR)
+    aside = sum(len(outcome["set_aside"]) for outcome in outcomes)
+    if aside:
+        fail(f"{aside} segments were set aside (see the warnings); run again to retry", INCOMPLETE)
 
 
 def run_drive(drive: DriveLocation, output: str, config: Any) -> dict[str, Any]:
     """Reconstruct one drive; its failure is in what is returned, not raised."""
     from flows.reconstruct_drive import reconstruct_drive, store_url
+    from storage.reconstruction import ReconstructionStore
+    from tasks.plan import read_aside
     from tasks.probe import AnotherDrive
 
-    error = None
+    url, aside, error = store_url(output, drive.name), [], None
     try:
         reconstruct_drive(drive.location, output, config, drive.name)
+        aside = sorted(read_aside(ReconstructionStore.open(url)))
     except AnotherDrive:
         raise
     except Exception as failure:
         if os.environ.get("TTT3R_TRACEBACK"):
             raise
         error = one_line(failure)
-    return {"url": store_url(output, drive.name), "error": error}
+    return {"url": url, "set_aside": aside, "error": error}
 
 
 def run_collection(source: str, output: str, config: Any) -> list[dict[str, Any]]:
@@ -378,7 +404,8 @@ def status(
         return
     for row in rows:
         done = f"{row['chunks_done']}/{row['chunks']} chunks"
-        typer.echo(f"{row['drive']:<32} {row['stage']:<10} {done:<18} {row['error'] or ''}")
+        aside = f"segments set aside: {row['set_aside']} " if row["set_aside"] else ""
+        typer.echo(f"{row['drive']:<32} {row['stage']:<10} {done:<18} {aside}{row['error'] or ''}")
 
 
 @app.command()
@@ -414,6 +441,29 @@ def repair(url: StoreUrl) -> None:
     for name in dropped:
         typer.echo(name)
     typer.echo(f"{len(dropped)} damaged commits dropped", err=True)
+
+
+@app.command()
+def gc(
+    url: StoreUrl,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed.")] = False,
+    older_than_hours: Annotated[
+        float, typer.Option(min=0, help="Leave alone what was written later.")
+    ] = 24.0,
+) -> None:
+    """List, and with --delete remove, what no commit refers to: what killed runs left behind.
+
+    With --delete nothing is removed while any run is at work on the drive.
+    """
+    from storage.reconstruction import ReconstructionStore
+
+    store = ReconstructionStore.open(url)
+    act = store.delete_garbage if delete else store.garbage
+    found = act(older_than_hours * 3600)
+    for name, size in found.items():
+        typer.echo(f"{size:>12}  {name}")
+    done = "removed" if delete else "can be removed (--delete)"
+    typer.echo(f"{len(found)} objects, {sum(found.values()):,} bytes {done}", err=True)
 
 
 @app.command()

@@ -11,8 +11,10 @@ from prefect import flow
 
 from flows.artifacts import publish_collection
 from flows.reconstruct_drive import reconstruct_drive, store_url
+from storage.reconstruction import ReconstructionStore
 from storage.video import DriveLocation, list_drives
 from tasks.config import ReconstructionConfig
+from tasks.plan import read_aside
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,8 @@ def reconstruct_collection(
         config: settings of all stages, the same for all drives.
 
     Returns:
-        One record a drive: name, location, url, and the error if it failed.
+        One record a drive: name, location, url, the segments set aside, and the error if it
+        failed.
 
     Raises:
         CollectionIncomplete: after all drives, if any failed.
@@ -60,10 +63,12 @@ def reconstruct_one(
     """Reconstruct one drive as a flow of its own; its failure becomes a record."""
     state = reconstruct_drive(drive.location, output, config, drive.name, return_state=True)
     error = state.result(raise_on_failure=False) if not state.is_completed() else None
+    url = store_url(output, drive.name)
     return {
         "name": drive.name,
         "location": drive.location,
-        "url": store_url(output, drive.name),
+        "url": url,
+        "set_aside": [] if error is not None else sorted(read_aside(ReconstructionStore.open(url))),
         "error": None if error is None else f"{type(error).__name__}: {error}",
     }
 

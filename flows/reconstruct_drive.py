@@ -7,13 +7,14 @@ from datetime import UTC, datetime
 
 from prefect import flow
 
-from flows.artifacts import progress_of, publish_drive, publish_ledger
-from storage.reconstruction import ReconstructionStore, StoreError
+from flows.artifacts import publish_drive, publish_ledger
+from flows.infer_segments import infer_segments
+from storage.reconstruction import Claimed, ReconstructionStore, StoreError
 from storage.video import drive_name
 from tasks.align import align_stage
 from tasks.config import ReconstructionConfig
 from tasks.fuse import fuse_tiles_stage, merge_tiles_stage, plan_tiles_stage
-from tasks.infer import device_kind, infer_stage, resolve_device
+from tasks.infer import device_kind, resolve_device
 from tasks.ledger import write_ledger
 from tasks.plan import plan_stage
 from tasks.planner import known_rates
@@ -49,12 +50,16 @@ def reconstruct_drive(
 
     Returns:
         URL of the drive's Zarr group.
+
+    Raises:
+        Claimed: another run is at work on this drive.
     """
     url = store_url(output, name or drive_name(location))
     check_config(config)
     try:
-        run_stages(location, name or drive_name(location), url, config)
-    except AnotherDrive:  # no failure of the drive that the store is about
+        with ReconstructionStore.create(url, {}).claim("drive"):
+            run_stages(location, name or drive_name(location), url, config)
+    except (AnotherDrive, Claimed):  # no failure of the drive that the store is about
         raise
     except Exception as error:
         record_failure(url, error)
@@ -79,11 +84,7 @@ def run_stages(location: str, name: str, url: str, config: ReconstructionConfig)
     kind = device_kind(resolve_device(config.infer))
     rates = known_rates(url.rpartition("/")[0], config.infer.weights, kind)
     ReconstructionStore.open(url).drop_commits("failed")
-    groups = plan_stage(url, config)
-    with progress_of(f"inference of {name}", len(groups)) as advance:
-        for group in groups:
-            infer_stage(url, group, config.infer)
-            advance()
+    infer_segments(url, name, plan_stage(url, config), config.infer)
     align_stage(url, config.align, config.infer)
     for batch in range(plan_tiles_stage(url, config.fuse)):
         fuse_tiles_stage(url, batch, config.fuse, config.infer)

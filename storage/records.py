@@ -6,8 +6,8 @@ only frames that decode have a number. Ranges are half-open.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 KEYFRAME = 1  # FrameTable.flags: decoding can start at this frame
 DAMAGED = 2  # FrameTable.flags: decodes, but the decoder had to patch the picture
 DUPLICATE = 4  # FrameTable.flags: no visible change from the frame before
+NOWHERE = -1  # part of a segment, and part and segment of a frame, that has no result
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ class Segment:
     index: int
     start: int  # first frame of the drive that the stream sees
     stop: int
-    part: int  # trajectory part: segments of one part overlap, parts are never aligned
+    part: int  # trajectory part: segments of one part overlap, parts are never aligned;
+    # NOWHERE in plans `without` the segment
 
     @property
     def frames(self) -> int:
@@ -168,9 +170,28 @@ class Plan:
         """Number of trajectory parts."""
         return 1 + max((s.part for s in self.segments), default=-1)
 
+    @property
+    def present(self) -> tuple[Segment, ...]:
+        """Segments that have a part, in order."""
+        return tuple(s for s in self.segments if s.part != NOWHERE)
+
+    def without(self, missing: Collection[int]) -> Plan:
+        """The plan with the segments `missing` in no part; a part ends where one is missing."""
+        part, before, segments = NOWHERE, None, []
+        for segment in self.segments:
+            if segment.index in missing:
+                segments.append(replace(segment, part=NOWHERE))
+                before = None
+                continue
+            if before is None or before.part != segment.part:
+                part += 1
+            segments.append(replace(segment, part=part))
+            before = segment
+        return replace(self, segments=tuple(segments))
+
     def overlap(self, segment: Segment) -> range:
         """Frames shared with the segment before it; none for the first segment of a part."""
-        if segment.index == 0:
+        if segment.index == 0 or segment.part == NOWHERE:
             return range(0)
         before = self.segments[segment.index - 1]
         if before.part != segment.part:
@@ -178,9 +199,21 @@ class Plan:
         return range(segment.start, before.stop)
 
     def owner_ranges(self) -> list[range]:
-        """For each segment, the frames it owns: a seam splits an overlap in the middle."""
-        seams = [s.start + len(self.overlap(s)) // 2 for s in self.segments] + [self.frames]
-        return [range(a, b) for a, b in pairwise(seams)]
+        """For each segment, the frames it owns: a seam splits an overlap in the middle.
+
+        Together they are all frames of the drive but those that only missing segments hold.
+        """
+        ranges, free = [], 0  # `free`: first frame without an owner
+        for segment in self.segments:
+            if segment.part == NOWHERE:
+                ranges.append(range(free, free))
+                continue
+            follower = self.segments[segment.index + 1 : segment.index + 2]
+            shared = self.overlap(*follower) if follower else range(0)
+            stop = shared.start + len(shared) // 2 if shared else segment.stop
+            ranges.append(range(max(segment.start, free), stop))
+            free = stop
+        return ranges
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from numpy.typing import NDArray
 from prefect import task
 
 from storage.reconstruction import ReconstructionStore
-from storage.records import DriveRecord, Plan, Segment
+from storage.records import NOWHERE, DriveRecord, Plan, Segment
 from tasks.config import AlignConfig, InferConfig
 from tasks.infer import segment_key
 from tasks.keys import drop_later, stage_key
-from tasks.plan import read_plan
+from tasks.plan import read_aside, read_plan
 from tasks.retries import STAGE_OPTIONS
 from ttt3r.alignment import (
     AlignmentError,
@@ -48,11 +49,14 @@ log = logging.getLogger(__name__)
 def align_stage(url: str, config: AlignConfig, infer: InferConfig) -> None:
     """Place all segments in one world per part and write the trajectory.
 
+    Segments that are set aside are left out: a part ends before and another starts after them.
+
     Raises:
         ChunkMissing: a segment has not been inferred.
     """
     store, info = ReconstructionStore.open(url), weights_info(infer.weights)
-    plan = read_plan(store)
+    missing = sorted(read_aside(store))
+    plan = read_plan(store).without(missing)
     key = align_key(store, plan, config, infer, info)
     if (store.read_commit("align") or {}).get("key") == key:
         return
@@ -69,6 +73,7 @@ def align_stage(url: str, config: AlignConfig, infer: InferConfig) -> None:
         "focal_spread": spread,
         "focal_source": focal_source,
         "seams": [{"segment": i, **fit.to_json()} for i, fit in sorted(fits.items())],
+        "missing": missing,
     }
     store.commit("align", {"key": key, **record})
 
@@ -80,8 +85,8 @@ def align_key(
     infer: InferConfig,
     info: WeightsInfo,
 ) -> str:
-    """Key of the trajectory: all segments and the alignment's settings."""
-    segments = [segment_key(store, plan, segment, infer, info) for segment in plan.segments]
+    """Key of the trajectory: all segments that have a part, and the alignment's settings."""
+    segments = [segment_key(store, plan, segment, infer, info) for segment in plan.present]
     return stage_key("align", VERSION, segments, config)
 
 
@@ -93,7 +98,7 @@ def camera_focal(
     shape = fit(record.width, record.height, model.image_size, model.patch_size)
     if config.focal_px is not None:
         return config.focal_px * shape.resized_width / record.width, 0.0, "given"
-    focals = [read_all(store, s, "intrinsics")[:, 0, 0] for s in plan.segments]
+    focals = [read_all(store, s, "intrinsics")[:, 0, 0] for s in plan.present]
     try:
         focal, spread = drive_intrinsics(np.concatenate(focals), None, shape.height, shape.width)
     except AlignmentError as error:
@@ -154,19 +159,20 @@ def lift(depth: Array, focal: float, T_x_cam: Array) -> Array:
     return rotated + T_x_cam[:, None, None, :3, 3]
 
 
-def place_segments(plan: Plan, fits: dict[int, OverlapFit], prior_sigma: float) -> list[Sim3]:
-    """Segment-to-world of all segments; the world of a part is its first segment's frame."""
-    placements: list[Sim3] = []
+def place_segments(plan: Plan, fits: dict[int, OverlapFit], prior_sigma: float) -> dict[int, Sim3]:
+    """Segment-to-world by segment; the world of a part is its first segment's frame."""
+    placements: dict[int, Sim3] = {}
     for part in range(plan.parts):
         indices = [s.index for s in plan.segments if s.part == part]
-        placements += chain(*balance_scales([fits[i] for i in indices[1:]], prior_sigma))
+        placed = chain(*balance_scales([fits[i] for i in indices[1:]], prior_sigma))
+        placements |= dict(zip(indices, placed, strict=True))
     return placements
 
 
 def build_trajectory(
     store: ReconstructionStore,
     plan: Plan,
-    placements: list[Sim3],
+    placements: dict[int, Sim3],
     fits: dict[int, OverlapFit],
     focal: float,
     model: ModelConfig,
@@ -177,8 +183,8 @@ def build_trajectory(
     at_model = intrinsics_from_focal(torch.tensor(focal).double(), shape.height, shape.width)
     return {
         "cam_to_world": blend_poses(store, plan, placements),
-        "seg_to_world": np.stack([placement.matrix() for placement in placements]),
-        "scale": np.array([placement.scale for placement in placements]),
+        "seg_to_world": _per_segment(plan, {i: p.matrix() for i, p in placements.items()}, (4, 4)),
+        "scale": _per_segment(plan, {i: p.scale for i, p in placements.items()}),
         "seam_residual": _per_segment(plan, {i: fit.residual for i, fit in fits.items()}),
         "seam_inlier_share": _per_segment(plan, {i: fit.inlier_share for i, fit in fits.items()}),
         "intrinsics": at_model.numpy(),
@@ -187,42 +193,51 @@ def build_trajectory(
     }
 
 
-def _per_segment(plan: Plan, values: dict[int, float | None]) -> Array:
-    """[K] values of the segments that have one, NaN for the others."""
-    known = (values.get(segment.index) for segment in plan.segments)
-    return np.array([np.nan if value is None else value for value in known])
+def _per_segment(plan: Plan, values: Mapping[int, Any], shape: tuple[int, ...] = ()) -> Array:
+    """[K, *shape] values of the segments that have one, NaN for the others."""
+    array = np.full((len(plan.segments), *shape), np.nan)
+    for index, value in values.items():
+        array[index] = np.nan if value is None else value
+    return array
 
 
-def blend_poses(store: ReconstructionStore, plan: Plan, placements: list[Sim3]) -> Array:
-    """Camera-to-world [N, 4, 4] of all frames, going over from segment to segment smoothly."""
+def blend_poses(store: ReconstructionStore, plan: Plan, placements: Mapping[int, Sim3]) -> Array:
+    """Camera-to-world [N, 4, 4], going over from segment to segment smoothly.
+
+    NaN for frames that no placed segment holds.
+    """
     cam_to_world = np.full((plan.frames, 4, 4), np.nan)
-    for segment, placement in zip(plan.segments, placements, strict=True):
-        poses = placement.apply_pose(read_all(store, segment, "cam_to_seg").astype(np.float64))
+    for segment, own in zip(plan.segments, plan.owner_ranges(), strict=True):
+        if segment.index not in placements:
+            continue
+        poses = read_all(store, segment, "cam_to_seg").astype(np.float64)
+        poses = placements[segment.index].apply_pose(poses)
         shared = len(plan.overlap(segment))
         seam = cam_to_world[segment.start : segment.start + shared]
         blended = np.concatenate([blend_seam(seam, poses[:shared]), poses[shared:]])
-        cam_to_world[segment.start : segment.stop] = blended
+        # Rounding may let the first segment of a part reach into the part before.
+        first = segment.start if shared else own.start
+        cam_to_world[first : segment.stop] = blended[first - segment.start :]
     return cam_to_world
 
 
 def frame_figures(store: ReconstructionStore, plan: Plan) -> dict[str, NDArray[Any]]:
-    """Per frame [N]: owning segment, part, median confidence, learning rate and focal length."""
-    owners = list(zip(plan.segments, plan.owner_ranges(), strict=True))
+    """Per frame [N]: owning segment, part, median confidence, learning rate and focal length.
 
-    def collect(name: str, reduce: Any) -> NDArray[Any]:
-        # Chunk by chunk: a segment may be as long as the drive.
-        rows = [
-            reduce(store.read(s, name, first, min(first + plan.chunk_frames, own.stop)))
-            for s, own in owners
-            for first in range(own.start, own.stop, plan.chunk_frames)
-        ]
-        return np.concatenate(rows).astype(np.float32)
-
-    lengths = [len(own) for _, own in owners]
-    return {
-        "segment": np.repeat([s.index for s, _ in owners], lengths).astype(np.int32),
-        "part": np.repeat([s.part for s, _ in owners], lengths).astype(np.int32),
-        "confidence": collect("confidence", lambda c: np.median(c, axis=(1, 2))),
-        "gate": collect("gate", lambda g: g[:, 2]),
-        "focal": collect("intrinsics", lambda k: k[:, 0, 0]),
+    NOWHERE and NaN for frames that no segment owns.
+    """
+    of_frame = {name: np.full(plan.frames, NOWHERE, np.int32) for name in ("segment", "part")} | {
+        name: np.full(plan.frames, np.nan, np.float32) for name in ("confidence", "gate", "focal")
     }
+    for segment, own in zip(plan.segments, plan.owner_ranges(), strict=True):
+        of_frame["segment"][own.start : own.stop] = segment.index
+        of_frame["part"][own.start : own.stop] = segment.part
+        # Chunk by chunk: a segment may be as long as the drive.
+        for first in range(own.start, own.stop, plan.chunk_frames):
+            rows = slice(first, min(first + plan.chunk_frames, own.stop))
+            confidence = store.read(segment, "confidence", rows.start, rows.stop)
+            of_frame["confidence"][rows] = np.median(confidence, axis=(1, 2))
+            of_frame["gate"][rows] = store.read(segment, "gate", rows.start, rows.stop)[:, 2]
+            intrinsics = store.read(segment, "intrinsics", rows.start, rows.stop)
+            of_frame["focal"][rows] = intrinsics[:, 0, 0]
+    return of_frame

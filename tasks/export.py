@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fsspec
-import numpy as np
 
 from storage.reconstruction import ReconstructionStore
+from tasks.plan import longest_part
 from ttt3r.metrics import kitti_text, tum_text
 
 
@@ -37,12 +37,13 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
 
 def choose_part(store: ReconstructionStore, part: int | None) -> int:
     """`part`, or the longest one if None."""
-    frames = np.bincount(store.read_trajectory()["part"])
+    of_frame = store.read_trajectory()["part"]
     if part is None:
-        return int(frames.argmax())
-    if not 0 <= part < len(frames):
+        return longest_part(of_frame)
+    parts = int(of_frame.max()) + 1
+    if not 0 <= part < parts:
         raise ValueError(
-            f"there is no trajectory part {part} in {store.url}; it has {len(frames)}, from 0"
+            f"there is no trajectory part {part} in {store.url}; it has {parts}, from 0"
         )
     return part
 

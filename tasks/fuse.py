@@ -38,7 +38,7 @@ from tasks.fusion import (
 )
 from tasks.keys import drop_later, stage_key
 from tasks.meshes import Mesh, PlyWriter, read_ply, write_glb, write_ply
-from tasks.plan import read_plan, require_key
+from tasks.plan import longest_part, read_placed_plan, read_plan, require_key
 from tasks.retries import STAGE_OPTIONS
 from tasks.tile_merge import TileIndex, TileSet, merge_tiles
 from ttt3r.images import preprocess
@@ -114,7 +114,7 @@ def plan_tiles_stage(url: str, config: FuseConfig) -> int:
         drop_later(store, "tiles")
         store.delete_files("fusion/")
         commit = {"key": key, "batches": 0}
-        for part in range(read_plan(store).parts):
+        for part in range(read_placed_plan(store).parts):
             for batch in _plan_part(store, part, config):
                 store.commit(_planned_name(commit["batches"]), {"key": key, **batch})
                 commit["batches"] += 1
@@ -260,7 +260,7 @@ def merge_tiles_stage(url: str, config: FuseConfig) -> None:
     planned = [_read_planned(store, batch) for batch in range(tiles["batches"])]
     _require_fused(store, tiles["batches"])
     parts = store.read_trajectory()["part"]
-    longest = int(np.bincount(parts).argmax())
+    longest = longest_part(parts)
     meshes: list[dict[str, Any]] = []
     files: dict[str, str] = {}
     for part in range(int(parts.max()) + 1):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import platform
+import threading
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import lru_cache, partial
 
 import numpy as np
@@ -14,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from prefect import task
 
-from storage.layout import chunk_commit
+from storage.layout import chunk_commit, segment_claim
 from storage.reconstruction import ReconstructionStore
 from storage.records import Chunk, Plan, Segment
 from tasks.config import InferConfig
 from tasks.frames import DriveInput, read_rounds
+from tasks.interruption import run_until_stopped
 from tasks.keys import drop_later, stage_key
 from tasks.pipelining import BackgroundWriter, prefetch
 from tasks.plan import read_plan, require_key
@@ -31,8 +33,13 @@ from ttt3r.weights import WeightsInfo, load_model, weights_info
 
 VERSION = 1
 READ_AHEAD_CHUNKS = 2  # decoded chunks that wait for the network, per task
+MOST_DEATHS = 5  # of the process, one after the other and without a chunk finished
 
 log = logging.getLogger(__name__)
+
+
+class DeadlySegment(ValueError):
+    """The process that computes a segment dies again and again at the same chunk."""
 
 
 def segment_key(
@@ -104,11 +111,42 @@ def infer_stage(url: str, indices: Sequence[int], config: InferConfig) -> int:
     if not todo:
         return 0
     drop_later(store, "infer")
-    for segment in (s for segments in todo for s in segments):
-        _drop_stale(store, plan, segment, keys[segment.index])
     model, info = _cached_model(config.weights, info.sha256, resolve_device(config))
     drive = DriveInput.from_store(store, info.config)
-    return sum(infer_lanes(store, drive, segments, keys, model, config) for segments in todo)
+    return sum(_infer_claimed(store, drive, segments, keys, model, config) for segments in todo)
+
+
+def _infer_claimed(
+    store: ReconstructionStore,
+    drive: DriveInput,
+    segments: Sequence[Segment],
+    keys: dict[int, str],
+    model: Model,
+    config: InferConfig,
+) -> int:
+    """Infer `segments` as the only worker at them; an interruption waits for their chunk."""
+    with ExitStack() as claims:
+        for segment in segments:
+            done = len(store.commit_names(f"infer/{segment.index:04d}"))
+            claim = claims.enter_context(store.claim(segment_claim(segment.index), done))
+            if claim.deaths >= MOST_DEATHS:
+                raise DeadlySegment(
+                    f"the process that computed segment {segment.index} (frames {segment.start}.."
+                    f"{segment.stop}) died {claim.deaths} times in a row at chunk {done}"
+                )
+            _drop_stale(store, drive.plan, segment, keys[segment.index])
+        return run_until_stopped(
+            lambda stop: infer_lanes(store, drive, segments, keys, model, config, stop)
+        )
+
+
+def unfinished_segments(url: str, indices: Sequence[int], config: InferConfig) -> list[int]:
+    """Those of the segments `indices` of the drive at `url` that are not inferred."""
+    store = ReconstructionStore.open(url)
+    plan, info = read_plan(store), weights_info(config.weights)
+    segments = [plan.segments[i] for i in indices]
+    keys = {s.index: segment_key(store, plan, s, config, info) for s in segments}
+    return [s.index for s in segments if not is_segment_done(store, plan, s, keys[s.index])]
 
 
 def is_segment_done(store: ReconstructionStore, plan: Plan, segment: Segment, key: str) -> bool:
@@ -131,8 +169,9 @@ def infer_lanes(
     keys: dict[int, str],
     model: Model,
     config: InferConfig,
+    stop: threading.Event,
 ) -> int:
-    """Run `segments` in lock step, one a lane; return the frames computed.
+    """Run `segments` in lock step, one a lane, until `stop`; return the frames computed.
 
     All lanes resume at the first chunk that any of them lacks, so that batches have the shapes
     of an uninterrupted run and its bytes come out again.
@@ -168,6 +207,8 @@ def infer_lanes(
     with closing(batches), BackgroundWriter() as writer:
         waiting = time.perf_counter()
         for number, (images, present) in zip(range(start, rounds), batches, strict=True):
+            if stop.is_set():
+                break
             began = time.perf_counter()
             with precision:
                 predictions = stream.feed(images, update=torch.from_numpy(present))

@@ -6,17 +6,21 @@ import math
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from prefect import task
 
 from storage.reconstruction import ReconstructionStore
-from storage.records import DriveRecord, Plan, Segment
+from storage.records import NOWHERE, DriveRecord, Plan, Segment
 from tasks.config import PlanConfig, ReconstructionConfig
 from tasks.keys import drop_later, stage_key
 from tasks.retries import STAGE_OPTIONS
 from ttt3r.weights import weights_info
 
 VERSION = 1
+ASIDE = "aside"  # commits "aside/0003": why the drive goes on without a segment
 VERSIONED = ("ttt3r-pipeline", "torch", "numpy", "zarr", "prefect", "av", "decord")
 
 
@@ -78,6 +82,7 @@ def plan_stage(url: str, config: ReconstructionConfig) -> list[tuple[int, ...]]:
     is_new = (store.read_commit("plan") or {}).get("key") != key
     if is_new:
         store.drop_commits("plan")
+        store.drop_commits(ASIDE)
         drop_later(store, "plan")
         _remove_surplus(store, plan)
     store.update_attributes(
@@ -103,6 +108,32 @@ def _remove_surplus(store: ReconstructionStore, plan: Plan) -> None:
 def read_plan(store: ReconstructionStore) -> Plan:
     """The plan in a store."""
     return Plan.from_json(store.attributes["plan"])
+
+
+def read_placed_plan(store: ReconstructionStore) -> Plan:
+    """The plan of the trajectory: segments that it does without are in no part.
+
+    Raises:
+        ValueError: the drive is not aligned.
+    """
+    require_key(store, "align")
+    align = store.read_commit("align") or {}
+    return read_plan(store).without(align.get("missing", ()))
+
+
+def read_aside(store: ReconstructionStore) -> dict[int, dict[str, Any]]:
+    """Why segments are set aside, by their index."""
+    return {int(n.rpartition("/")[2]): record for n, record in store.commits(ASIDE).items()}
+
+
+def aside_commit(index: int) -> str:
+    """Name of the commit that sets a segment aside."""
+    return f"{ASIDE}/{index:04d}"
+
+
+def longest_part(part: NDArray[np.int32]) -> int:
+    """The trajectory part with the most frames; `part` [N] of each frame, NOWHERE for none."""
+    return int(np.bincount(part[part != NOWHERE]).argmax())
 
 
 def require_key(store: ReconstructionStore, stage: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from prefect import task
 
 from storage.objects import redacted
 from storage.reconstruction import ReconstructionStore
-from storage.records import DriveRecord, Plan
+from storage.records import NOWHERE, DriveRecord, Plan
 from tasks import report_figures as figures
 from tasks.frames import DriveInput
 from tasks.keys import stage_key
 from tasks.meshes import read_ply
-from tasks.plan import require_key
+from tasks.plan import longest_part, read_aside, read_plan, require_key
 from tasks.retries import STAGE_OPTIONS
 from tasks.summary import summarise
 from ttt3r.weights import WeightsInfo
@@ -42,7 +43,7 @@ def report_stage(url: str) -> None:
         return
     store.drop_commits("report")
     trajectory = store.read_trajectory()
-    part = int(np.bincount(trajectory["part"]).argmax())
+    part = longest_part(trajectory["part"])
     columns = strip(store, trajectory)
     notes = warnings(store)
     page = render(store, trajectory, part, columns, notes)
@@ -83,11 +84,31 @@ def warnings(store: ReconstructionStore) -> list[str]:
             "world of its own."
         )
     align = store.read_commit("align") or {}
-    notes += _alignment_warnings(align, len(plan.segments) - plan.parts)
+    notes += _missing_warnings(store, align.get("missing", ()))
+    notes += _alignment_warnings(align, len(align["seams"]))
     notes.append(
         "Metres are the network's estimate: nothing outside the video (GNSS, a known "
         "trajectory) fixes the scale."
     )
+    return notes
+
+
+def _missing_warnings(store: ReconstructionStore, missing: Sequence[int]) -> list[str]:
+    plan, aside = read_plan(store), read_aside(store)
+    placed = plan.without(missing)
+    without = plan.frames - sum(len(own) for own in placed.owner_ranges())
+    notes = [
+        f"Segment {index} (frames {plan.segments[index].start} to {plan.segments[index].stop - 1}) "
+        f"was set aside: {aside[index]['reason'] if index in aside else 'reason unknown'}. The "
+        "next run tries it again."
+        for index in missing
+    ]
+    if notes:
+        notes.append(
+            f"Without what was set aside {without} of {plan.frames} frames have no pose and no "
+            f"depth, and the trajectory has {placed.parts} separate parts, each with a world of "
+            "its own."
+        )
     return notes
 
 
@@ -119,9 +140,11 @@ def strip(store: ReconstructionStore, trajectory: figures.Arrays) -> list[dict[s
     """Some frames over the whole drive, with depth and confidence, as pictures."""
     info = WeightsInfo.from_json(store.attributes["weights"])
     drive = DriveInput.from_store(store, info.config)
-    count = min(STRIP_FRAMES, drive.plan.frames)
+    placed = np.flatnonzero(trajectory["part"] != NOWHERE)
+    count = min(STRIP_FRAMES, len(placed))
     columns = []
-    for frame in np.linspace(0, drive.plan.frames - 1, count).round().astype(int).tolist():
+    for row in np.linspace(0, len(placed) - 1, count).round().astype(int).tolist():
+        frame = int(placed[row])
         segment = drive.plan.segments[int(trajectory["segment"][frame])]
         color = next(iter(drive.read(frame, frame + 1)))
         depth = store.read(segment, "depth", frame, frame + 1)[0]
@@ -159,7 +182,7 @@ def render(
         location=redacted(record.location),
         tiles=tiles(summary),
         warnings=notes,
-        parts=plan.parts,
+        parts=summary["parts"],
         plotly_js=Markup(f"<script>{get_plotlyjs()}</script>"),
         top_view=embed(figures.top_view(trajectory, part)),
         scene=embed(figures.scene(mesh, trajectory, part)) if len(mesh.triangles) else None,

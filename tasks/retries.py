@@ -8,7 +8,16 @@ from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
-from storage.errors import DataDamaged, NotAStore, StoreMissing, StoreRefused, StoreTooNew
+from storage.errors import (
+    Claimed,
+    ClaimLost,
+    DataDamaged,
+    NotAStore,
+    StoreMissing,
+    StoreRefused,
+    StoreTooNew,
+    StoreUnavailable,
+)
 
 # A mistake of the user or of the input stays what it is, however often it is tried.
 FINAL_ERRORS = (
@@ -23,6 +32,18 @@ FINAL_ERRORS = (
     StoreMissing,
     StoreRefused,
     StoreTooNew,
+)
+# What is wrong with the store or the machine is no fault of one segment.
+DRIVE_ERRORS = (
+    Claimed,
+    ClaimLost,
+    NotAStore,
+    StoreMissing,
+    StoreTooNew,
+    StoreUnavailable,
+    PermissionError,
+    ImportError,
+    MemoryError,
 )
 RETRY_DELAYS_S = [10, 60, 300]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import fsspec
 import numpy as np
 
 from storage.reconstruction import ReconstructionStore
-from storage.records import DriveRecord, Plan
+from storage.records import NOWHERE, DriveRecord, Plan
+from tasks.plan import read_aside
 
 STAGES = ("probe", "plan", "infer", "align", "fuse", "report")
 
@@ -34,11 +36,15 @@ def list_stores(location: str) -> list[str]:
 
 
 def progress(url: str) -> dict[str, Any]:
-    """Drive, stage that is next or `done`, chunks finished and planned, and the last failure."""
+    """Drive, stage that is next or `done`, chunks finished and planned, and the last failure.
+
+    `set_aside`: the segments that the drive goes on without; their chunks are not counted.
+    """
     store = ReconstructionStore.open(url)
     commits = {name: store.read_commit(name) for name in ("probe", "plan", "align", "report")}
     commits["fuse"] = store.read_commit("fuse/merged")
-    chunks, done = count_chunks(store)
+    aside = read_aside(store)
+    chunks, done = count_chunks(store, aside)
     commits["infer"] = {} if chunks and done == chunks else None
     stage = next((name for name in STAGES if commits[name] is None), "done")
     failed = store.read_commit("failed")
@@ -49,18 +55,20 @@ def progress(url: str) -> dict[str, Any]:
         "stage": stage,
         "chunks": chunks,
         "chunks_done": done,
+        "set_aside": sorted(aside),
         "error": None if failed is None else failed["error"],
     }
 
 
-def count_chunks(store: ReconstructionStore) -> tuple[int, int]:
-    """Chunks that the plan asks for, and how many of them are committed."""
+def count_chunks(store: ReconstructionStore, aside: Collection[int] = ()) -> tuple[int, int]:
+    """Chunks that the plan asks for without those of `aside`, and how many are committed."""
     if "plan" not in store.attributes:
         return 0, 0
     plan = Plan.from_json(store.attributes["plan"])
     wanted = {
         f"infer/{segment.index:04d}/{chunk.index:04d}"
         for segment in plan.segments
+        if segment.index not in aside
         for chunk in segment.chunks(plan.chunk_frames)
     }
     return len(wanted), len(wanted & set(store.commit_names("infer")))
@@ -81,7 +89,9 @@ def summarise(store: ReconstructionStore) -> dict[str, Any]:
         }
     if "plan" in store.attributes:
         plan = Plan.from_json(store.attributes["plan"])
-        figures |= {"segments": len(plan.segments), "parts": plan.parts}
+        commit = store.read_commit("align") or {}
+        parts = plan.without(commit.get("missing", ())).parts
+        figures |= {"segments": len(plan.segments), "parts": parts}
     figures |= _inference_figures(store) | _trajectory_figures(store) | _mesh_figures(store)
     return figures
 
@@ -104,10 +114,13 @@ def _trajectory_figures(store: ReconstructionStore) -> dict[str, Any]:
     residuals = [s["residual"] for s in commit["seams"] if s["residual"] is not None]
     figures = {
         "length_m_estimated": path_length(arrays["cam_to_world"], arrays["part"]),
-        "median_confidence": float(np.median(arrays["confidence"])),
+        "median_confidence": float(np.nanmedian(arrays["confidence"])),
         "focal_px": float(arrays["intrinsics_source"][0, 0]),
         "focal_source": commit["focal_source"],
     }
+    missing = int((arrays["part"] == NOWHERE).sum())
+    if missing:
+        figures["frames_without_pose"] = missing
     if residuals:
         figures["seam_residual_median"] = float(np.median(residuals))
         figures["seam_residual_worst"] = float(np.max(residuals))
@@ -117,7 +130,7 @@ def _trajectory_figures(store: ReconstructionStore) -> dict[str, Any]:
 def path_length(T_world_cam: Any, part: Any) -> float:
     """Length of the camera's path, metres, jumps between parts left out."""
     steps = np.linalg.norm(np.diff(T_world_cam[:, :3, 3], axis=0), axis=1)
-    return float(steps[np.diff(part) == 0].sum())
+    return float(steps[(np.diff(part) == 0) & (part[1:] != NOWHERE)].sum())
 
 
 def _mesh_figures(store: ReconstructionStore) -> dict[str, Any]:
