@@ -13,7 +13,7 @@ from storage.records import Chunk, DriveRecord, Plan, Segment
 from storage.video import FrameTable, read_frames
 from tasks.plan import read_plan
 from ttt3r.config import ModelConfig
-from ttt3r.images import fit, preprocess
+from ttt3r.images import fit, preprocess_fast
 
 WINDOW_BYTES = 256 * 2**20  # preprocessed frames that lanes may share
 
@@ -44,7 +44,7 @@ class DriveInput:
     def read(self, start: int, stop: int) -> Iterator[NDArray[np.uint8]]:
         """Preprocessed RGB frames [h, w, 3] of the drive from `start` to `stop`."""
         for frame in read_frames(self.record, self.frames, start, stop):
-            yield preprocess(frame, self.config.image_size, self.config.patch_size)
+            yield preprocess_fast(frame, self.config.image_size, self.config.patch_size)
 
 
 class FrameWindow:

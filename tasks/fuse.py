@@ -41,7 +41,7 @@ from tasks.meshes import Mesh, PlyWriter, read_ply, write_glb, write_ply
 from tasks.plan import longest_part, read_placed_plan, read_plan, require_key
 from tasks.retries import STAGE_OPTIONS
 from tasks.tile_merge import TileIndex, TileSet, merge_tiles
-from ttt3r.images import preprocess
+from ttt3r.images import preprocess_fast
 from ttt3r.weights import weights_info
 
 VERSION = 3
@@ -239,7 +239,7 @@ def read_some(drive: DriveInput, numbers: Sequence[int]) -> Iterator[np.ndarray]
         decoded = read_frames(drive.record, drive.frames, start, stop)
         for number, frame in zip(range(start, stop), decoded, strict=True):
             if number in wanted:
-                yield preprocess(frame, drive.config.image_size, drive.config.patch_size)
+                yield preprocess_fast(frame, drive.config.image_size, drive.config.patch_size)
 
 
 @task(name="merge-tiles", task_run_name="merge tiles {url}", **STAGE_OPTIONS)

@@ -162,7 +162,7 @@ def test_runs_leave_out_gaps(numbers, gap, runs):
 
 def test_only_wanted_frames_are_prepared_and_long_gaps_are_not_decoded(corridor_drive, monkeypatch):
     decoded, prepared = [], []
-    read, prepare = fuse.read_frames, fuse.preprocess
+    read, prepare = fuse.read_frames, fuse.preprocess_fast
 
     def spy_read(record, table, start, stop):
         for number, frame in enumerate(read(record, table, start, stop), start):
@@ -174,7 +174,7 @@ def test_only_wanted_frames_are_prepared_and_long_gaps_are_not_decoded(corridor_
         return prepare(frame, *rest)
 
     monkeypatch.setattr(fuse, "read_frames", spy_read)
-    monkeypatch.setattr(fuse, "preprocess", spy_prepare)
+    monkeypatch.setattr(fuse, "preprocess_fast", spy_prepare)
     monkeypatch.setattr(fuse, "SKIPPED_FRAMES", 5)
     store = ReconstructionStore.open(corridor_drive.url)
     drive = DriveInput.from_store(store, weights_info("untrained").config)

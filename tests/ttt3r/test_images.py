@@ -3,7 +3,7 @@ import PIL
 import pytest
 import torch
 
-from ttt3r.images import Fit, fit, normalise, preprocess, source_intrinsics
+from ttt3r.images import Fit, fit, normalise, preprocess, preprocess_fast, source_intrinsics
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,19 @@ def test_preprocess_agrees_with_the_reference(recorded, case):
         np.testing.assert_allclose(
             found.mean(axis=(0, 1)), recorded[f"out{case}_mean"], atol=max(levels, 1e-9)
         )
+
+
+@pytest.mark.parametrize("size", [(80, 8), (224, 16), (512, 16)])
+def test_fast_preprocessing_agrees_with_the_exact_one(recorded, size):
+    noise = np.random.default_rng(0).integers(0, 256, (540, 960, 3), np.uint8)
+    frames = [noise, np.uint8(noise > 127) * np.uint8(255), np.full((375, 1241, 3), 77, np.uint8)]
+    frames += [recorded[f"in{case}"] for case in range(8)]
+    for frame in frames:
+        exact, fast = (f(frame, *size) for f in (preprocess, preprocess_fast))
+        assert fast.dtype == np.uint8
+        error = np.abs(exact.astype(int) - fast)
+        assert error.max() <= 2
+        assert (error > 1).mean() <= 1e-5
 
 
 def test_normalise_agrees_with_the_reference(recorded):
