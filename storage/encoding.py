@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from storage import layout
 from storage.commits import plain
 from storage.layout import ArraySpec
 from storage.records import Segment
+from storage.shards import NotPlain, encode_shard
 
 # zarr forgets this when an array is opened again; without it NaN and False are not written.
 WRITE_ALL: ArrayConfigParams = {"write_empty_chunks": True}
@@ -54,32 +56,55 @@ def _new_array(
 def whole_array(path: str, spec: ArraySpec, values: np.ndarray) -> dict[str, bytes]:
     """Objects of an array with its values."""
     held: dict[str, Buffer] = {}
-    rows = max(1, min(len(values), layout.ROWS_PER_OBJECT))
     sizes = dict(zip(spec.dims, values.shape, strict=True))
-    _new_array(MemoryStore(held), path, spec, rows, sizes)[...] = values
+    _new_array(MemoryStore(held), path, spec, _rows_of_whole(len(values)), sizes)[...] = values
     return _contents(held, path)
 
 
 def empty_segment(group: str, segment: Segment, wanted: Mapping[str, Any]) -> dict[str, bytes]:
     """Objects of a new segment without those of the group itself."""
+    chunk_frames = wanted["chunk_frames"]
+    documents = _segment_documents(chunk_frames, tuple(sorted(wanted["sizes"].items())))
+    stops = [chunk.stop for chunk in segment.chunks(chunk_frames)]
+    objects = {f"{group}/{name}": document for name, document in documents.items()}
+    for name, numbers in (
+        ("frame", np.arange(segment.start, segment.stop)),
+        ("state/frame", np.array(stops)),
+    ):
+        shards = encode_rows(documents[f"{name}/zarr.json"], slice(0, len(numbers)), numbers)
+        objects |= {f"{group}/{name}/{key}": data for key, data in shards.items()}
+    return objects
+
+
+@lru_cache(maxsize=8)
+def _segment_documents(chunk_frames: int, sizes: tuple[tuple[str, int], ...]) -> dict[str, bytes]:
+    """The zarr.json of all arrays of a segment by path; most segments of a drive are alike."""
     held: dict[str, Buffer] = {}
-    store, chunk_frames, sizes = MemoryStore(held), wanted["chunk_frames"], wanted["sizes"]
+    store, lengths = MemoryStore(held), dict(sizes)
+    frames, chunks = lengths["frame"], lengths["chunk"]
     for spec in layout.SEGMENT_ARRAYS:
-        _new_array(store, f"{group}/{spec.name}", spec, chunk_frames, sizes)
+        _new_array(store, spec.name, spec, min(chunk_frames, frames), lengths)
     for spec in layout.STATE_ARRAYS:
-        _new_array(store, f"{group}/state/{spec.name}", spec, 1, sizes)
-    frames = np.arange(segment.start, segment.stop)
-    stops = np.array([chunk.stop for chunk in segment.chunks(chunk_frames)])
-    return {
-        **_contents(held, f"{group}/"),
-        **whole_array(f"{group}/frame", layout.FRAME_COORDINATE, frames),
-        **whole_array(f"{group}/state/frame", layout.STATE_FRAME, stops),
-        f"{group}/state/zarr.json": group_document({}),
-    }
+        _new_array(store, f"state/{spec.name}", spec, 1, lengths)
+    _new_array(store, "frame", layout.FRAME_COORDINATE, _rows_of_whole(frames), lengths)
+    _new_array(store, "state/frame", layout.STATE_FRAME, _rows_of_whole(chunks), lengths)
+    return {**_contents(held, ""), "state/zarr.json": group_document({})}
+
+
+def _rows_of_whole(rows: int) -> int:
+    """Rows of an object of an array that is written as a whole."""
+    return max(1, min(rows, layout.ROWS_PER_OBJECT))
 
 
 def encode_rows(document: bytes, rows: slice, values: np.ndarray) -> dict[str, bytes]:
     """Objects that hold `rows` of the array that `document`, its zarr.json, describes."""
+    try:
+        return encode_shard(document, rows.start, values)
+    except NotPlain:  # of an earlier version, or of somebody else
+        return _encode_by_zarr(document, rows, values)
+
+
+def _encode_by_zarr(document: bytes, rows: slice, values: np.ndarray) -> dict[str, bytes]:
     held: dict[str, Buffer] = {"zarr.json": default_buffer_prototype().buffer.from_bytes(document)}
     array = zarr.open_array(MemoryStore(held), mode="r+", zarr_format=3)
     array.with_config(WRITE_ALL)[rows] = values

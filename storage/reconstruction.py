@@ -7,9 +7,9 @@ import json
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,26 @@ SEGMENT_SPECS = by_name(layout.SEGMENT_ARRAYS)
 STATE_SPECS = by_name(layout.STATE_ARRAYS)
 CHUNK_SPECS = SEGMENT_SPECS | {f"state_{name}": spec for name, spec in STATE_SPECS.items()}
 UNDECODABLE = (ValueError, TypeError, LookupError, RuntimeError, DataDamaged)
-WRITERS = 4  # arrays of a chunk that are written at the same time
+
+
+@dataclass(frozen=True)
+class EncodedChunk:
+    """A chunk's data as they will be stored."""
+
+    segment: Segment
+    chunk: Chunk
+    objects: dict[str, bytes]  # by name in the store
+    about: dict[str, Any]  # what its commit will say of them
+
+    @property
+    def commit(self) -> str:
+        """Name of the commit that will vouch for the chunk."""
+        return chunk_commit(self.segment.index, self.chunk.index)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all objects."""
+        return sum(len(data) for data in self.objects.values())
 
 
 class ReconstructionStore:
@@ -100,7 +119,7 @@ class ReconstructionStore:
                 _refuse_other_content(folder)
             _write_root(folder, found, attributes)
             groups = [f"{group}/zarr.json" for group in layout.GROUPS]
-            _in_parallel(lambda name: folder.write(name, group_document({})), groups)
+            folder.write_many(dict.fromkeys(groups, group_document({})))
             return cls(folder)
 
     @classmethod
@@ -237,7 +256,7 @@ class ReconstructionStore:
         objects = {f"{group}/zarr.json": group_document({})}
         for name, values in encoded.items():
             objects |= whole_array(f"{group}/{name}", known[name], values)
-        self._write_objects(objects)
+        self._folder.write_many(objects)
         digests = {f"{group}/{name}": _digest(values) for name, values in encoded.items()}
         self._pending[stage] = {"digests": digests}
 
@@ -260,9 +279,13 @@ class ReconstructionStore:
 
     # ---- segments
 
-    def create_segment(
+    def create_segment(self, segment: Segment, *sizes: Any, **named_sizes: Any) -> None:
+        """Size the arrays of one segment; arguments as those of `create_segments`."""
+        self.create_segments([segment], *sizes, **named_sizes)
+
+    def create_segments(
         self,
-        segment: Segment,
+        segments: Sequence[Segment],
         chunk_frames: int,
         height: int,
         width: int,
@@ -270,43 +293,43 @@ class ReconstructionStore:
         state_tokens: tuple[int, int],
         pose_memory: tuple[int, int],
     ) -> None:
-        """Size the arrays of a segment; leaves a segment of the same shape as it is.
+        """Size the arrays of segments; leaves a segment of the same shape as it is.
 
         A segment of another shape, range or chunking loses its commits first, then its data.
 
         Args:
-            segment: which frames of the drive.
+            segments: which frames of the drive.
             chunk_frames: frames in each chunk but the last.
             height, width: of the depth, pixels.
             embed: length E of the descriptor.
             state_tokens: (S, D) of the state after each chunk.
             pose_memory: (M, 2D) of the state after each chunk.
         """
-        chunks = len(segment.chunks(chunk_frames))
-        sizes = {"frame": segment.frames, "y": height, "x": width, "embed": embed, "chunk": chunks}
-        sizes |= {"row4": 4, "col4": 4, "row3": 3, "col3": 3}
-        sizes["quantile"] = len(layout.GATE_QUANTILES)
-        sizes["token"], sizes["channel"] = state_tokens
-        sizes["slot"], sizes["pair"] = pose_memory
-        wanted = {
-            "start": segment.start,
-            "stop": segment.stop,
-            "chunk_frames": chunk_frames,
-            "sizes": sizes,
-        }
-        current = self._segment_layout(segment) or {}
-        if {name: current.get(name) for name in wanted} != wanted:
-            self._commits.drop(f"infer/{segment.index:04d}")
-            self._make_segment(segment, wanted)
+        common = {"y": height, "x": width, "embed": embed, "row4": 4, "col4": 4, "row3": 3}
+        common |= {"col3": 3, "quantile": len(layout.GATE_QUANTILES)}
+        common["token"], common["channel"] = state_tokens
+        common["slot"], common["pair"] = pose_memory
+        missing = []
+        for segment in segments:
+            wanted = _segment_attributes(segment, chunk_frames, common)
+            current = self._segment_layout(segment) or {}
+            if {name: current.get(name) for name in wanted} != wanted:
+                missing.append((segment, wanted))
+        self._make_segments(missing)
 
-    def _make_segment(self, segment: Segment, wanted: dict[str, Any]) -> None:
-        """Remove what is there and make empty arrays; the group's attributes come last."""
-        group = segment_name(segment.index)
-        self._remove_segment_data(group)
-        self._write_objects(empty_segment(group, segment, wanted))
-        # Commits name the creation that they belong to, so those of a removed one are void.
-        attributes = {**wanted, "creation": uuid.uuid4().hex}
-        self._folder.write(f"{group}/zarr.json", group_document(attributes))
+    def _make_segments(self, missing: Sequence[tuple[Segment, dict[str, Any]]]) -> None:
+        """Remove what is there and make empty arrays; the groups' attributes come last."""
+        objects, groups = {}, {}
+        for segment, wanted in missing:
+            group = segment_name(segment.index)
+            self._commits.drop(f"infer/{segment.index:04d}")
+            self._remove_segment_data(group)
+            objects |= empty_segment(group, segment, wanted)
+            # Commits name the creation that they belong to, so those of a removed one are void.
+            attributes = {**wanted, "creation": uuid.uuid4().hex}
+            groups[f"{group}/zarr.json"] = group_document(attributes)
+        self._folder.write_many(objects)
+        self._folder.write_many(groups)
 
     def remove_segment(self, index: int) -> None:
         """Remove a segment that a new plan does not have, its commits first."""
@@ -333,23 +356,41 @@ class ReconstructionStore:
             ValueError: a name, shape or type is not as declared, or the chunk is not one of
                 the segment's.
         """
+        self.write_encoded([self.encode_chunk(segment, chunk, arrays)])
+
+    def encode_chunk(
+        self, segment: Segment, chunk: Chunk, arrays: Mapping[str, np.ndarray]
+    ) -> EncodedChunk:
+        """What `write_chunk` would write: rounded and compressed; writes nothing."""
         found = self._require_layout(segment)
         _check_chunk(segment, chunk, found["chunk_frames"])
         encoded = _encode_chunk(arrays, chunk, found["sizes"])
-        self._check_claim(segment)
-        commit = chunk_commit(segment.index, chunk.index)
-        self._folder.delete(f"{layout.COMMITS}/{commit}.json")
         group = segment_name(segment.index)
         stored = {_array_path(group, name): values for name, values in encoded.items()}
-        _in_parallel(lambda path: self._write_rows(segment, chunk, path, stored[path]), stored)
-        self._pending[commit] = {
+        objects: dict[str, bytes] = {}
+        for path, values in stored.items():
+            objects |= self._encode_rows(segment, chunk, path, values)
+        about = {
             "creation": found["creation"],
             "frames": [chunk.start, chunk.stop],
             "digests": {path: _digest(values) for path, values in stored.items()},
         }
+        return EncodedChunk(segment, chunk, objects, about)
 
-    def _write_rows(self, segment: Segment, chunk: Chunk, path: str, values: np.ndarray) -> None:
-        """Write one whole shard in one put.
+    def write_encoded(self, chunks: Sequence[EncodedChunk]) -> None:
+        """Write the data of chunks, together: one wait for the disk serves them all."""
+        objects: dict[str, bytes] = {}
+        for encoded in chunks:
+            self._check_claim(encoded.segment)
+            self._folder.delete(f"{layout.COMMITS}/{encoded.commit}.json")
+            objects |= encoded.objects
+        self._folder.write_many(objects)
+        self._pending |= {encoded.commit: encoded.about for encoded in chunks}
+
+    def _encode_rows(
+        self, segment: Segment, chunk: Chunk, path: str, values: np.ndarray
+    ) -> dict[str, bytes]:
+        """One whole shard, to be written in one put.
 
         Zarr would first read what is there and merge: slow, and it trips over a damaged shard.
         """
@@ -357,10 +398,7 @@ class ReconstructionStore:
         if document is None:
             raise DataDamaged(f"array {path} of {redacted(self.url)} is gone; {_redo(segment)}")
         shard = encode_rows(document, _rows(path, segment, chunk), values)
-        self._write_objects({f"{path}/{name}": data for name, data in shard.items()})
-
-    def _write_objects(self, objects: Mapping[str, bytes]) -> None:
-        _in_parallel(lambda name: self._folder.write(name, objects[name]), objects)
+        return {f"{path}/{name}": data for name, data in shard.items()}
 
     def commit_chunk(self, segment: Segment, chunk: Chunk, record: Mapping[str, Any]) -> None:
         """Say that the chunk last written through this object is finished.
@@ -729,10 +767,17 @@ def _refuse_other_content(folder: Folder) -> None:
     )
 
 
-def _in_parallel(act: Callable[[str], object], names: Iterable[str]) -> None:
-    with ThreadPoolExecutor(WRITERS) as pool:
-        for _ in pool.map(act, names):  # raises what an act raised
-            pass
+def _segment_attributes(
+    segment: Segment, chunk_frames: int, common: Mapping[str, int]
+) -> dict[str, Any]:
+    """What a segment's group says of it, but for its creation."""
+    own = {"frame": segment.frames, "chunk": len(segment.chunks(chunk_frames))}
+    return {
+        "start": segment.start,
+        "stop": segment.stop,
+        "chunk_frames": chunk_frames,
+        "sizes": {**common, **own},
+    }
 
 
 def _check_names(given: Any, known: Mapping[str, ArraySpec], required: set[str]) -> None:

@@ -1,0 +1,107 @@
+"""Shards encoded without Zarr's machinery, which costs ten times the compression itself.
+
+The bytes are those that Zarr writes; `tests/storage/test_shards.py` compares them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs.blosc import Blosc
+
+Encode = Callable[[np.ndarray], bytes]
+
+SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
+LEFT_OUT = 2**64 - 1  # in a shard's index, of an inner chunk without rows
+
+
+class NotPlain(ValueError):
+    """An array is not laid out as this software lays out its arrays; Zarr itself must write."""
+
+
+@lru_cache(maxsize=256)
+def parsed(document: bytes) -> dict[str, Any]:
+    """The zarr.json of an array; not to be changed."""
+    found: dict[str, Any] = json.loads(document)
+    return found
+
+
+def encode_shard(document: bytes, start: int, values: np.ndarray) -> dict[str, bytes]:
+    """The object, by name, that holds `values` as the rows from `start` on.
+
+    Args:
+        document: zarr.json of the array, which is cut along its first axis only.
+        start: a multiple of the rows of an object.
+        values: at most that many rows, in the array's type; what lacks is filled up.
+
+    Raises:
+        NotPlain: other codecs or cuts than those of `storage.layout`.
+    """
+    node = parsed(document)
+    shape = node["chunk_grid"]["configuration"]["chunk_shape"]
+    _check_cut(node, shape, start, values)
+    name = "/".join(["c", str(start // shape[0]), *["0"] * (len(shape) - 1)])
+    return {name: _encoder(node["codecs"], shape[0], node["fill_value"])(values)}
+
+
+def _check_cut(node: Mapping[str, Any], shape: list[int], start: int, values: np.ndarray) -> None:
+    whole_rows = shape[1:] == node["shape"][1:] == list(values.shape[1:])
+    fits = start % shape[0] == 0 and len(values) <= shape[0]
+    if not whole_rows or not fits or values.dtype != np.dtype(node["data_type"]):
+        raise NotPlain(f"{values.dtype} {values.shape} at row {start} of {node['shape']}")
+    if node["chunk_key_encoding"] != {"name": "default", "configuration": {"separator": "/"}}:
+        raise NotPlain(f"chunk keys {node['chunk_key_encoding']}")
+
+
+def _filled(values: np.ndarray, rows: int, fill: Any) -> np.ndarray:
+    if len(values) == rows:
+        return np.ascontiguousarray(values)
+    whole = np.full((rows, *values.shape[1:]), np.nan if fill == "NaN" else fill, values.dtype)
+    whole[: len(values)] = values
+    return whole
+
+
+def _encoder(codecs: list[dict[str, Any]], rows: int, fill: Any) -> Encode:
+    """How `rows` rows become bytes; of fewer, the rest is filled up."""
+    if [codec["name"] for codec in codecs] == ["sharding_indexed"]:
+        return lambda values: _sharded(codecs[0]["configuration"], values, rows, fill)
+    names = [codec["name"] for codec in codecs]
+    endian = codecs[0].get("configuration", {}).get("endian", "little")
+    if names == ["bytes", "crc32c"] and endian == "little":
+        return lambda values: _checked(_filled(values, rows, fill).tobytes())
+    if names == ["bytes", "blosc", "crc32c"] and endian == "little":
+        blosc = codecs[1]["configuration"]
+        return lambda values: _checked(_compressed(blosc, _filled(values, rows, fill)))
+    raise NotPlain(f"codecs {codecs}")
+
+
+def _compressed(settings: Mapping[str, Any], rows: np.ndarray) -> bytes:
+    if rows.dtype.itemsize != settings["typesize"]:
+        raise NotPlain(f"{rows.dtype} with a typesize of {settings['typesize']}")
+    shuffle = SHUFFLES[settings["shuffle"]]
+    codec = Blosc(settings["cname"], settings["clevel"], shuffle, settings["blocksize"])
+    return bytes(codec.encode(rows))
+
+
+def _checked(data: bytes) -> bytes:
+    return data + google_crc32c.value(data).to_bytes(4, "little")
+
+
+def _sharded(settings: Mapping[str, Any], values: np.ndarray, rows: int, fill: Any) -> bytes:
+    """Inner chunks one after the other, then where each of them lies; empty ones are left out."""
+    inner, *sides = settings["chunk_shape"]
+    index_codecs = [codec["name"] for codec in settings["index_codecs"]]
+    plain_index = index_codecs == ["bytes", "crc32c"] and settings["index_location"] == "end"
+    if sides != list(values.shape[1:]) or not plain_index:
+        raise NotPlain(f"shards of {settings['chunk_shape']}, index {index_codecs}")
+    encode = _encoder(settings["codecs"], inner, fill)
+    parts = [encode(values[i : i + inner]) for i in range(0, len(values), inner)]
+    lengths = np.array([len(part) for part in parts], np.uint64)
+    index = np.full((rows // inner, 2), LEFT_OUT, "<u8")
+    index[: len(parts)] = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
+    return b"".join([*parts, _checked(index.tobytes())])

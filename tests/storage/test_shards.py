@@ -1,0 +1,68 @@
+"""Shards that we encode ourselves are those that Zarr would write."""
+
+import json
+
+import numpy as np
+import pytest
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec
+from zarr.storage import MemoryStore
+
+from storage.shards import NotPlain, encode_shard
+
+BLOSC = BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle")
+
+
+def written_by_zarr(values, start, **options):
+    """The array's zarr.json, and the objects that Zarr makes of `values` at row `start`."""
+    held = {}
+    shape = (10, *values.shape[1:])
+    array = zarr.create_array(
+        MemoryStore(held), shape=shape, dtype=values.dtype, filters=None, **options
+    )
+    array = array.with_config({"write_empty_chunks": True})
+    document = held["zarr.json"].to_bytes()
+    array[start : start + len(values)] = values
+    return document, {n: b.to_bytes() for n, b in held.items() if n != "zarr.json"}
+
+
+@pytest.mark.parametrize(("start", "rows"), [(0, 4), (4, 4), (8, 2), (0, 3)])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int64", "uint8"])
+def test_shard_of_images_equals_that_of_zarr(start, rows, dtype):
+    values = np.random.default_rng(0).normal(10, 3, (rows, 12, 20)).astype(dtype)
+    document, expected = written_by_zarr(
+        values,
+        start,
+        chunks=(2, 12, 20),
+        shards=(4, 12, 20),
+        compressors=(BLOSC, Crc32cCodec()),
+        fill_value=np.nan if values.dtype.kind == "f" else 0,
+    )
+    assert encode_shard(document, start, values) == expected
+
+
+@pytest.mark.parametrize("compressors", [(BLOSC, Crc32cCodec()), (Crc32cCodec(),)])
+@pytest.mark.parametrize("values", [np.arange(12.0).reshape(4, 3), np.array([True, False])])
+def test_plain_chunk_equals_that_of_zarr(compressors, values):
+    document, expected = written_by_zarr(
+        values, 4, chunks=(4, *values.shape[1:]), compressors=compressors, fill_value=0
+    )
+    assert encode_shard(document, 4, values) == expected
+
+
+def test_arrays_of_other_codecs_are_left_to_zarr():
+    values = np.zeros((4, 3))
+    document, _ = written_by_zarr(values, 0, chunks=(4, 3), compressors=(GzipCodec(),))
+    with pytest.raises(NotPlain, match="gzip"):
+        encode_shard(document, 0, values)
+
+
+@pytest.mark.parametrize(
+    ("start", "values"),
+    [(2, np.zeros((4, 3))), (0, np.zeros((5, 3))), (0, np.zeros((4, 3), np.float32))],
+)
+def test_rows_that_are_not_one_whole_chunk_are_left_to_zarr(start, values):
+    document, _ = written_by_zarr(np.zeros((4, 3)), 0, chunks=(4, 3), compressors=(Crc32cCodec(),))
+    assert json.loads(document)["shape"] == [10, 3]
+    with pytest.raises(NotPlain):
+        encode_shard(document, start, values)
