@@ -194,7 +194,9 @@ def reconstruct(
     rule: Annotated[str, typer.Option(help="Update rule of the state.")] = "ttt3r",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.auto,
-    lanes: Annotated[int, typer.Option(min=1, help="Segments that run in lock step.")] = 4,
+    lanes: Annotated[
+        int | None, typer.Option(min=1, help="Segments in lock step [default: as memory allows].")
+    ] = None,
     segment_frames: Annotated[
         int | None, typer.Option(min=2, help="Frames of a segment [default: the weights' own].")
     ] = None,
@@ -234,7 +236,7 @@ def reconstruct(
     try:
         config = ReconstructionConfig(
             plan=PlanConfig(segment_frames, overlap_frames, chunk_frames),
-            infer=InferConfig(weights, rule, device, precision.value, lanes),
+            infer=InferConfig(weights, rule, device, precision.value, lanes or "auto"),
             align=AlignConfig(focal_px),
             fuse=FuseConfig(voxel_m, depth_limit_m),
         )

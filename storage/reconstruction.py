@@ -319,7 +319,8 @@ class ReconstructionStore:
 
     def _make_segments(self, missing: Sequence[tuple[Segment, dict[str, Any]]]) -> None:
         """Remove what is there and make empty arrays; the groups' attributes come last."""
-        objects, groups = {}, {}
+        objects: dict[str, bytes] = {}
+        groups: dict[str, bytes] = {}
         for segment, wanted in missing:
             group = segment_name(segment.index)
             self._commits.drop(f"infer/{segment.index:04d}")

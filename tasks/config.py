@@ -47,9 +47,9 @@ class InferConfig:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU."""
-    lanes: Annotated[int, Field(ge=1)] = 4
-    """Segments that run in lock step on one device."""
-    segments_per_task: Annotated[int, Field(ge=1)] = 16
+    lanes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Segments that run in lock step on one device; auto: as memory allows, up to what helps."""
+    segments_per_task: Annotated[int, Field(ge=1)] = 64
     """Segments of one GPU task."""
 
 

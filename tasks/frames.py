@@ -11,11 +11,15 @@ from numpy.typing import NDArray
 from storage.reconstruction import ReconstructionStore
 from storage.records import Chunk, DriveRecord, Plan, Segment
 from storage.video import FrameTable, read_frames
+from tasks.pipelining import Clock, timed
 from tasks.plan import read_plan
 from ttt3r.config import ModelConfig
 from ttt3r.images import fit, preprocess_fast
 
 WINDOW_BYTES = 256 * 2**20  # preprocessed frames that lanes may share
+LONGEST_GAP = 50  # frames that nobody wants are decoded up to here; beyond, sought over
+
+Image = NDArray[np.uint8]  # [h, w, 3] RGB
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,14 @@ class DriveInput:
         )
         return shape.height, shape.width
 
-    def read(self, start: int, stop: int) -> Iterator[NDArray[np.uint8]]:
+    def read(self, start: int, stop: int, clock: Clock | None = None) -> Iterator[Image]:
         """Preprocessed RGB frames [h, w, 3] of the drive from `start` to `stop`."""
-        for frame in read_frames(self.record, self.frames, start, stop):
-            yield preprocess_fast(frame, self.config.image_size, self.config.patch_size)
+        clock = Clock() if clock is None else clock
+        decoded = read_frames(self.record, self.frames, start, stop)
+        for frame in timed(decoded, clock, "decode"):
+            with clock.measure("preprocess"):
+                image = preprocess_fast(frame, self.config.image_size, self.config.patch_size)
+            yield image
 
 
 class FrameWindow:
@@ -54,18 +62,19 @@ class FrameWindow:
     over the video serves them all. A frame is kept until `forget_before` lets it go.
     """
 
-    def __init__(self, drive: DriveInput, stop: int) -> None:
-        self._drive, self._stop = drive, stop
-        self._kept: dict[int, NDArray[np.uint8]] = {}
-        self._source: Iterator[NDArray[np.uint8]] = iter(())
+    def __init__(self, drive: DriveInput, stop: int, clock: Clock) -> None:
+        self._drive, self._stop, self._clock = drive, stop, clock
+        self._kept: dict[int, Image] = {}
+        self._source: Iterator[Image] = iter(())
         self._next: int | None = None  # frame that the source yields next
 
-    def get(self, index: int) -> NDArray[np.uint8]:
+    def get(self, index: int) -> Image:
         """Frame `index` of the drive."""
         if index in self._kept:
             return self._kept[index]
-        if self._next is None or index < self._next:
-            self._source, self._next = self._drive.read(index, self._stop), index
+        if self._next is None or not self._next <= index <= self._next + LONGEST_GAP:
+            self._source = self._drive.read(index, self._stop, self._clock)
+            self._next = index
         while self._next <= index:
             self._kept[self._next] = next(self._source)
             self._next += 1
@@ -77,36 +86,72 @@ class FrameWindow:
             del self._kept[old]
 
 
-def read_rounds(
-    drive: DriveInput, lanes: Sequence[Segment], rounds: range
-) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
-    """Per round of chunks: images [L, T, h, w, 3] and which of them exist [L, T].
+@dataclass(frozen=True)
+class Lanes:
+    """Segments that run in lock step, and the rounds of chunks that are to be computed."""
 
-    Lanes that end early are padded by black frames that do not exist.
-    """
-    chunks = [segment.chunks(drive.plan.chunk_frames) for segment in lanes]
-    readers = _lane_readers(drive, lanes)
-    for number in rounds:
-        current = [cs[number] if number < len(cs) else Chunk(number, 0, 0) for cs in chunks]
-        counts = [chunk.stop - chunk.start for chunk in current]
-        images = np.zeros((len(lanes), max(counts), *drive.size, 3), np.uint8)
-        present = np.zeros(images.shape[:2], bool)
-        for lane, (reader, chunk) in enumerate(zip(readers, current, strict=True)):
-            for t in range(counts[lane]):
-                images[lane, t] = reader.get(chunk.start + t)
-            present[lane, : counts[lane]] = True
-        for reader in set(readers):
-            waiting = zip(readers, current, strict=True)
-            reader.forget_before(
-                min((c.stop for r, c in waiting if r is reader and c.stop), default=0)
-            )
-        yield images, present
+    segments: tuple[Segment, ...]
+    rounds: range
+
+    def chunks(self, number: int, chunk_frames: int) -> list[Chunk]:
+        """The chunk of every lane in a round; an empty one of a lane that has ended."""
+        cut = [segment.chunks(chunk_frames) for segment in self.segments]
+        return [cs[number] if number < len(cs) else Chunk(number, 0, 0) for cs in cut]
+
+    @property
+    def span(self) -> int:
+        """Frames from the first that a lane sees to the last."""
+        return max(s.stop for s in self.segments) - min(s.start for s in self.segments)
 
 
-def _lane_readers(drive: DriveInput, lanes: Sequence[Segment]) -> list[FrameWindow]:
-    """One window for all lanes where it is small, else a window (and a decoder) for each."""
-    start, stop = min(s.start for s in lanes), max(s.stop for s in lanes)
+@dataclass(frozen=True)
+class Round:
+    """What all lanes see of one chunk each."""
+
+    number: int
+    images: NDArray[np.uint8]  # [L, T, h, w, 3]
+    present: NDArray[np.bool_]  # [L, T]; lanes that end early are padded by black frames
+    seconds: dict[str, float]  # that reading it took, by stage
+
+
+def read_rounds(drive: DriveInput, groups: Sequence[Lanes]) -> Iterator[Round]:
+    """The rounds of all groups, one after the other; neighbouring groups share a decoder."""
+    clock, frames = Clock(), drive.plan.chunk_frames
+    one_window = max((g.span for g in groups), default=0) * _frame_bytes(drive) <= WINDOW_BYTES
+    shared = FrameWindow(drive, drive.plan.frames, clock)
+    for position, lanes in enumerate(groups):
+        after = min((s.start for g in groups[position + 1 :] for s in g.segments), default=None)
+        windows = [
+            shared if one_window else FrameWindow(drive, s.stop, clock) for s in lanes.segments
+        ]
+        for number in lanes.rounds:
+            chunks = lanes.chunks(number, frames)
+            images, present = _stack(drive, windows, chunks)
+            _forget(windows, chunks, after)
+            yield Round(number, images, present, clock.take())
+
+
+def _frame_bytes(drive: DriveInput) -> int:
     height, width = drive.size
-    if (stop - start) * height * width * 3 <= WINDOW_BYTES:
-        return [FrameWindow(drive, stop)] * len(lanes)
-    return [FrameWindow(drive, segment.stop) for segment in lanes]
+    return height * width * 3
+
+
+def _stack(
+    drive: DriveInput, windows: Sequence[FrameWindow], chunks: Sequence[Chunk]
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Images of all lanes, and which of them there are."""
+    counts = [chunk.stop - chunk.start for chunk in chunks]
+    images = np.zeros((len(chunks), max(counts), *drive.size, 3), np.uint8)
+    for lane, (window, chunk) in enumerate(zip(windows, chunks, strict=True)):
+        for t in range(counts[lane]):
+            images[lane, t] = window.get(chunk.start + t)
+    return images, np.arange(max(counts)) < np.array(counts)[:, None]
+
+
+def _forget(windows: Sequence[FrameWindow], chunks: Sequence[Chunk], after: int | None) -> None:
+    """Let go of frames that neither a lane of this group nor a later group will want."""
+    for window in set(windows):
+        lanes = zip(windows, chunks, strict=True)
+        wanted = [c.stop for w, c in lanes if w is window and c.stop]
+        wanted += [] if after is None else [after]
+        window.forget_before(min(wanted, default=0))

@@ -5,34 +5,37 @@ from __future__ import annotations
 import logging
 import platform
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from prefect import task
+from torch import Tensor
 
-from storage.layout import chunk_commit, segment_claim
+from storage.layout import GATE_QUANTILES, chunk_commit, segment_claim
 from storage.reconstruction import ReconstructionStore
 from storage.records import Chunk, Plan, Segment
 from tasks.config import InferConfig
-from tasks.frames import DriveInput, read_rounds
+from tasks.frames import DriveInput, Lanes, Round, read_rounds
 from tasks.interruption import run_until_stopped
 from tasks.keys import drop_later, stage_key
-from tasks.pipelining import BackgroundWriter, prefetch
+from tasks.lanes import is_out_of_memory, settle_for_fewer, settled_lanes
+from tasks.pipelining import BackgroundWriter, Clock, prefetch
 from tasks.plan import read_plan, require_key
 from tasks.retries import STAGE_OPTIONS
+from tasks.transfer import Download, mark, to_device
 from ttt3r.geometry import camera_pose_to_matrix, estimate_focal, intrinsics_from_focal
 from ttt3r.model import Model, Predictions
 from ttt3r.state import State
 from ttt3r.stream import Stream
 from ttt3r.weights import WeightsInfo, load_model, weights_info
 
-VERSION = 1
-READ_AHEAD_CHUNKS = 2  # decoded chunks that wait for the network, per task
+VERSION = 2
+READ_AHEAD_ROUNDS = 2  # decoded chunks of all lanes that wait for the network, per task
 MOST_DEATHS = 5  # of the process, one after the other and without a chunk finished
 
 log = logging.getLogger(__name__)
@@ -100,20 +103,13 @@ def infer_stage(url: str, indices: Sequence[int], config: InferConfig) -> int:
     store = ReconstructionStore.open(url)
     plan, info = read_plan(store), weights_info(config.weights)
     keys = {i: segment_key(store, plan, plan.segments[i], config, info) for i in indices}
-    # Always the same lanes together, so that an interrupted run repeats the same batches.
-    batches = [indices[i : i + config.lanes] for i in range(0, len(indices), config.lanes)]
-    lanes = [[plan.segments[i] for i in batch] for batch in batches]
-    todo = [
-        segments
-        for segments in lanes
-        if not all(is_segment_done(store, plan, s, keys[s.index]) for s in segments)
-    ]
-    if not todo:
+    segments = [plan.segments[i] for i in indices]
+    if _all_done(store, plan, segments, keys):
         return 0
     drop_later(store, "infer")
     model, info = _cached_model(config.weights, info.sha256, resolve_device(config))
     drive = DriveInput.from_store(store, info.config)
-    return sum(_infer_claimed(store, drive, segments, keys, model, config) for segments in todo)
+    return _infer_claimed(store, drive, segments, keys, model, config, info)
 
 
 def _infer_claimed(
@@ -123,10 +119,13 @@ def _infer_claimed(
     keys: dict[int, str],
     model: Model,
     config: InferConfig,
+    info: WeightsInfo,
 ) -> int:
-    """Infer `segments` as the only worker at them; an interruption waits for their chunk."""
+    """Infer `segments` as the only worker at them; an interruption waits for their round."""
     with ExitStack() as claims:
         for segment in segments:
+            if is_segment_done(store, drive.plan, segment, keys[segment.index]):
+                continue
             done = len(store.commit_names(f"infer/{segment.index:04d}"))
             claim = claims.enter_context(store.claim(segment_claim(segment.index), done))
             if claim.deaths >= MOST_DEATHS:
@@ -136,7 +135,7 @@ def _infer_claimed(
                 )
             _drop_stale(store, drive.plan, segment, keys[segment.index])
         return run_until_stopped(
-            lambda stop: infer_lanes(store, drive, segments, keys, model, config, stop)
+            lambda stop: _infer_in_lanes(store, drive, segments, keys, model, config, info, stop)
         )
 
 
@@ -147,6 +146,36 @@ def unfinished_segments(url: str, indices: Sequence[int], config: InferConfig) -
     segments = [plan.segments[i] for i in indices]
     keys = {s.index: segment_key(store, plan, s, config, info) for s in segments}
     return [s.index for s in segments if not is_segment_done(store, plan, s, keys[s.index])]
+
+
+def _infer_in_lanes(
+    store: ReconstructionStore,
+    drive: DriveInput,
+    segments: Sequence[Segment],
+    keys: dict[int, str],
+    model: Model,
+    config: InferConfig,
+    info: WeightsInfo,
+    stop: threading.Event,
+) -> int:
+    """Infer what is not finished, in fewer lanes where memory does not suffice."""
+    lanes = settled_lanes(store, drive, config, info, model.device)
+    while True:
+        # Always the same lanes together, so that an interrupted run repeats the same batches.
+        groups = [segments[i : i + lanes] for i in range(0, len(segments), lanes)]
+        todo = [g for g in groups if not _all_done(store, drive.plan, g, keys)]
+        try:
+            return infer_groups(store, drive, todo, keys, model, config, stop)
+        except (RuntimeError, MemoryError) as error:
+            if lanes == 1 or not is_out_of_memory(error):
+                raise
+            lanes = settle_for_fewer(store, config, info, lanes)
+
+
+def _all_done(
+    store: ReconstructionStore, plan: Plan, segments: Sequence[Segment], keys: dict[int, str]
+) -> bool:
+    return all(is_segment_done(store, plan, s, keys[s.index]) for s in segments)
 
 
 def is_segment_done(store: ReconstructionStore, plan: Plan, segment: Segment, key: str) -> bool:
@@ -162,90 +191,149 @@ def _drop_stale(store: ReconstructionStore, plan: Plan, segment: Segment, key: s
             store.drop_commits(name)
 
 
-def infer_lanes(
+def infer_groups(
     store: ReconstructionStore,
     drive: DriveInput,
-    segments: Sequence[Segment],
+    groups: Sequence[Sequence[Segment]],
     keys: dict[int, str],
     model: Model,
     config: InferConfig,
     stop: threading.Event,
 ) -> int:
-    """Run `segments` in lock step, one a lane, until `stop`; return the frames computed.
+    """Run groups of segments, each in lock step, one a lane, until `stop`.
+
+    Returns the frames computed.
+
+    Reading, the network, and compressing and writing run beside each other, across groups:
+    the network waits for neither as long as they keep up.
+    """
+    runs = [LaneRun(store, drive, group, keys, model, config) for group in groups]
+    reader = prefetch(read_rounds(drive, [run.lanes for run in runs]), READ_AHEAD_ROUNDS)
+    with closing(reader) as rounds, BackgroundWriter() as writer:
+        for run in runs:
+            stream = run.start()
+            for _ in run.lanes.rounds:
+                if stop.is_set():
+                    return sum(run.computed for run in runs)
+                clock = Clock()
+                with clock.measure("wait"):
+                    now = next(rounds)
+                result = run.step(stream, now, clock)
+                with clock.measure("stall"):
+                    writer.submit(partial(_write, store, result))
+    return sum(run.computed for run in runs)
+
+
+class LaneRun:
+    """Segments that run in lock step, one a lane.
 
     All lanes resume at the first chunk that any of them lacks, so that batches have the shapes
     of an uninterrupted run and its bytes come out again.
     """
-    chunk_frames, (height, width) = drive.plan.chunk_frames, drive.size
-    for segment in segments:
-        store.create_segment(
-            segment,
+
+    def __init__(
+        self,
+        store: ReconstructionStore,
+        drive: DriveInput,
+        segments: Sequence[Segment],
+        keys: dict[int, str],
+        model: Model,
+        config: InferConfig,
+    ) -> None:
+        self._store, self._drive, self._keys = store, drive, keys
+        self._model, self._config = model, config
+        chunk_frames, network, (height, width) = drive.plan.chunk_frames, drive.config, drive.size
+        store.create_segments(
+            segments,
             chunk_frames,
             height,
             width,
-            drive.config.enc_embed_dim,
-            (drive.config.state_size, drive.config.dec_embed_dim),
-            (drive.config.local_mem_size, 2 * drive.config.dec_embed_dim),
+            network.enc_embed_dim,
+            (network.state_size, network.dec_embed_dim),
+            (network.local_mem_size, 2 * network.dec_embed_dim),
         )
-    chunks = [segment.chunks(chunk_frames) for segment in segments]
-    done = [
-        [store.is_chunk_done(s, c, keys[s.index]) for c in cs]
-        for s, cs in zip(segments, chunks, strict=True)
-    ]
-    rounds = max(len(cs) for cs in chunks)
-    start = min(flags.index(False) if False in flags else rounds for flags in done)
-    stream = Stream(
-        model, len(segments), config.rule, state=_resume(store, segments, chunks, start, model)
-    )
-    precision = torch.autocast(
-        next(model.parameters()).device.type,
-        torch.bfloat16,
-        enabled=resolve_precision(config) == "bfloat16",
-    )
-    batches = prefetch(read_rounds(drive, segments, range(start, rounds)), READ_AHEAD_CHUNKS)
-    computed = 0
-    with closing(batches), BackgroundWriter() as writer:
-        waiting = time.perf_counter()
-        for number, (images, present) in zip(range(start, rounds), batches, strict=True):
-            if stop.is_set():
-                break
-            began = time.perf_counter()
-            with precision:
-                predictions = stream.feed(images, update=torch.from_numpy(present))
-            arrays = chunk_arrays(predictions, stream.state)
-            seconds = time.perf_counter() - began
-            waited, waiting = began - waiting, time.perf_counter()
-            for lane, segment in enumerate(segments):
-                if number >= len(chunks[lane]) or done[lane][number]:
-                    continue
-                chunk = chunks[lane][number]
-                computed += chunk.stop - chunk.start
-                record = {
-                    "key": keys[segment.index],
-                    "frames_inferred": chunk.stop - chunk.start,
-                    "infer_seconds": seconds / len(segments),
-                    "wait_seconds": waited / len(segments),
-                    "host": platform.node(),
-                    "device": str(next(model.parameters()).device),
-                    "device_kind": device_kind(str(next(model.parameters()).device)),
-                }
-                writer.submit(
-                    partial(_write, store, segment, chunk, _of_lane(arrays, lane, chunk), record)
-                )
-    return computed
+        self._done = {
+            (s.index, chunk.index): store.is_chunk_done(s, chunk, keys[s.index])
+            for s in segments
+            for chunk in s.chunks(chunk_frames)
+        }
+        missing = [number for (_, number), done in self._done.items() if not done]
+        rounds = max(len(s.chunks(chunk_frames)) for s in segments)
+        self.lanes = Lanes(tuple(segments), range(min(missing, default=rounds), rounds))
+        self.computed = 0
+
+    def start(self) -> Stream:
+        """Begin, or go on from the state that is stored with the last finished chunk."""
+        segments, first = self.lanes.segments, self.lanes.rounds.start
+        chunks = [segment.chunks(self._drive.plan.chunk_frames) for segment in segments]
+        state = _resume(self._store, segments, chunks, first, self._model)
+        return Stream(self._model, len(segments), self._config.rule, state=state)
+
+    def step(self, stream: Stream, now: Round, clock: Clock) -> RoundResult:
+        """Let all lanes see their next chunk; the result is on its way to the host."""
+        device = self._model.device
+        began = mark(device)
+        enabled = resolve_precision(self._config) == "bfloat16"
+        with clock.measure("infer"), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            images = to_device(now.images, device)
+            predictions = stream.feed(images, update=torch.from_numpy(now.present))
+            tensors = chunk_tensors(predictions, stream.state)
+        chunks = self._unfinished(now.number)
+        self.computed += sum(chunk.stop - chunk.start for _, _, chunk in chunks)
+        download = Download(tensors, began)
+        return RoundResult(
+            len(self.lanes.segments), chunks, self._keys, download, now.seconds, clock
+        )
+
+    def _unfinished(self, number: int) -> list[tuple[int, Segment, Chunk]]:
+        """Lanes, segments and chunks of a round that the store lacks."""
+        chunks = self.lanes.chunks(number, self._drive.plan.chunk_frames)
+        found = zip(self.lanes.segments, chunks, strict=True)
+        return [
+            (lane, segment, chunk)
+            for lane, (segment, chunk) in enumerate(found)
+            if chunk.stop and not self._done[segment.index, chunk.index]
+        ]
 
 
-def _write(
-    store: ReconstructionStore,
-    segment: Segment,
-    chunk: Chunk,
-    arrays: dict[str, NDArray[np.generic]],
-    record: dict[str, object],
-) -> None:
-    began = time.perf_counter()
-    store.write_chunk(segment, chunk, arrays)
-    write_seconds = time.perf_counter() - began
-    store.commit_chunk(segment, chunk, {**record, "write_seconds": write_seconds})
+@dataclass(frozen=True)
+class RoundResult:
+    """One round of all lanes, ready to be stored."""
+
+    lanes: int
+    chunks: list[tuple[int, Segment, Chunk]]  # lane, segment and chunk
+    keys: dict[int, str]  # by segment
+    download: Download
+    read_seconds: dict[str, float]
+    clock: Clock
+
+
+def _write(store: ReconstructionStore, result: RoundResult) -> None:
+    """Compress and write all chunks of a round together, then commit each."""
+    clock = result.clock
+    result.download.wait()
+    with clock.measure("download"):
+        arrays = result.download.arrays()
+    with clock.measure("encode"):
+        encoded = [
+            store.encode_chunk(segment, chunk, _of_lane(arrays, lane, chunk))
+            for lane, segment, chunk in result.chunks
+        ]
+    with clock.measure("write"):
+        store.write_encoded(encoded)
+    seconds = result.read_seconds | clock.take() | result.download.seconds()
+    shares = {name: value / result.lanes for name, value in seconds.items()}
+    for _, segment, chunk in result.chunks:
+        record = {
+            "key": result.keys[segment.index],
+            "frames_inferred": chunk.stop - chunk.start,
+            "lanes": result.lanes,
+            "host": platform.node(),
+            "device": result.download.device,
+            "device_kind": device_kind(result.download.device),
+            **shares,
+        }
+        store.commit_chunk(segment, chunk, record)
 
 
 def _resume(
@@ -271,14 +359,14 @@ def _resume(
     )
 
 
-def chunk_arrays(predictions: Predictions, state: State) -> dict[str, NDArray[np.generic]]:
-    """Arrays to store, [L, T, ..] and [L, ..] of the state: metres, pixels, as in the layout."""
+def chunk_tensors(predictions: Predictions, state: State) -> dict[str, Tensor]:
+    """What is stored, [L, T, ..] and [L, ..] of the state: metres, pixels, as in the layout."""
     pointmap = predictions.pointmap_cam
     if pointmap is None or predictions.confidence is None:
         raise ValueError("predictions hold no 'cam' output; the stream must be asked for it")
     height, width = pointmap.shape[-3:-1]
     focal = estimate_focal(pointmap.float())
-    quantiles = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], device=pointmap.device)
+    quantiles = torch.tensor(GATE_QUANTILES, device=pointmap.device)
     gate = torch.quantile(predictions.rate.float(), quantiles, dim=-1).movedim(0, -1)
     tensors = {
         "depth": pointmap[..., 2],
@@ -287,14 +375,12 @@ def chunk_arrays(predictions: Predictions, state: State) -> dict[str, NDArray[np
         "intrinsics": intrinsics_from_focal(focal, height, width),
         "descriptor": predictions.descriptor,
         "gate": gate,
+        "state_tokens": state.tokens,
+        "state_pose_memory": state.pose_memory,
     }
-    arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
-    saved = state.to_arrays()
     return {
-        **arrays,
-        "state_tokens": saved["tokens"],
-        "state_pose_memory": saved["pose_memory"],
-        "state_first": saved["first"],
+        **{name: tensor.float() for name, tensor in tensors.items()},
+        "state_first": state.first,
     }
 
 

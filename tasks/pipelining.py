@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -54,24 +57,25 @@ def prefetch(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
 class BackgroundWriter:
     """Runs writes one after the other beside the caller; at most one waits.
 
-    The failure of a write is raised by the next `submit` or at the end of the `with` block.
+    The failure of a write is raised by a later `submit` or at the end of the `with` block.
     """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self._last: Future[None] | None = None
+        self._pending: deque[Future[None]] = deque()
 
     def __enter__(self) -> BackgroundWriter:
         return self
 
     def submit(self, write: Callable[[], None]) -> None:
-        """Queue `write`, after waiting for the one before it."""
-        self._wait()
-        self._last = self._pool.submit(write)
+        """Queue `write`, after waiting until no other one waits."""
+        while len(self._pending) > 1:
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(write))
 
     def _wait(self) -> None:
-        if self._last is not None:
-            self._last.result()
+        while self._pending:
+            self._pending.popleft().result()
 
     def __exit__(
         self,
@@ -84,3 +88,37 @@ class BackgroundWriter:
                 self._wait()
         finally:
             self._pool.shutdown(wait=True)
+
+
+class Clock:
+    """Seconds that named stages of a pipeline were busy."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Add the time that the block takes."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + spent
+
+    def take(self) -> dict[str, float]:
+        """What was measured since the last time, as `<stage>_seconds`."""
+        taken, self._seconds = self._seconds, {}
+        return {f"{stage}_seconds": value for stage, value in taken.items()}
+
+
+def timed(items: Iterable[T], clock: Clock, stage: str) -> Iterator[T]:
+    """`items`, and the time that each takes to come."""
+    iterator = iter(items)
+    while True:
+        with clock.measure(stage):
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item

@@ -1,0 +1,105 @@
+"""How many segments run in lock step: from free memory, fewer where it does not suffice."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from storage.reconstruction import CommitExists, ReconstructionStore
+from tasks.config import InferConfig
+from tasks.frames import DriveInput
+from tasks.keys import stage_key
+from tasks.plan import require_key
+from ttt3r.weights import WeightsInfo
+
+COMMIT = "lanes"
+VERSION = 1
+MOST_LANES = {"cpu": 16, "cuda": 64}  # beyond, they bring no more frames a second
+MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.6}  # of what is free
+# Values a pixel and a token that are alive at once; errs on the high side.
+HOST_BYTES_PER_PIXEL = 48  # colours read ahead, depth and confidence twice, the encoded chunk
+HEAD_CHANNELS = 512
+TOKEN_WIDTHS = 32
+
+log = logging.getLogger(__name__)
+
+
+def lanes_key(store: ReconstructionStore, config: InferConfig, info: WeightsInfo) -> str:
+    """Key of the choice: what the memory of a lane depends on."""
+    what = [config.lanes, config.device, config.precision, info.sha256]
+    return stage_key("lanes", VERSION, require_key(store, "plan"), what)
+
+
+def settled_lanes(
+    store: ReconstructionStore,
+    drive: DriveInput,
+    config: InferConfig,
+    info: WeightsInfo,
+    device: torch.device,
+) -> int:
+    """Lanes of this drive: as recorded in its store, else as set or as memory allows.
+
+    Batches of other sizes round otherwise: a resumed run must take the lanes of the first.
+    """
+    key = lanes_key(store, config, info)
+    record = store.read_commit(COMMIT)
+    if record is None or record.get("key") != key:
+        lanes = choose_lanes(drive, device) if config.lanes == "auto" else config.lanes
+        store.drop_commits(COMMIT)
+        try:
+            store.commit(COMMIT, {"key": key, "lanes": lanes}, exclusive=True)
+        except CommitExists:  # another worker of this drive was first
+            return settled_lanes(store, drive, config, info, device)
+        return lanes
+    return int(record["lanes"])
+
+
+def settle_for_fewer(
+    store: ReconstructionStore, config: InferConfig, info: WeightsInfo, lanes: int
+) -> int:
+    """Record half of `lanes` for the rest of the drive, after they did not fit; return it."""
+    fewer = lanes // 2
+    log.warning("%s: %d lanes do not fit into memory; going on with %d", store.url, lanes, fewer)
+    store.commit(COMMIT, {"key": lanes_key(store, config, info), "lanes": fewer, "reduced": True})
+    return fewer
+
+
+def choose_lanes(drive: DriveInput, device: torch.device) -> int:
+    """As many lanes as a share of the free memory holds, within what helps."""
+    height, width = drive.size
+    host = drive.plan.chunk_frames * height * width * HOST_BYTES_PER_PIXEL
+    lane = _activation_bytes(drive) if device.type == "cuda" else _activation_bytes(drive) + host
+    fitting = int(MEMORY_SHARE[device.type] * free_bytes(device) / lane)
+    return max(1, min(MOST_LANES[device.type], fitting))
+
+
+def _activation_bytes(drive: DriveInput) -> int:
+    """What the network holds for one frame, about."""
+    height, width = drive.size
+    tokens = height * width // drive.config.patch_size**2
+    return 4 * (tokens * TOKEN_WIDTHS * drive.config.enc_embed_dim + height * width * HEAD_CHANNELS)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that nobody uses; of a container, what its limit leaves."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = meminfo.read_text().splitlines()
+        found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.exists() and (allowed := limit.read_text().strip()) != "max":
+        found.append(max(0, int(allowed) - int(used.read_text())))
+    return min(found)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
