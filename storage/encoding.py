@@ -18,7 +18,7 @@ from storage import layout
 from storage.commits import plain
 from storage.layout import ArraySpec
 from storage.records import Segment
-from storage.shards import NotPlain, encode_shard
+from storage.shards import encode_shard
 
 # zarr forgets this when an array is opened again; without it NaN and False are not written.
 WRITE_ALL: ArrayConfigParams = {"write_empty_chunks": True}
@@ -100,7 +100,8 @@ def encode_rows(document: bytes, rows: slice, values: np.ndarray) -> dict[str, b
     """Objects that hold `rows` of the array that `document`, its zarr.json, describes."""
     try:
         return encode_shard(document, rows.start, values)
-    except NotPlain:  # of an earlier version, or of somebody else
+    except (LookupError, TypeError, ValueError):
+        # Of an earlier version, of somebody else, or damaged: Zarr can do it or say what is wrong.
         return _encode_by_zarr(document, rows, values)
 
 
