@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ttt3r.alignment import Sim3, align_overlap, chain
+from ttt3r.alignment import OverlapFit, align_overlap, balance_scales, chain
 from ttt3r.geometry import camera_pose_to_matrix
 from ttt3r.images import fit, preprocess
 from ttt3r.metrics import depth_metrics, evaluate_trajectory, read_tum
@@ -134,8 +134,8 @@ def run_segments(
         assert found.confidence is not None
         poses = camera_pose_to_matrix(found.camera_pose).double().numpy()
         parts += list(zip(poses, found.pointmap_cam.numpy(), found.confidence.numpy(), strict=True))
-    relative = [_seam(a, b, length - overlap) for a, b in pairwise(parts)]
-    placed = chain(relative)
+    seams = [_seam(a, b, length - overlap) for a, b in pairwise(parts)]
+    placed = chain(*balance_scales(seams))
     track, truth = Track(), Truth(T=[T[None]])
     whole = np.empty_like(T)
     depths = np.empty((len(images), *parts[0][2].shape[1:]))
@@ -151,17 +151,16 @@ def run_segments(
     return truth, track
 
 
-def _seam(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...], shift: int) -> Sim3:
+def _seam(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...], shift: int) -> OverlapFit:
     """Segment b's place in segment a, from the frames that both contain."""
     (T_a, points_a, conf_a), (T_b, points_b, conf_b) = a, b
     T_a, points_a, conf_a = T_a[shift:], points_a[shift:], conf_a[shift:]
     count = len(T_a)
     T_b, points_b, conf_b = T_b[:count], points_b[:count], conf_b[:count]
-    fitted = align_overlap(
+    return align_overlap(
         _moved(T_a, points_a), _moved(T_b, points_b), points_a[..., 2], conf_a, conf_b,
         depth_b=points_b[..., 2], T_a_cam=T_a, T_b_cam=T_b,
     )  # fmt: skip
-    return fitted.sim3
 
 
 def _moved(T: np.ndarray, points: np.ndarray) -> np.ndarray:
