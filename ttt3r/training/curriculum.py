@@ -56,13 +56,14 @@ class Batch:
     intrinsics: Tensor  # [L, 3, 3]
 
 
-# Lessons until matching has emerged (`turn` below a tenth of its first value), and a few all
+# Lessons until matching has emerged (`turn` about a tenth of its first value), and a few all
 # the way, or it is forgotten again while depth is learnt. At this size a natural motion hardly
-# moves a picture: wide motions first.
+# moves a picture: wide motions first. Streets come late, so they get most of the last stage.
 CURRICULUM = (
     Stage(1100, (2,), 64, 48, aspects=ONE_ASPECT, lesson_reach=8),
     Stage(3000, (2, 4, 4), 64, 48, 0.5, (0.8, 2.0), (1.0, 3.0), lesson_reach=8, lesson_every=3),
     Stage(4000, (4, 8), 16, 80, 0.5, lesson_reach=8, lesson_every=8),
+    Stage(2800, (4, 8), 16, 80, 0.35, lesson_reach=8, lesson_every=16),
 )
 
 

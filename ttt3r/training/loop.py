@@ -45,12 +45,12 @@ class TrainSettings:
     curriculum: tuple[Stage, ...] = CURRICULUM
     loss: LossWeights = field(default_factory=LossWeights)
     seed: int = 0
-    total_steps: int = 8100
+    total_steps: int = 10900
     lr: float = 8e-4  # AdamW
     matrix_lr: float = 0.003  # Muon
     weight_decay: float = 0.01
     warm_up: int = 100
-    cool_down: float = 0.4  # last share of the steps, over which the rates fall to 2 %
+    cool_down: float = 0.6  # last share of the steps, over which the rates fall to 2 %
     clip: float = 1.0
     average: float = 0.99  # weights that are validated and exported: moving average
     validate_every: int = 100

@@ -62,8 +62,8 @@ class Targets:
 class LossWeights:
     """How the parts add up."""
 
-    cam: float = 0.5
-    world: float = 0.25
+    cam: float = 1.0
+    world: float = 0.5
     translation: float = 3.0
     rotation: float = 3.0
     steps: float = 3.0  # motion between neighbouring frames
