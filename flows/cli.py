@@ -304,8 +304,11 @@ def run_reconstruction(source: str, output: str, config: Any) -> None:
     """Run the flow that fits the input, show its progress, print what came out."""
     from flows.progress import progress_of
     from flows.reconstruct_drive import check_config, store_url
+    from storage.credentials import refuse_credentials
     from storage.video import is_collection, list_drives
 
+    for location in (source, output, config.infer.weights):
+        refuse_credentials(location)
     check_config(config)
     drives = list_drives(source)
     with progress_of([store_url(output, drive.name) for drive in drives]):

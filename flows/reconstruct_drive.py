@@ -9,6 +9,7 @@ from prefect import flow
 
 from flows.artifacts import publish_drive, publish_ledger
 from flows.infer_segments import infer_segments
+from storage.credentials import refuse_credentials
 from storage.reconstruction import Claimed, ReconstructionStore, StoreError
 from storage.video import drive_name
 from tasks.align import align_stage
@@ -54,6 +55,8 @@ def reconstruct_drive(
     Raises:
         Claimed: another run is at work on this drive.
     """
+    for given in (location, output, config.infer.weights):
+        refuse_credentials(given)
     url = store_url(output, name or drive_name(location))
     check_config(config)
     try:

@@ -96,7 +96,7 @@ def _parsed(name: str, data: bytes | None) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
         logger.warning("commit %r is not a JSON object; taken for missing, redo its stage", name)

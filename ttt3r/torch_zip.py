@@ -214,7 +214,13 @@ def _read_entries(path: Path) -> dict[str, _Entry]:
             )
         try:
             archive = zipfile.ZipFile(file)
-        except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
+        except (
+            zipfile.BadZipFile,
+            struct.error,
+            ValueError,
+            NotImplementedError,
+            OSError,
+        ) as error:
             raise ValueError(f"{path} is damaged or truncated: {error}") from error
         infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
         limits = [info.header_offset for info in infos[1:]] + [archive.start_dir]
@@ -230,6 +236,8 @@ def _entry(path: Path, file: Any, info: zipfile.ZipInfo, limit: int) -> _Entry:
         raise ValueError(f"{path}: entry {info.filename!r} is compressed; torch stores it plainly")
     if info.flag_bits & 0x1:
         raise ValueError(f"{path}: entry {info.filename!r} is encrypted")
+    if info.header_offset < 0:
+        raise ValueError(f"{path} is damaged: an entry at byte {info.header_offset}")
     file.seek(info.header_offset)
     header = file.read(LOCAL_HEADER.size)
     if len(header) != LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):

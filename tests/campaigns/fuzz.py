@@ -1,0 +1,389 @@
+"""Feed mutated input to every parser of untrusted data and watch what it does.
+
+    python tests/campaigns/fuzz.py --cases 1000000 [--seed N] [--only NAME] [--json FILE]
+
+Each parser may return or raise its documented exceptions. A crash is any other exception; an
+escape is an import, a process, a connection, or a file opened that is not the case's own (by
+Python's audit events). What once found something is kept in `corpus/` and always run first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import encodings
+import importlib
+import io
+import json
+import logging
+import pickle
+import pkgutil
+import resource
+import struct
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec.asyn
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from storage.commits import Commits
+from storage.drives import drive_name
+from storage.media import natural_key
+from storage.objects import check_name, open_folder, redacted
+from storage.records import DriveRecord, Plan
+from ttt3r.checkpoint_import import model_tensors
+from ttt3r.download import without_secrets
+from ttt3r.fetch import cached_path, plain_url
+from ttt3r.metrics import read_kitti_indexed, read_tum
+from ttt3r.pickle_data import Name, RefusedPickle, read_pickle
+from ttt3r.torch_zip import TorchZip
+from ttt3r.weights_file import WeightsInfo, read_info
+
+CORPUS = Path(__file__).with_name("corpus")
+LONGEST_CASE_S = 5.0
+LARGEST_GROWTH_MIB = 1024
+FORBIDDEN = (
+    "import", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.",
+    "exec", "compile", "ctypes.", "shutil.", "os.remove", "os.rename",
+)  # fmt: skip
+WORDS = (
+    b"../", b"/etc/passwd", b"\0", b"\xff" * 8, b"cposix\nsystem\n", b"c__builtin__\neval\n",
+    b"R", b"-1", b"1e999", b"nan", b"9" * 30, b"[" * 40, b"[" * 20_000, b'{"a":', b"://", b"::",
+    b"\\", b"\n", b"%s", b"\x80\x05", b"\x94", b"(", b"t", b"PK\x01\x02", b"\xed\xa0\x80",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parser:
+    """One entry point, valid inputs to start from, and what it may raise."""
+
+    name: str
+    parse: Callable[[bytes], object]
+    seeds: tuple[bytes, ...]
+    raises: tuple[type[Exception], ...]
+    share: int  # of the cases
+
+
+@dataclass
+class Report:
+    """What fuzzing one parser gave."""
+
+    name: str
+    cases: int = 0
+    accepted: int = 0
+    slowest_s: float = 0.0
+    crashes: dict[str, str] = field(default_factory=dict)  # what happened: the input, in hex
+
+
+class Watch:
+    """Notes what code does while a case runs; installed once, as hooks cannot be removed."""
+
+    def __init__(self) -> None:
+        self.allowed: str | None = None  # folder that may be read; None: not watching
+        self.escapes: list[str] = []
+        sys.addaudithook(self._note)
+
+    def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.allowed is None:
+            return
+        if event == "open":
+            if not isinstance(arguments[0], int) and not str(arguments[0]).startswith(self.allowed):
+                self.escapes.append(f"open {arguments[0]!r}")
+        elif event.startswith(FORBIDDEN) and not self._is_own(event, arguments):
+            self.escapes.append(f"{event} {arguments!r:.120}")
+
+    def _is_own(self, event: str, arguments: tuple[Any, ...]) -> bool:
+        """What the standard library does by itself: modules that are loaded are found again."""
+        return event == "import" and arguments[0] in sys.modules
+
+
+def mutate(seed: bytes, rng: np.random.Generator) -> bytes:
+    """A few changes of bytes, lengths and words."""
+    data = bytearray(seed)
+    for _ in range(int(rng.integers(1, 6))):
+        place = int(rng.integers(0, len(data) + 1))
+        kind = int(rng.integers(0, 7))
+        if kind == 0 and data:
+            data[place % len(data)] = int(rng.integers(256))
+        elif kind == 1 and data:
+            data[place % len(data)] ^= 1 << int(rng.integers(8))
+        elif kind == 2:
+            data[place:place] = WORDS[int(rng.integers(len(WORDS)))]
+        elif kind == 3:
+            del data[place : place + int(rng.integers(1, 9))]
+        elif kind == 4:
+            stop = place + int(rng.integers(1, 40))
+            data[place:place] = data[place:stop]
+        elif kind == 5:
+            size = int(rng.choice([2, 4, 8]))
+            value = int(rng.choice([0, 1, 0x7F, 0xFF, 0x7FFFFFFF, 2**63 - 1])) % 256**size
+            data[place : place + size] = value.to_bytes(size, "little")
+        else:
+            del data[place:]
+    return bytes(data)
+
+
+# ---- the parsers
+
+
+def _pickle(data: bytes) -> object:
+    constructors = {Name("collections", "OrderedDict"): lambda _: {}, Name("typing", "Any"): None}
+    return read_pickle(data, constructors, lambda key: ("persistent", str(key)[:50]))
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _urls(data: bytes) -> object:
+    text = _text(data)
+    named = drive_name(text) if "://" not in text else ""
+    if "/" in named or named in (".", ".."):
+        raise AssertionError(f"drive name {named!r} is not one plain name")
+    shown = redacted(text), without_secrets(text)
+    url = plain_url(text)
+    if url is not None and cached_path(url, "/cache").parent != Path("/cache/weights"):
+        raise AssertionError("the cached file is outside the cache")
+    return shown, natural_key(text), check_name(text)
+
+
+def parsers(folder: Path) -> list[Parser]:
+    """All parsers; those that need files use one in `folder`."""
+    place = folder / "case"
+
+    def from_file(read: Callable[[Path], object]) -> Callable[[bytes], object]:
+        def parse(data: bytes) -> object:
+            place.write_bytes(data)
+            return read(place)
+
+        return parse
+
+    def record(kind: Any) -> Callable[[bytes], object]:
+        return lambda data: kind.from_json(json.loads(data))
+
+    commits = Commits(open_folder(str(folder / "store")))
+
+    def commit(data: bytes) -> object:
+        target = folder / "store" / "commits" / "probe.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+        return commits.read("probe")
+
+    refused = (ValueError,)
+    malformed = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+    poses = b"# times\n0.0 1 2 3 0 0 0 1\n0.1 1 2 3 0 0 0 1\n"
+    matrices = b"1 0 0 0 0 1 0 0 0 0 1 0\n1 0 0 1 0 1 0 0 0 0 1 2\n"
+    nested = {"model": collections.OrderedDict(a=[1, 2.5, ("x", b"y", None, True)]), "n": {1, 2}}
+    pickles = tuple(pickle.dumps(nested, protocol) for protocol in (2, 3, 4, 5))
+    return [
+        Parser("pickle", _pickle, pickles, (RefusedPickle,), 50),
+        Parser(
+            "urls",
+            _urls,
+            (
+                b"s3://key:secret@bucket/a/b.mp4",
+                b"hub:a/b@c/d.pth",
+                b"infer/0001/0002",
+                b"https://u:p@h/x.safetensors?sig=1",
+                b"/a/b c/d.mkv",
+            ),
+            refused,
+            15,
+        ),
+        Parser("tum", from_file(read_tum), (poses,), refused, 8),
+        Parser("kitti", from_file(read_kitti_indexed), (matrices,), refused, 8),
+        Parser(
+            "safetensors",
+            lambda d: read_info(io.BytesIO(d), "case"),
+            (_safetensors(),),
+            refused,
+            10,
+        ),
+        Parser(
+            "torch_zip",
+            from_file(lambda p: model_tensors(TorchZip(p))),
+            (_torch_zip(),),
+            refused,
+            6,
+        ),
+        Parser("drive_record", record(DriveRecord), (_drive_record(),), malformed, 4),
+        Parser(
+            "plan",
+            record(Plan),
+            (
+                b'{"frames":9,"chunk_frames":4,"segments":[{"index":0,"start":0,'
+                b'"stop":9,"part":0}]}',
+            ),
+            malformed,
+            4,
+        ),
+        Parser("weights_record", record(WeightsInfo), (_weights_record(),), malformed, 4),
+        Parser(
+            "commit",
+            commit,
+            (b'{"key": "abc", "digests": {"a/b": "00"}, "frames": [0, 4]}',),
+            (),
+            4,
+        ),
+    ]
+
+
+def _weights_record() -> bytes:
+    from ttt3r.weights import weights_info
+
+    return json.dumps(weights_info("compact").to_json()).encode()
+
+
+def _safetensors() -> bytes:
+    metadata = {"__metadata__": {"ttt3r": _weights_record().decode()}}
+    header = json.dumps({**metadata, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+    return struct.pack("<Q", len(header)) + header.encode() + bytes(4)
+
+
+def _drive_record() -> bytes:
+    clip = {"location": "a.mp4", "frames": 3, "size_bytes": 9, "backend": "pyav"}
+    lost = {"clip": 0, "index": 3, "reason": "gone", "count": 1}
+    record = {"name": "a", "location": "a.mp4", "clips": [clip], "frames": 3, "width": 8,
+              "height": 8, "fps": 10.0, "duration_s": 0.3, "codec": "h264", "rotation": 0,
+              "cuts": [1], "unreadable": [lost], "problems": ["x"]}  # fmt: skip
+    return json.dumps(record).encode()
+
+
+def _torch_zip() -> bytes:
+    """A checkpoint of one tensor, as torch.save lays it out."""
+
+    def text(value: str) -> bytes:
+        return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+    storage = (
+        b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x04tQ"
+    )
+    tensor = (
+        b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + storage
+        + b"K\0K\x02K\x02\x86K\x02K\x01\x86\x89}tR"
+    )
+    data = b"\x80\x02}" + text("model") + b"}" + text("a.weight") + tensor + b"ss."
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("x/data.pkl", data)
+        archive.writestr("x/data/0", bytes(16))
+    return buffer.getvalue()
+
+
+# ---- running
+
+
+def fuzz(parser: Parser, cases: int, seed: int, watch: Watch, folder: Path) -> Report:
+    """Run one parser on its seeds, what once found something, and mutations."""
+    report, rng = Report(parser.name), np.random.default_rng([seed, *parser.name.encode()])
+    for one in parser.seeds:
+        _run(parser, one, report, watch, folder)
+    for one in regressions(parser.name):
+        _run(parser, one, report, watch, folder)
+    while report.cases < cases:
+        start = parser.seeds[int(rng.integers(len(parser.seeds)))]
+        _run(parser, mutate(start, rng), report, watch, folder)
+    return report
+
+
+def _run(parser: Parser, data: bytes, report: Report, watch: Watch, folder: Path) -> None:
+    watch.escapes.clear()
+    began = time.perf_counter()
+    watch.allowed = str(folder)
+    try:
+        parser.parse(data)
+        report.accepted += 1
+    except parser.raises:
+        pass
+    except Exception as error:
+        watch.allowed = None
+        report.crashes.setdefault(f"{type(error).__name__}: {str(error)[:120]}", data.hex())
+    finally:
+        watch.allowed = None
+    taken = time.perf_counter() - began
+    report.cases += 1
+    report.slowest_s = max(report.slowest_s, taken)
+    for escape in watch.escapes[:1]:
+        report.crashes.setdefault(f"escape: {escape}", data.hex())
+    if taken > LONGEST_CASE_S:
+        report.crashes.setdefault(f"took {taken:.1f} s", data.hex())
+
+
+def _load_what_is_loaded_on_first_use() -> None:
+    """Codecs, and what fsspec needs for a URL: no doing of the input."""
+    codecs = (module.name for module in pkgutil.iter_modules(encodings.__path__))
+    names = [f"encodings.{name}" for name in codecs if name not in ("mbcs", "oem")]
+    for module in (*names, "fsspec.implementations.chained", "s3fs"):
+        importlib.import_module(module)
+    fsspec.asyn.get_loop()  # a pair of sockets within this process
+
+
+def regressions(parser: str) -> list[bytes]:
+    """Inputs that once found a defect: files `<parser>-<what>.bin` of the corpus."""
+    deep = [b"[" * 100_000]  # RecursionError from JSON
+    return deep + [file.read_bytes() for file in sorted(CORPUS.glob(f"{parser}-*.bin"))]
+
+
+def fuzz_all(cases: int, seed: int, only: str = "") -> list[Report]:
+    """Fuzz all parsers, each with its share of `cases`."""
+    logging.disable()
+    _load_what_is_loaded_on_first_use()
+    watch = Watch()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        chosen = [p for p in parsers(folder) if only in p.name]
+        total = sum(p.share for p in chosen)
+        reports = []
+        for parser in chosen:
+            began = time.perf_counter()
+            report = fuzz(parser, -(-cases * parser.share // total), seed, watch, folder)
+            reports.append(report)
+            print(
+                f"{report.name:<16}{report.cases:>9} cases {report.accepted:>8} accepted "
+                f"{len(report.crashes):>3} findings, slowest {report.slowest_s:.3f} s, "
+                f"{time.perf_counter() - began:.0f} s in all",
+                flush=True,
+            )
+    return reports
+
+
+def peak_mib() -> float:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="part of a parser's name")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    before = peak_mib()
+    reports = fuzz_all(arguments.cases, arguments.seed, arguments.only)
+    grown = peak_mib() - before
+    findings = sum(len(report.crashes) for report in reports)
+    for report in reports:
+        for what, data in report.crashes.items():
+            print(f"{report.name}: {what}\n    {data[:400]}")
+    total = sum(report.cases for report in reports)
+    print(f"{total} cases, {findings} findings, {grown:.0f} MiB more memory")
+    if arguments.json:
+        rows = [report.__dict__ for report in reports]
+        arguments.json.write_text(
+            json.dumps({"cases": total, "memory_mib": grown, "parsers": rows})
+        )
+    return 1 if findings or grown > LARGEST_GROWTH_MIB else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
