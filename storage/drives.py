@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from storage.images import is_picture
 from storage.media import (
@@ -18,6 +19,7 @@ from storage.media import (
     VIDEO_SUFFIXES,
     file_name,
     has_suffix,
+    leads_out,
     list_folder,
     natural_key,
     qualified,
@@ -48,6 +50,7 @@ def list_drives(collection: str) -> list[DriveLocation]:
     - Any other folder: what its subfolders hold, at any depth up to 8; hidden ones and Zarr
       groups (results of earlier runs, whose reports hold pictures) are ignored.
     - A glob: what each match holds, by the rules above.
+    - Links in a folder or glob that lead out of their own folder are passed over.
 
     Names that clash are prefixed by those of their parent folders.
 
@@ -109,6 +112,8 @@ def _roots(collection: str) -> list[str]:
     fs, path = url_to_fs(collection)
     if _is_glob(collection):
         matches = sorted((str(m) for m in fs.glob(path)), key=natural_key)
+        if isinstance(fs, LocalFileSystem):
+            matches = [m for m in matches if not leads_out(m)]
         roots = [qualified(fs, m) for m in matches if not file_name(m).startswith(".")]
         is_folder = [fs.isdir(r) and not is_zarr(r) for r in roots]
         kept = zip(roots, is_folder, strict=True)

@@ -6,6 +6,8 @@ streamed, never copied to disk. One bad packet costs one frame, not the rest of 
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,6 +27,8 @@ from av.video.stream import VideoStream
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
 
 # fmt: off
 VIDEO_SUFFIXES = frozenset([
@@ -84,7 +88,11 @@ def has_suffix(location: str, suffixes: frozenset[str]) -> bool:
 
 
 def list_folder(location: str) -> tuple[list[str], list[str]]:
-    """(files, folders) directly inside, in natural name order, hidden ones left out."""
+    """(files, folders) directly inside, in natural name order, hidden ones left out.
+
+    So are links that lead out of the folder: whoever fills a folder could otherwise name any
+    file of this machine. A link that is given as a location itself is followed.
+    """
     fs, path = url_to_fs(location)
     entries = sorted(fs.ls(path, detail=True), key=lambda e: natural_key(file_name(e["name"])))
     files: list[str] = []
@@ -93,8 +101,19 @@ def list_folder(location: str) -> tuple[list[str], list[str]]:
         name = entry["name"]
         if file_name(name).startswith(".") or name.rstrip("/") == path.rstrip("/"):
             continue
+        if isinstance(fs, LocalFileSystem) and leads_out(name):
+            log.warning("%s: passed over, as this link leads out of its folder", name)
+            continue
         (folders if entry["type"] == "directory" else files).append(qualified(fs, name))
     return files, folders
+
+
+def leads_out(path: str) -> bool:
+    """Whether a local path is a link to something that is not below the link's own folder."""
+    if not os.path.islink(path):
+        return False
+    folder = os.path.realpath(os.path.dirname(path))
+    return not os.path.realpath(path).startswith(f"{folder.rstrip('/')}/")
 
 
 def qualified(fs: Any, path: str) -> str:

@@ -133,3 +133,22 @@ def test_results_of_earlier_runs_are_no_drives(tmp_path):
         list_drives(str(tmp_path / "trip/out"))
     with pytest.raises(ValueError, match="no drive is found"):
         list_drives(f"{tmp_path}/trip/out/*")
+
+
+def test_links_that_lead_out_of_their_folder_are_passed_over(tmp_path):
+    touch(tmp_path, "elsewhere/secret.mp4", "drives/a.mp4", "drives/pool/b.mp4")
+    drives = tmp_path / "drives"
+    (drives / "out.mp4").symlink_to("../elsewhere/secret.mp4")
+    (drives / "absolute.mp4").symlink_to("/etc/passwd")
+    (drives / "folder").symlink_to(tmp_path / "elsewhere")
+    (drives / "loop").symlink_to("..")
+    (drives / "inside.mp4").symlink_to("pool/b.mp4")
+    names = {drive.name for drive in list_drives(str(drives))}
+    assert names == {"a", "inside", "pool"}
+    assert {d.name for d in list_drives(f"{drives}/*.mp4")} == {"a", "inside"}
+
+
+def test_link_that_is_given_itself_is_followed(tmp_path):
+    touch(tmp_path, "elsewhere/a.mp4")
+    (tmp_path / "drives").symlink_to("elsewhere")
+    assert len(list_drives(str(tmp_path / "drives"))) == 1
