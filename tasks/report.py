@@ -21,15 +21,26 @@ from tasks.keys import stage_key
 from tasks.meshes import read_ply
 from tasks.plan import longest_part, read_aside, read_plan, require_key
 from tasks.retries import STAGE_OPTIONS
-from tasks.summary import summarise
+from tasks.summary import busy_seconds, summarise
 from ttt3r.weights import WeightsInfo
 
-VERSION = 2
+VERSION = 3
 STRIP_FRAMES = 6
 # Above this, neighbouring segments disagree so much that a seam can be seen.
 LARGE_SEAM_RESIDUAL = 0.1
 LARGE_FOCAL_SPREAD = 0.2
 PASSING = ("stage", "error", "chunks_done")  # figures of a summary that are soon out of date
+# What the seconds in the chunks' commits were spent on: `<name>_seconds`.
+BUSY_WITH = {
+    "decode": "decoding",
+    "preprocess": "resizing",
+    "wait": "network waiting for frames",
+    "infer": "network",
+    "stall": "network waiting for the writer",
+    "download": "copying from the device",
+    "encode": "compressing",
+    "write": "writing",
+}
 # What the page shows beside results: a change redoes the page and nothing else.
 SHOWN_ATTRIBUTES = ("drive", "plan", "configuration", "weights", "versions")
 
@@ -248,13 +259,22 @@ def timings(store: ReconstructionStore) -> list[tuple[str, str]]:
 
     seconds = {
         "probe": total([commits.get("probe", {})], "seconds"),
-        "infer: network": total(infer, "infer_seconds"),
-        "infer: waiting for frames": total(infer, "wait_seconds"),
-        "infer: writing": total(infer, "write_seconds"),
+        **{f"infer: {what}": total(infer, f"{name}_seconds") for name, what in BUSY_WITH.items()},
         "align": total([commits.get("align", {})], "seconds"),
         "fuse": total(fuse, "seconds"),
     }
-    return [(name, f"{value:.1f} s") for name, value in seconds.items()]
+    rows = [(name, f"{value:.1f} s") for name, value in seconds.items()]
+    return [*rows, ("inference is limited by", limit(infer))]
+
+
+def limit(infer: list[dict[str, Any]]) -> str:
+    """What inference would be faster without, in words."""
+    busy = busy_seconds(infer)
+    slowest = max(busy, key=lambda part: busy[part])
+    if not busy[slowest]:
+        return "unknown"
+    others = (f"{part} {busy[part] / busy[slowest]:.0%}" for part in busy if part != slowest)
+    return f"{slowest}; in its time, {' and '.join(others)} busy"
 
 
 def facts(store: ReconstructionStore, summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -12,6 +12,12 @@ from storage.reconstruction import ReconstructionStore
 from storage.records import NOWHERE, DriveRecord, Plan
 from tasks.plan import read_aside
 
+# What one thread each is busy with during inference, by the seconds in the chunks' commits.
+BUSY = {
+    "reading": ("decode", "preprocess"),
+    "network": ("infer",),
+    "writing": ("download", "encode", "write"),
+}
 STAGES = ("probe", "plan", "infer", "align", "fuse", "report")
 
 
@@ -96,14 +102,26 @@ def summarise(store: ReconstructionStore) -> dict[str, Any]:
     return figures
 
 
+def busy_seconds(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds that reading, network and writing were busy; they run beside each other."""
+    return {
+        part: float(sum(r.get(f"{stage}_seconds", 0.0) for r in records for stage in stages))
+        for part, stages in BUSY.items()
+    }
+
+
 def _inference_figures(store: ReconstructionStore) -> dict[str, Any]:
     records = list(store.commits("infer").values())
-    seconds = sum(record.get("infer_seconds", 0.0) for record in records)
+    busy = busy_seconds(records)
     frames = sum(record.get("frames_inferred", 0) for record in records)
-    if not seconds or not frames:
+    if not busy["network"] or not frames:
         return {}
     devices = sorted({str(record.get("device")) for record in records})
-    return {"inference_frames_per_s": frames / seconds, "device": ", ".join(devices)}
+    return {
+        "inference_frames_per_s": frames / busy["network"],
+        "inference_limited_by": max(busy, key=lambda part: busy[part]),
+        "device": ", ".join(devices),
+    }
 
 
 def _trajectory_figures(store: ReconstructionStore) -> dict[str, Any]:

@@ -238,3 +238,12 @@ def test_short_drive_is_shown_frame_by_frame():
     short |= {name: short[name][:4] for name in ("seam_residual", "scale")}
     assert len(figures.top_view(short, 0).data[0].x) == 400
     assert len(figures.over_time(short, timestamp[:400], plan).data[0].x) == 400
+
+
+def test_report_names_what_inference_is_limited_by(fused):
+    # By hand: of one chunk, 3 s of decoding and 1 s of resizing, 2 s of network, 1 s of writing.
+    seconds = {"decode": 3.0, "preprocess": 1.0, "infer": 2.0, "write": 1.0}
+    name, record = next(iter(fused.commits("infer").items()))
+    fused.commit(name, {**record, **{f"{stage}_seconds": s for stage, s in seconds.items()}})
+    text = Reader(page_of(fused)).text
+    assert "reading; in its time, network 50% and writing 25% busy" in text
