@@ -19,7 +19,7 @@ from storage.media import (
     VIDEO_SUFFIXES,
     file_name,
     has_suffix,
-    leads_out,
+    is_passed_over,
     list_folder,
     natural_key,
     qualified,
@@ -50,7 +50,8 @@ def list_drives(collection: str) -> list[DriveLocation]:
     - Any other folder: what its subfolders hold, at any depth up to 8; hidden ones and Zarr
       groups (results of earlier runs, whose reports hold pictures) are ignored.
     - A glob: what each match holds, by the rules above.
-    - Links in a folder or glob that lead out of their own folder are passed over.
+    - Links in a folder or glob that lead out of their own folder, and names that are not UTF-8,
+      are passed over.
 
     Names that clash are prefixed by those of their parent folders.
 
@@ -113,7 +114,7 @@ def _roots(collection: str) -> list[str]:
     if _is_glob(collection):
         matches = sorted((str(m) for m in fs.glob(path)), key=natural_key)
         if isinstance(fs, LocalFileSystem):
-            matches = [m for m in matches if not leads_out(m)]
+            matches = [m for m in matches if not is_passed_over(m)]
         roots = [qualified(fs, m) for m in matches if not file_name(m).startswith(".")]
         is_folder = [fs.isdir(r) and not is_zarr(r) for r in roots]
         kept = zip(roots, is_folder, strict=True)

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -90,8 +91,9 @@ def has_suffix(location: str, suffixes: frozenset[str]) -> bool:
 def list_folder(location: str) -> tuple[list[str], list[str]]:
     """(files, folders) directly inside, in natural name order, hidden ones left out.
 
-    So are links that lead out of the folder: whoever fills a folder could otherwise name any
-    file of this machine. A link that is given as a location itself is followed.
+    So are names that are not UTF-8, and links that lead out of the folder: whoever fills a
+    folder could otherwise name any file of this machine. A link that is given as a location
+    itself is followed.
     """
     fs, path = url_to_fs(location)
     entries = sorted(fs.ls(path, detail=True), key=lambda e: natural_key(file_name(e["name"])))
@@ -101,14 +103,29 @@ def list_folder(location: str) -> tuple[list[str], list[str]]:
         name = entry["name"]
         if file_name(name).startswith(".") or name.rstrip("/") == path.rstrip("/"):
             continue
-        if isinstance(fs, LocalFileSystem) and leads_out(name):
-            log.warning("%s: passed over, as this link leads out of its folder", name)
+        if isinstance(fs, LocalFileSystem) and is_passed_over(name):
             continue
         (folders if entry["type"] == "directory" else files).append(qualified(fs, name))
     return files, folders
 
 
-def leads_out(path: str) -> bool:
+def is_passed_over(path: str) -> bool:
+    """Whether something found in a local folder is left alone; says why, once."""
+    if not path.isascii() and path.encode(errors="replace").decode() != path:
+        _say_once(ascii(path), "its name is not UTF-8, which no record can hold: rename it")
+        return True
+    if _leads_out(path):
+        _say_once(path, "this link leads out of its folder")
+        return True
+    return False
+
+
+@cache
+def _say_once(path: str, why: str) -> None:
+    log.warning("%s: passed over, as %s", path, why)
+
+
+def _leads_out(path: str) -> bool:
     """Whether a local path is a link to something that is not below the link's own folder."""
     if not os.path.islink(path):
         return False

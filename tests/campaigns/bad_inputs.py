@@ -199,7 +199,7 @@ def run_collection(cases: list[BadInput], folder: Path) -> list[str]:
         encode(place / "good.mp4", range(40))
     for case in cases:
         case.make(collection / case.name)
-    faults = _run(alone, folder / "out_alone", 0)
+    faults = _run(alone / "good.mp4", folder / "out_alone", 0)
     faults += _run(collection, folder / "out", 1)
     if faults:
         return faults

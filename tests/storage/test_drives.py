@@ -152,3 +152,10 @@ def test_link_that_is_given_itself_is_followed(tmp_path):
     touch(tmp_path, "elsewhere/a.mp4")
     (tmp_path / "drives").symlink_to("elsewhere")
     assert len(list_drives(str(tmp_path / "drives"))) == 1
+
+
+def test_names_that_are_not_utf8_do_not_stop_the_others(tmp_path, caplog):
+    touch(tmp_path, "a.mp4", "\udcff.mp4", "日本.mp4", "more/b.mp4")
+    assert {drive.name for drive in list_drives(str(tmp_path))} == {"a", "日本", "more"}
+    assert {drive.name for drive in list_drives(f"{tmp_path}/*.mp4")} == {"a", "日本"}
+    assert "rename it" in caplog.text
