@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class Stopwatch:
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, its wall time and the time of its own thread added to `name`."""
 
+        @wraps(function)
         def timed(*arguments: Any, **named: Any) -> Any:
             began, cpu = time.perf_counter(), time.thread_time()
             try:
@@ -78,25 +80,23 @@ def run_flow(video: str, output: str, weights: str, threads: int) -> dict[str, A
     torch.set_num_threads(threads)
     from prefect.testing.utilities import prefect_test_harness
 
-    from flows import reconstruct_drive as flow
+    from flows.reconstruct_drive import reconstruct_drive
     from storage.reconstruction import ReconstructionStore
+    from tasks.align import align_stage
     from tasks.config import InferConfig, ReconstructionConfig
+    from tasks.fuse import fuse_tiles_stage, merge_tiles_stage, plan_tiles_stage
+    from tasks.infer import infer_stage
+    from tasks.plan import plan_stage
+    from tasks.probe import probe_stage
+    from tasks.report import report_stage
     from tasks.summary import busy_seconds
 
     watch = Stopwatch()
-    stages = (
-        "probe",
-        "plan",
-        "infer",
-        "align",
-        "plan_tiles",
-        "fuse_tiles",
-        "merge_tiles",
-        "report",
-    )
-    for name in stages:
-        task = getattr(flow, f"{name}_stage")
-        task.fn = watch.around(name, task.fn)
+    tasks: list[Any] = [probe_stage, plan_stage, infer_stage, align_stage]
+    tasks += [plan_tiles_stage, fuse_tiles_stage, merge_tiles_stage, report_stage]
+    stages = [task.name for task in tasks]
+    for task in tasks:
+        task.fn = watch.around(task.name, task.fn)
     ReconstructionStore.commit = watch.around("commit", ReconstructionStore.commit)  # type: ignore[method-assign]
     ReconstructionStore.create_segments = watch.around(  # type: ignore[method-assign]
         "create", ReconstructionStore.create_segments
@@ -106,7 +106,7 @@ def run_flow(video: str, output: str, weights: str, threads: int) -> dict[str, A
         server = time.perf_counter() - started
         began, cpu = time.perf_counter(), time.process_time()
         config = ReconstructionConfig(infer=InferConfig(weights=weights))
-        url = flow.reconstruct_drive(video, output, config)
+        url = reconstruct_drive(video, output, config)
         seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     records = list(ReconstructionStore.open(url).commits("infer").values())
     names = {name for record in records for name in record if name.endswith("_seconds")}
