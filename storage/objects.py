@@ -8,6 +8,7 @@ with "." or ends with ".partial" are unfinished writes and never listed.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import time
@@ -31,6 +32,12 @@ NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRe
 # A listing that a connection remembers would hide what other writers add.
 REMOTE_OPTIONS = {"use_listings_cache": False}
 WRITERS = 4  # objects that are written at the same time
+PUT_ATTEMPTS = 4
+PUT_PATIENCE = 4  # times the client's read timeout, for each attempt to put an object
+SLOWEST_PUT = 100_000  # bytes/s
+READ_TIMEOUT_S = 15.0  # that of s3fs
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -273,11 +280,11 @@ class RemoteFolder(Folder):
         return {wanted[p]: data for p, data in found.items() if isinstance(data, bytes)}
 
     def write(self, name: str, data: bytes) -> None:
-        self.filesystem.pipe_file(self._path(name), data)
+        self._put(self.filesystem.pipe_file, len(data), self._path(name), data)
 
     def write_new(self, name: str, data: bytes) -> None:
         try:
-            self.filesystem.pipe_file(self._path(name), data, mode="create")
+            self._put(self.filesystem.pipe_file, len(data), self._path(name), data, mode="create")
         except OSError as error:
             if not _is_lost_race(error):
                 raise
@@ -287,7 +294,25 @@ class RemoteFolder(Folder):
             raise CommitExists(f"{self.object_url(name)} exists already") from error
 
     def upload(self, name: str, source: Path) -> None:
-        self.filesystem.put_file(str(source), self._path(name))
+        size = source.stat().st_size
+        self._put(self.filesystem.put_file, size, str(source), self._path(name))
+
+    def _put(self, put: Callable[..., object], size: int, *arguments: Any, **options: Any) -> None:
+        """Put `size` bytes, and again where that takes longer than it may.
+
+        The limits of the HTTP client only begin when all of the body is sent: a server that
+        falls silent before would be waited for without end.
+        """
+        if self.filesystem.async_impl:
+            patience = _read_timeout(self.filesystem)
+            options["timeout"] = PUT_PATIENCE * patience + size / SLOWEST_PUT
+        for _ in range(PUT_ATTEMPTS - 1):
+            try:
+                put(*arguments, **options)
+                return
+            except TimeoutError as error:
+                logger.warning("%s: a write took too long, once more: %s", self.url, error)
+        put(*arguments, **options)
 
     def download(self, name: str, target: Path) -> None:
         self.filesystem.get_file(self._path(name), str(target))
@@ -357,6 +382,12 @@ def _reason(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return f"cannot be used: {error.strerror or kind}"
     return None
+
+
+def _read_timeout(filesystem: fsspec.AbstractFileSystem) -> float:
+    """Seconds that the client waits for an answer: `config_kwargs` of FSSPEC_S3."""
+    settings = getattr(filesystem, "config_kwargs", {})
+    return float(settings.get("read_timeout", READ_TIMEOUT_S))
 
 
 def _is_lost_race(error: OSError) -> bool:

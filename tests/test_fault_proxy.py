@@ -1,0 +1,62 @@
+"""The proxy breaks requests as told, and a folder on S3 gets over it."""
+
+import time
+
+import fsspec
+import pytest
+from fault_proxy import SPELLS, Fault, FaultPlan, running_proxy
+
+from storage.objects import explain, open_folder
+
+DATA = bytes(range(256)) * 100
+
+
+@pytest.fixture
+def proxy(seaweed, monkeypatch):
+    """A proxy that breaks nothing yet, with this process's S3 led through it."""
+    with running_proxy(seaweed, None) as running:
+        monkeypatch.setitem(fsspec.config.conf, "s3", running.settings)
+        yield running
+
+
+@pytest.fixture
+def folder(proxy, seaweed, tmp_path):
+    """A folder on S3 with one object in it."""
+    opened = open_folder(f"{seaweed.url}/{tmp_path.name}")
+    opened.write("old", b"1")
+    return opened
+
+
+@pytest.mark.parametrize("fault", [f for f in Fault if f not in (*SPELLS, Fault.STALE_LISTING)])
+def test_broken_requests_are_made_again_with_the_right_result(proxy, folder, fault):
+    folder.write("there", DATA)
+    proxy.plan = FaultPlan(seed=1, rate=1.0, weights={fault: 1.0}, limit=2)
+    folder.write("written", DATA)
+    folder.write_new("created", DATA)  # nobody else was first, whatever the second attempt meets
+    assert folder.read("there") == DATA
+    folder.delete("old")
+    assert proxy.faults == {fault: 2}
+    time.sleep(0.5 if fault is Fault.LATE else 0)
+    names = ("created", "there", "written")
+    assert folder.read_many(["old", *names]) == dict.fromkeys(names, DATA)
+    assert folder.sizes() == dict.fromkeys(names, len(DATA))
+
+
+def test_older_listing_is_replayed_once(proxy, folder):
+    listed = [folder.sizes()]
+    folder.write("new", DATA)
+    listed.append(folder.sizes())
+    proxy.plan = FaultPlan(seed=1, rate=1.0, weights={Fault.STALE_LISTING: 1.0}, limit=1)
+    assert folder.sizes() == listed[0] == {"old": 1}
+    assert folder.sizes() == listed[1] == {"new": len(DATA), "old": 1}
+
+
+@pytest.mark.parametrize("fault", SPELLS)
+def test_spell_refuses_writes_until_it_is_over(proxy, folder, fault):
+    proxy.plan = FaultPlan(seed=1, rate=1.0, weights={fault: 1.0}, limit=1, spell_s=60)
+    with pytest.raises(OSError, match=r".") as refused:
+        folder.write("new", DATA)
+    assert explain(refused.value, folder.url) is not None
+    assert folder.read("new") is None
+    folder.write("new", DATA)
+    assert folder.read("new") == DATA
