@@ -3,33 +3,119 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 
+from prefect import flow
+
 from flows.artifacts import progress_of
+from flows.children import Child, ChildrenLost, Spread, run_children, work_key
+from storage.credentials import refuse_credentials
 from storage.reconstruction import ReconstructionStore
 from tasks.config import InferConfig
 from tasks.infer import infer_stage, unfinished_segments
-from tasks.plan import aside_commit, read_aside
+from tasks.plan import aside_commit, read_aside, require_key
 from tasks.retries import DRIVE_ERRORS
+from ttt3r.weights import weights_info
+
+DEPLOYMENT = "infer-segments/fleet"
 
 log = logging.getLogger(__name__)
 
 
-def infer_segments(url: str, name: str, groups: list[tuple[int, ...]], config: InferConfig) -> None:
+@flow(name="infer-segments", persist_result=False)
+def infer_segments(
+    url: str,
+    indices: list[int],
+    config: InferConfig = InferConfig(),  # noqa: B008 (frozen)
+    alone: bool = False,
+) -> None:
+    """Infer one group of segments of a planned drive: the only work that wants a GPU.
+
+    Finished chunks are not computed again. Segments that fail together are tried one by one;
+    those that fail even so are set aside in the store, with the reason.
+
+    Args:
+        url: the drive's Zarr group.
+        indices: segments of its plan.
+        config: how the network runs.
+        alone: one by one from the start, for segments that failed before.
+    """
+    for given in (url, config.weights):
+        refuse_credentials(given)
+    if not alone:
+        infer_group(url, indices, config)
+        return
+    for index in indices:
+        infer_alone(url, index, config)
+
+
+def infer_drive(
+    url: str, name: str, groups: list[tuple[int, ...]], config: InferConfig, spread: Spread
+) -> None:
     """Infer all segments; set aside, with the reason, those that fail even alone.
 
     Those that an earlier run set aside are tried again, each alone and after all others.
 
     Raises:
         Exception: the failure of the last segment tried, if none of the drive could be done.
+        ChildrenLost: runs elsewhere ended without finishing their groups.
     """
     earlier = give_up_deadly(url)
+    left = [tuple(i for i in group if i not in earlier) for group in groups]
+    if spread == "deployments":
+        infer_elsewhere(url, name, left, earlier, config)
+        return
     with progress_of(f"inference of {name}", len(groups)) as advance:
-        for group in groups:
-            infer_group(url, tuple(i for i in group if i not in earlier), config)
+        for group in left:
+            failures = infer_group(url, group, config)
+            if failures and not ReconstructionStore.open(url).commit_names("infer"):
+                raise failures[-1]
             advance()
     for index in earlier:
         infer_alone(url, index, config)
+
+
+def infer_elsewhere(
+    url: str,
+    name: str,
+    groups: Sequence[tuple[int, ...]],
+    earlier: Sequence[int],
+    config: InferConfig,
+) -> None:
+    """Infer each group that is not finished, and each of `earlier` alone, as a run of its own."""
+    store = ReconstructionStore.open(url)
+    key = [require_key(store, "plan"), config.rule, config.precision]
+    key.append(weights_info(config.weights).sha256)
+
+    def child(indices: tuple[int, ...], alone: bool) -> Child:
+        settings = {"config": asdict(config), "alone": alone}
+        return Child(
+            f"{name}, segments {indices[0]} to {indices[-1]}",
+            {"url": url, "indices": list(indices), **settings},
+            work_key(url, key, indices, alone),
+            lambda: progress_of_segments(store, indices),
+        )
+
+    todo = [g for g in groups if g and unfinished_segments(url, g, config)]
+    children = [child(group, False) for group in todo] + [child((i,), True) for i in earlier]
+    with progress_of(f"inference of {name}", len(children)) as advance:
+        run_children(DEPLOYMENT, url, children, on_end=lambda _: advance())
+    give_up_deadly(url)
+    lost = [c for c in children if c.error]
+    if lost:
+        raise ChildrenLost(lost)
+    reasons = [record["reason"] for record in read_aside(store).values()]
+    if reasons and not store.commit_names("infer"):
+        raise RuntimeError(f"no segment could be inferred; the last one: {reasons[-1]}")
+
+
+def progress_of_segments(store: ReconstructionStore, indices: Sequence[int]) -> object:
+    """What is finished of segments, or given up: whether a lost run got on."""
+    wanted = {f"infer/{i:04d}" for i in indices} | {aside_commit(i) for i in indices}
+    names = store.commit_names("infer") + store.commit_names("aside")
+    return [n for n in names if "/".join(n.split("/")[:2]) in wanted]
 
 
 def give_up_deadly(url: str) -> list[int]:
@@ -47,21 +133,22 @@ def give_up_deadly(url: str) -> list[int]:
     return retried
 
 
-def infer_group(url: str, indices: tuple[int, ...], config: InferConfig) -> None:
-    """Infer segments together or, if that fails, one by one."""
+def infer_group(url: str, indices: Sequence[int], config: InferConfig) -> list[Exception]:
+    """Infer segments together or, if that fails, one by one; the failures of these."""
     deadly = set(read_aside(ReconstructionStore.open(url)))
     indices = tuple(i for i in indices if i not in deadly)
     if not indices:
-        return
+        return []
     try:
         infer_stage(url, indices, config)
     except DRIVE_ERRORS:
         raise
     except Exception as error:
         log.warning("%s: segments %s fail together, %s: each is tried alone", url, indices, error)
-        failures = [infer_alone(url, i, config) for i in unfinished_segments(url, indices, config)]
-        if failures and not ReconstructionStore.open(url).commit_names("infer"):
-            raise failures[-1] or error from None
+        left = unfinished_segments(url, indices, config)
+        failures = [infer_alone(url, i, config) for i in left]
+        return [failure for failure in failures if failure is not None]
+    return []
 
 
 def infer_alone(url: str, index: int, config: InferConfig) -> Exception | None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 from datetime import UTC, datetime
+from typing import Any
 
-from prefect import flow
+from prefect import Flow, flow
+from prefect.client.schemas.objects import FlowRun, State
 
 from flows.artifacts import publish_drive, publish_ledger
-from flows.infer_segments import infer_segments
+from flows.children import Spread, cancel_children
+from flows.fuse_tiles import fuse_drive
+from flows.infer_segments import infer_drive
 from storage.credentials import refuse_credentials
 from storage.reconstruction import Claimed, ReconstructionStore, StoreError
 from storage.video import drive_name
 from tasks.align import align_stage
 from tasks.config import ReconstructionConfig
-from tasks.fuse import fuse_tiles_stage, merge_tiles_stage, plan_tiles_stage
+from tasks.finished import drop_outdated, write_finished
 from tasks.infer import device_kind, resolve_device
 from tasks.ledger import write_ledger
 from tasks.plan import plan_stage
@@ -32,22 +36,39 @@ def store_url(output: str, name: str) -> str:
     return f"{output.rstrip('/')}/{name}.zarr"
 
 
-@flow(name="reconstruct-drive", flow_run_name="{location}", persist_result=False)
+def cancel_parts(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Cancel what a cancelled run has going on other machines."""
+    given = flow_run.parameters
+    if given.get("spread") == "deployments":
+        name = given.get("name") or drive_name(given["location"])
+        cancel_children(store_url(given["output"], name))
+
+
+@flow(
+    name="reconstruct-drive",
+    flow_run_name="{location}",
+    persist_result=False,
+    on_cancellation=[cancel_parts],
+)
 def reconstruct_drive(
     location: str,
     output: str,
     config: ReconstructionConfig = ReconstructionConfig(),  # noqa: B008 (frozen)
     name: str | None = None,
+    spread: Spread = "here",
 ) -> str:
     """Turn one drive into poses, depth, a mesh and a report.
 
-    What is already finished is not done again; a failure is recorded in the drive's store.
+    What is already finished is not done again; a failure is recorded in the drive's store. The
+    result is the same wherever it is computed.
 
     Args:
         location: video file, folder of clips or folder of images; path or fsspec URL.
         output: folder or URL that takes `<name>.zarr`.
         config: settings of all stages.
         name: name of the drive; None: that of the file or folder.
+        spread: here: all in this process; deployments: groups of segments and batches of tiles
+            each in a run of `infer-segments/fleet` and `fuse-tiles/fleet`, which this one awaits.
 
     Returns:
         URL of the drive's Zarr group.
@@ -58,10 +79,10 @@ def reconstruct_drive(
     for given in (location, output, config.infer.weights):
         refuse_credentials(given)
     url = store_url(output, name or drive_name(location))
-    check_config(config)
+    check_config(config, spread)
     try:
         with ReconstructionStore.create(url, {}).claim("drive"):
-            run_stages(location, name or drive_name(location), url, config)
+            run_stages(location, name or drive_name(location), url, config, spread)
     except (AnotherDrive, Claimed):  # no failure of the drive that the store is about
         raise
     except Exception as error:
@@ -70,31 +91,35 @@ def reconstruct_drive(
     return url
 
 
-def check_config(config: ReconstructionConfig) -> None:
+def check_config(config: ReconstructionConfig, spread: Spread = "here") -> None:
     """Find a user's mistakes before anything is computed.
 
     Raises:
-        ValueError: unknown weights or rule, or a device that is not there.
+        ValueError: unknown weights or rule, or a device that is not there though it is wanted
+            in this process.
     """
     weights_info(config.infer.weights)
     find_rule(config.infer.rule)
-    resolve_device(config.infer)
+    if spread == "here":
+        resolve_device(config.infer)
 
 
-def run_stages(location: str, name: str, url: str, config: ReconstructionConfig) -> None:
+def run_stages(
+    location: str, name: str, url: str, config: ReconstructionConfig, spread: Spread
+) -> None:
     """All stages of one drive, in order."""
     probe_stage(location, name, url)
-    kind = device_kind(resolve_device(config.infer))
+    drop_outdated(location, url, config)
+    kind = device_kind(resolve_device(config.infer)) if spread == "here" else None
     rates = known_rates(url.rpartition("/")[0], config.infer.weights, kind)
     ReconstructionStore.open(url).drop_commits("failed")
-    infer_segments(url, name, plan_stage(url, config), config.infer)
+    infer_drive(url, name, plan_stage(url, config), config.infer, spread)
     align_stage(url, config.align, config.infer)
-    for batch in range(plan_tiles_stage(url, config.fuse)):
-        fuse_tiles_stage(url, batch, config.fuse, config.infer)
-    merge_tiles_stage(url, config.fuse)
+    fuse_drive(url, name, config.fuse, config.infer, spread)
     report_stage(url)
     publish_drive(url)
     publish_ledger(write_ledger(url, rates))
+    write_finished(location, url, config)
 
 
 def record_failure(url: str, error: Exception) -> None:

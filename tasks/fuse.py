@@ -183,7 +183,7 @@ def fuse_tiles_stage(url: str, batch: int, config: FuseConfig, infer: InferConfi
     """Fuse one batch of tiles and write their meshes."""
     store = ReconstructionStore.open(url)
     planned = _read_planned(store, batch)
-    key = stage_key("fuse-tiles", VERSION, planned["key"], batch)
+    key = _fused_key(planned["key"], batch)
     if (store.read_commit(_fused_name(batch)) or {}).get("key") == key:
         return
     began = time.perf_counter()
@@ -196,6 +196,22 @@ def fuse_tiles_stage(url: str, batch: int, config: FuseConfig, infer: InferConfi
     seconds = time.perf_counter() - began
     record = {"key": key, "part": part, "files": files, "seconds": seconds}
     store.commit(_fused_name(batch), record)
+
+
+def unfused_batches(url: str, batches: int) -> list[int]:
+    """Those of the first `batches` batches of tiles that are not fused.
+
+    Raises:
+        ValueError: the tiles are not planned.
+    """
+    store = ReconstructionStore.open(url)
+    planned, fused = require_key(store, "tiles"), store.commits("fuse")
+    found = {batch: fused.get(_fused_name(batch), {}).get("key") for batch in range(batches)}
+    return [batch for batch, key in found.items() if key != _fused_key(planned, batch)]
+
+
+def _fused_key(planned: str, batch: int) -> str:
+    return stage_key("fuse-tiles", VERSION, planned, batch)
 
 
 def _read_planned(store: ReconstructionStore, batch: int) -> dict[str, Any]:

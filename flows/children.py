@@ -1,0 +1,251 @@
+"""Children: parts of a flow that run as deployments of their own, on whatever machine takes them.
+
+The store decides what is finished, Prefect only what is running. A child's work has a key that is
+the same whichever parent asks for it, so that a parent that died and was run again finds the
+children that its predecessor started, and starts nothing twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelling
+
+from tasks.keys import stage_key
+
+FIRST_POLL_S, LONGEST_POLL_S, POLL_GROWTH = 1.0, 15.0, 1.3
+MOST_CRASHES = 7  # of one child, one after the other and without getting on
+OUTAGE_S = 1800.0  # of the Prefect server, that a parent waits for
+PAGE = 200  # runs that the server returns at once
+UNFINISHED = [
+    StateType.SCHEDULED,
+    StateType.PENDING,
+    StateType.RUNNING,
+    StateType.PAUSED,
+]
+
+Spread = Literal["here", "deployments"]
+"""Where the parts of a flow run: in its own process, or each as a run of a deployment."""
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Child:
+    """Work of one run of a deployment, or of several if its machines are lost."""
+
+    name: str  # of the run, for people
+    parameters: dict[str, Any]
+    work: str  # key of the work
+    progress: Callable[[], object]  # what is done of it, to see whether a lost run got on
+    attempt: int = 0
+    crashes: int = 0  # in a row, without getting on
+    reached: object = None  # progress at the last crash
+    due: float = 0.0  # when the next run may start, on the monotonic clock
+    error: str | None = None  # why it ended without finishing
+
+
+class ChildrenLost(RuntimeError):
+    """Runs of some children ended without finishing their work; what they did is kept."""
+
+    def __init__(self, lost: Sequence[Child]) -> None:
+        shown = "; ".join(f"{child.name}: {child.error}" for child in lost[:3])
+        more = f"; and {len(lost) - 3} more" if len(lost) > 3 else ""
+        super().__init__(f"{len(lost)} runs did not finish: {shown}{more}")
+
+
+def family_tag(of: str) -> str:
+    """The tag of all children that work for the store or output `of`."""
+    return f"of:{of}"
+
+
+def work_key(*what: Any) -> str:
+    """Key of a child's work: what it does, and to what."""
+    return stage_key("child", 1, *what)[:32]
+
+
+def run_children(
+    deployment: str,
+    family: str,
+    children: Sequence[Child],
+    at_once: int | None = None,
+    on_end: Callable[[Child], None] = lambda child: None,
+) -> None:
+    """Run each child as a run of `deployment`, wait for all; `error` of each says how it ended.
+
+    A child whose run crashes (its machine is lost) runs again, until it crashes `MOST_CRASHES`
+    times in a row without getting on. One that fails does not: its tasks have been retried.
+
+    Args:
+        deployment: as "flow/deployment".
+        family: what the children work for; `cancel_children` finds them by it.
+        children: distinct works.
+        at_once: runs that are not ended at any time; None: all.
+        on_end: called for each child that has ended.
+
+    Raises:
+        ValueError: the server has no such deployment.
+    """
+    waiting, running = list(children), dict[UUID, Child]()
+    pause = FIRST_POLL_S
+    while waiting or running:
+        for child in [c for c in waiting if c.due <= time.monotonic()]:
+            if at_once is not None and len(running) >= at_once:
+                break
+            waiting.remove(child)
+            running[start(deployment, family, child)] = child
+        time.sleep(pause)
+        pause = min(pause * POLL_GROWTH, LONGEST_POLL_S)
+        found = read_runs(list(running))
+        for run_id, child in list(running.items()):
+            run = found.get(run_id)
+            if run is not None and not is_ended(run):
+                continue
+            del running[run_id]
+            pause = FIRST_POLL_S
+            if settle(child, run):
+                on_end(child)
+            else:
+                waiting.append(child)
+
+
+def start(deployment: str, family: str, child: Child) -> UUID:
+    """Start a child, or join the run of it that a parent before this one has started."""
+    run = create(deployment, family, child)
+    if is_ended(run):  # of an earlier time: what it did is in the store, and did not suffice
+        latest = latest_run(child)
+        child.attempt = attempt_of(latest) + is_ended(latest)
+        run = create(deployment, family, child)
+    return run.id
+
+
+def create(deployment: str, family: str, child: Child) -> FlowRun:
+    """The run of the child's present attempt, made unless it is there."""
+    try:
+        return patiently(
+            lambda: cast(
+                FlowRun,
+                run_deployment(
+                    deployment,
+                    parameters=child.parameters,
+                    flow_run_name=child.name,
+                    timeout=0,
+                    tags=[family_tag(family), work_tag(child)],
+                    idempotency_key=f"{child.work}:{child.attempt}",
+                ),
+            )
+        )
+    except ObjectNotFound:
+        raise ValueError(
+            f"the Prefect server has no deployment {deployment!r}; make it with `prefect "
+            "--no-prompt deploy --all --prefect-file deploy/prefect.yaml`, or run with "
+            "spread=here"
+        ) from None
+
+
+def work_tag(child: Child) -> str:
+    """The tag of all runs of the same work."""
+    return f"work:{child.work}"
+
+
+def attempt_of(run: FlowRun) -> int:
+    """Which attempt at its work a run is."""
+    return int((run.idempotency_key or ":0").rpartition(":")[2])
+
+
+def latest_run(child: Child) -> FlowRun:
+    """The last run of the child's work."""
+    wanted = FlowRunFilter(tags=FlowRunFilterTags(all_=[work_tag(child)]))
+    runs = query(wanted, FlowRunSort.EXPECTED_START_TIME_DESC)
+    return max(runs, key=attempt_of)
+
+
+def is_ended(run: FlowRun) -> bool:
+    """Whether the run will not change any more."""
+    return run.state is not None and run.state.is_final()
+
+
+def settle(child: Child, run: FlowRun | None) -> bool:
+    """Whether an ended child needs no further run; `None`: the server has forgotten its run."""
+    if run is not None and run.state is not None and not run.state.is_crashed():
+        state = run.state
+        message = (state.message or "").removeprefix("Flow run encountered an exception: ")
+        child.error = None if state.is_completed() else message or state.name
+        return True
+    reason = "is gone" if run is None or run.state is None else run.state.message
+    reached = child.progress()
+    got_on, child.reached = reached != child.reached, reached
+    child.crashes = 1 if got_on else child.crashes + 1
+    child.attempt += 1
+    log.warning("%s crashed (%s), %d in a row", child.name, reason, child.crashes)
+    if child.crashes >= MOST_CRASHES:
+        child.error = f"crashed {child.crashes} times in a row, the last time: {reason}"
+        return True
+    child.due = time.monotonic() + (0 if got_on else min(5.0 * 2**child.crashes, 300.0))
+    return False
+
+
+def read_runs(ids: Sequence[UUID]) -> dict[UUID, FlowRun]:
+    """Runs by id, `PAGE` in one request."""
+    found: dict[UUID, FlowRun] = {}
+    for first in range(0, len(ids), PAGE):
+        wanted = FlowRunFilter(id=FlowRunFilterId(any_=list(ids[first : first + PAGE])))
+        found |= {run.id: run for run in query(wanted)}
+    return found
+
+
+def query(wanted: FlowRunFilter, sort: FlowRunSort = FlowRunSort.ID_DESC) -> list[FlowRun]:
+    """The first `PAGE` runs of a filter."""
+
+    def ask() -> list[FlowRun]:
+        with get_client(sync_client=True) as client:
+            return client.read_flow_runs(flow_run_filter=wanted, sort=sort, limit=PAGE)
+
+    return patiently(ask)
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """Ask the server; wait, if it is away or in trouble, until it is back."""
+    deadline, pause = time.monotonic() + OUTAGE_S, 1.0
+    while True:
+        try:
+            return ask()
+        except (httpx.TransportError, httpx.HTTPStatusError) as error:
+            code = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 503
+            if code < 500 or time.monotonic() > deadline:
+                raise
+            log.warning("the Prefect server does not answer (%s); asked again", error)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_POLL_S)
+
+
+def cancel_children(family: str) -> None:
+    """Cancel all children that work for `family` and have not ended."""
+    wanted = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=[family_tag(family)]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED)),
+    )
+    while runs := query(wanted):
+        with get_client(sync_client=True) as client:
+            for run in runs:
+                message = "the run that it works for was cancelled"
+                client.set_flow_run_state(run.id, Cancelling(message=message))

@@ -1,0 +1,64 @@
+"""Finished: whether a drive needs a run at all, by few requests and without opening its data.
+
+The record `finished` is written after all stages. It counts only together with all commits that
+were there then, so that whatever declares a part unfinished (`ttt3r repair`, an operator) makes the
+drive unfinished too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from storage.reconstruction import ReconstructionStore, StoreError
+from tasks import align, fuse, infer, plan, probe, report
+from tasks.config import ReconstructionConfig
+from tasks.keys import stage_key
+from tasks.plan import ASIDE
+from ttt3r.weights import weights_info
+
+FINISHED = "finished"
+VERSIONS = [stage.VERSION for stage in (probe, plan, infer, align, fuse, report)]
+
+
+def finished_key(location: str, config: ReconstructionConfig) -> str:
+    """Key of all that decides a drive's result: its files, the configuration, the weights."""
+    files = probe.fingerprint(probe.absolute(location))
+    network = [config.infer.rule, config.infer.precision, weights_info(config.infer.weights).sha256]
+    parts = (config.plan, config.align, config.fuse)
+    return stage_key(FINISHED, 1, VERSIONS, files, network, *parts)
+
+
+def write_finished(location: str, url: str, config: ReconstructionConfig) -> None:
+    """Say that all stages are finished; not if segments are set aside, which want another try."""
+    store = ReconstructionStore.open(url)
+    names = store.commit_names()
+    if any(name.startswith(f"{ASIDE}/") for name in names):
+        return
+    record = {"key": finished_key(location, config), "commits": _digest(names)}
+    known = store.read_commit(FINISHED) or {}
+    if {name: known.get(name) for name in record} != record:
+        store.commit(FINISHED, record)
+
+
+def drop_outdated(location: str, url: str, config: ReconstructionConfig) -> None:
+    """A run begins: what another configuration finished is finished no more."""
+    store = ReconstructionStore.open(url)
+    known = store.read_commit(FINISHED)
+    if known is not None and known.get("key") != finished_key(location, config):
+        store.drop_commits(FINISHED)
+
+
+def is_finished(location: str, url: str, config: ReconstructionConfig) -> bool:
+    """Whether the store at `url` holds the finished result of this drive and configuration."""
+    try:
+        store = ReconstructionStore.open(url)
+        record = store.read_commit(FINISHED)
+        if record is None or record.get("commits") != _digest(store.commit_names()):
+            return False
+    except StoreError:  # nothing there, or nothing that can be read: its run will tell
+        return False
+    return record.get("key") == finished_key(location, config)
+
+
+def _digest(names: list[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(set(names) - {FINISHED})).encode()).hexdigest()

@@ -1,0 +1,46 @@
+"""Which drives need no run."""
+
+from dataclasses import replace
+
+import pytest
+from recordings import moving_squares, write_video
+
+from flows.reconstruct_drive import reconstruct_drive
+from storage.reconstruction import ReconstructionStore
+from tasks.config import FuseConfig, InferConfig, PlanConfig, ReconstructionConfig
+from tasks.finished import is_finished
+
+CONFIG = ReconstructionConfig(
+    plan=PlanConfig(segment_frames=12, overlap_frames=4, chunk_frames=5),
+    infer=InferConfig(weights="untrained", lanes=2),
+)
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def test_drive_is_finished_until_its_video_its_configuration_or_a_commit_changes(tmp_path):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(20))
+    url = str(tmp_path / "out" / "squares.zarr")
+    assert not is_finished(str(video), url, CONFIG)
+    reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    assert is_finished(str(video), url, CONFIG)
+    assert is_finished(str(video), url, replace(CONFIG, infer=replace(CONFIG.infer, lanes=1)))
+    assert not is_finished(str(video), url, replace(CONFIG, fuse=FuseConfig(voxel_m=0.5)))
+    store = ReconstructionStore.open(url)
+    store.drop_commits("infer/0001/0001")
+    assert not is_finished(str(video), url, CONFIG)
+    reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    assert is_finished(str(video), url, CONFIG)
+    write_video(video, moving_squares(21))
+    assert not is_finished(str(video), url, CONFIG)
+
+
+def test_drive_with_a_segment_set_aside_wants_another_run(tmp_path):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(20))
+    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    store = ReconstructionStore.open(url)
+    store.drop_commits("infer/0001")
+    depth = tmp_path / "out" / "squares.zarr" / "segments/0001/depth/zarr.json"
+    depth.write_text("{}")
+    reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    assert not is_finished(str(video), url, CONFIG)
