@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +19,9 @@ from storage import layout
 from storage.commits import plain
 from storage.layout import ArraySpec
 from storage.records import Segment
-from storage.shards import encode_shard
+from storage.shards import ShardReader, encode_shard, parsed, shard_name, shard_reader
+
+LARGEST_WHOLE_READ = 4 * 2**20  # bytes before compression; of larger objects a part is read
 
 # zarr forgets this when an array is opened again; without it NaN and False are not written.
 WRITE_ALL: ArrayConfigParams = {"write_empty_chunks": True}
@@ -103,6 +106,46 @@ def encode_rows(document: bytes, rows: slice, values: np.ndarray) -> dict[str, b
     except (LookupError, TypeError, ValueError):
         # Of an earlier version, of somebody else, or damaged: Zarr can do it or say what is wrong.
         return _encode_by_zarr(document, rows, values)
+
+
+@dataclass
+class StoredRows:
+    """Rows of an array in the objects that hold them; whoever reads fills `objects`."""
+
+    reader: ShardReader
+    rows: slice
+    names: list[str]  # below the array, in order
+    objects: list[bytes | None] = field(default_factory=list)
+
+    @classmethod
+    def of_small(cls, document: bytes, rows: slice) -> StoredRows | None:
+        """None where Zarr must read them, or does better, as it need not read whole objects."""
+        try:
+            reader = shard_reader(document)
+        except (LookupError, TypeError, ValueError):
+            return None
+        if reader.size_bytes > LARGEST_WHOLE_READ or rows.start >= rows.stop:
+            return None
+        numbers = range(rows.start // reader.rows, -(-rows.stop // reader.rows))
+        return cls(reader, rows, [shard_name(parsed(document), n) for n in numbers])
+
+    def decode(self) -> np.ndarray:
+        """The rows.
+
+        Raises:
+            ValueError: an object is missing or damaged.
+        """
+        each = self.reader.rows
+        first = self.rows.start // each
+        parts = []
+        for number, data in enumerate(self.objects, first):
+            if data is None:
+                raise ValueError(f"object {self.names[number - first]} is gone")
+            start, stop = (
+                min(max(r - number * each, 0), each) for r in (self.rows.start, self.rows.stop)
+            )
+            parts.append(self.reader.decode(data, start, stop))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _encode_by_zarr(document: bytes, rows: slice, values: np.ndarray) -> dict[str, bytes]:

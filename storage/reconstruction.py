@@ -7,7 +7,7 @@ import json
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,13 @@ from zarr.core.array import Array
 from storage import layout
 from storage.claims import Claim, claimed_names
 from storage.commits import Commits, plain
-from storage.encoding import empty_segment, encode_rows, group_document, whole_array
+from storage.encoding import (
+    StoredRows,
+    empty_segment,
+    encode_rows,
+    group_document,
+    whole_array,
+)
 from storage.errors import (
     ChunkMissing,
     Claimed,
@@ -459,7 +465,13 @@ class ReconstructionStore:
             DataDamaged: the stored data cannot be decoded.
             ValueError: no such array, or frames outside the segment.
         """
-        _check_names([name], SEGMENT_SPECS, set())
+        return self.read_many(segment, [name], start, stop)[name]
+
+    def read_many(
+        self, segment: Segment, names: Sequence[str], start: int, stop: int
+    ) -> dict[str, np.ndarray]:
+        """Rows of several per-frame arrays: what `read` gives for each, looked up together."""
+        _check_names(names, SEGMENT_SPECS, set())
         if not segment.start <= start <= stop <= segment.stop:
             raise ValueError(
                 f"frames {start}..{stop} are not inside segment {segment.index}, which holds "
@@ -469,10 +481,33 @@ class ReconstructionStore:
         for chunk in segment.chunks(found["chunk_frames"]):
             if chunk.start < stop and start < chunk.stop:
                 self._require_chunk(segment, chunk, found)
-        path = f"{segment_name(segment.index)}/{name}"
+        paths = {name: f"{segment_name(segment.index)}/{name}" for name in names}
         rows = slice(start - segment.start, stop - segment.start)
-        with self._damage_named(f"{path}, frames {start}..{stop}; {_redo(segment)}"):
-            return _widened(np.asarray(self._array(path)[rows]))
+        shards = self._small_shards(paths.values(), rows)
+        values = {}
+        for name, path in paths.items():
+            with self._damage_named(f"{path}, frames {start}..{stop}; {_redo(segment)}"):
+                stored = shards.get(path)
+                read = self._array(path)[rows] if stored is None else stored.decode()
+            values[name] = _widened(np.asarray(read))
+        return values
+
+    def _small_shards(self, paths: Iterable[str], rows: slice) -> dict[str, StoredRows]:
+        """Of those arrays whose objects are small, the objects that hold `rows`.
+
+        Read whole and decoded here they cost a tenth of what Zarr takes to find its way.
+        """
+        documents = self._folder.read_many([f"{path}/zarr.json" for path in paths])
+        found = {
+            name.removesuffix("/zarr.json"): small
+            for name, document in documents.items()
+            if (small := StoredRows.of_small(document, rows)) is not None
+        }
+        names = [f"{path}/{name}" for path, stored in found.items() for name in stored.names]
+        contents = self._folder.read_many(names)
+        for path, stored in found.items():
+            stored.objects = [contents.get(f"{path}/{name}") for name in stored.names]
+        return found
 
     def read_state(self, segment: Segment, chunk: Chunk) -> dict[str, Any]:
         """The state after a chunk, exactly as written.

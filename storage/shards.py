@@ -1,12 +1,13 @@
-"""Shards encoded without Zarr's machinery, which costs ten times the compression itself.
+"""Shards encoded and decoded without Zarr's machinery, which costs ten times the compression.
 
-The bytes are those that Zarr writes; `tests/storage/test_shards.py` compares them.
+The bytes are those that Zarr writes and reads; `tests/storage/test_shards.py` compares them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -15,9 +16,11 @@ import numpy as np
 from numcodecs.blosc import Blosc
 
 Encode = Callable[[np.ndarray], bytes]
+Decode = Callable[[memoryview], np.ndarray]
 
 SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
 LEFT_OUT = 2**64 - 1  # in a shard's index, of an inner chunk without rows
+BLOSC_HEADER = 16  # bytes; 4 to 7 hold the size before compression
 
 
 class NotPlain(ValueError):
@@ -45,8 +48,16 @@ def encode_shard(document: bytes, start: int, values: np.ndarray) -> dict[str, b
     node = parsed(document)
     shape = node["chunk_grid"]["configuration"]["chunk_shape"]
     _check_cut(node, shape, start, values)
-    name = "/".join(["c", str(start // shape[0]), *["0"] * (len(shape) - 1)])
-    return {name: _encoder(node["codecs"], shape[0], node["fill_value"])(values)}
+    return {
+        shard_name(node, start // shape[0]): _encoder(node["codecs"], shape[0], node["fill_value"])(
+            values
+        )
+    }
+
+
+def shard_name(node: Mapping[str, Any], number: int) -> str:
+    """Name, below the array, of the object with its rows of this number."""
+    return "/".join(["c", str(number), *["0"] * (len(node["shape"]) - 1)])
 
 
 def _check_cut(node: Mapping[str, Any], shape: list[int], start: int, values: np.ndarray) -> None:
@@ -54,6 +65,10 @@ def _check_cut(node: Mapping[str, Any], shape: list[int], start: int, values: np
     fits = start % shape[0] == 0 and len(values) <= shape[0]
     if not whole_rows or not fits or values.dtype != np.dtype(node["data_type"]):
         raise NotPlain(f"{values.dtype} {values.shape} at row {start} of {node['shape']}")
+    _check_keys(node)
+
+
+def _check_keys(node: Mapping[str, Any]) -> None:
     if node["chunk_key_encoding"] != {"name": "default", "configuration": {"separator": "/"}}:
         raise NotPlain(f"chunk keys {node['chunk_key_encoding']}")
 
@@ -95,13 +110,97 @@ def _checked(data: bytes) -> bytes:
 def _sharded(settings: Mapping[str, Any], values: np.ndarray, rows: int, fill: Any) -> bytes:
     """Inner chunks one after the other, then where each of them lies; empty ones are left out."""
     inner, *sides = settings["chunk_shape"]
-    index_codecs = [codec["name"] for codec in settings["index_codecs"]]
-    plain_index = index_codecs == ["bytes", "crc32c"] and settings["index_location"] == "end"
-    if sides != list(values.shape[1:]) or not plain_index:
-        raise NotPlain(f"shards of {settings['chunk_shape']}, index {index_codecs}")
+    _check_sharding(settings, sides, values.shape[1:])
     encode = _encoder(settings["codecs"], inner, fill)
     parts = [encode(values[i : i + inner]) for i in range(0, len(values), inner)]
     lengths = np.array([len(part) for part in parts], np.uint64)
     index = np.full((rows // inner, 2), LEFT_OUT, "<u8")
     index[: len(parts)] = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
     return b"".join([*parts, _checked(index.tobytes())])
+
+
+def _check_sharding(settings: Mapping[str, Any], sides: list[int], row: tuple[int, ...]) -> None:
+    index_codecs = [codec["name"] for codec in settings["index_codecs"]]
+    plain_index = index_codecs == ["bytes", "crc32c"] and settings["index_location"] == "end"
+    if sides != list(row) or not plain_index:
+        raise NotPlain(f"shards of {settings['chunk_shape']}, index {index_codecs}")
+
+
+@dataclass(frozen=True)
+class ShardReader:
+    """How the objects of an array are read."""
+
+    rows: int  # of an object
+    size_bytes: int  # of an object before compression
+    inner: int  # rows that are compressed together
+    is_sharded: bool
+    decode_inner: Decode
+
+    def decode(self, data: bytes, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop`, half-open, counted inside the whole object `data`.
+
+        Raises:
+            ValueError: the object is damaged.
+        """
+        if not self.is_sharded:
+            return self.decode_inner(memoryview(data))[start:stop]
+        index_bytes = self.rows // self.inner * 16 + 4
+        index = np.frombuffer(_unchecked(memoryview(data)[-index_bytes:]), "<u8").reshape(-1, 2)
+        first, last = start // self.inner, -(-stop // self.inner)
+        parts = [self.decode_inner(_part(data, *span)) for span in index[first:last].tolist()]
+        return np.concatenate(parts)[start - first * self.inner : stop - first * self.inner]
+
+
+@lru_cache(maxsize=256)
+def shard_reader(document: bytes) -> ShardReader:
+    """The reader of the array of which `document` is zarr.json.
+
+    Raises:
+        NotPlain: other codecs or cuts than those of `storage.layout`.
+    """
+    node = parsed(document)
+    rows, *sides = node["chunk_grid"]["configuration"]["chunk_shape"]
+    row, dtype = tuple(node["shape"][1:]), np.dtype(node["data_type"])
+    _check_keys(node)
+    if tuple(sides) != row:
+        raise NotPlain(f"objects of {[rows, *sides]} in {node['shape']}")
+    size = int(np.prod((rows, *row))) * dtype.itemsize
+    if [codec["name"] for codec in node["codecs"]] != ["sharding_indexed"]:
+        return ShardReader(rows, size, rows, False, _decoder(node["codecs"], (rows, *row), dtype))
+    settings = node["codecs"][0]["configuration"]
+    inner, *sides = settings["chunk_shape"]
+    _check_sharding(settings, sides, row)
+    return ShardReader(rows, size, inner, True, _decoder(settings["codecs"], (inner, *row), dtype))
+
+
+def _part(data: bytes, offset: int, length: int) -> memoryview:
+    if offset + length > len(data):
+        raise ValueError(f"an inner chunk at {offset} with {length} bytes in {len(data)} bytes")
+    return memoryview(data)[offset : offset + length]
+
+
+def _decoder(codecs: list[dict[str, Any]], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Decode:
+    """How bytes become the rows of one object or inner chunk."""
+    names = [codec["name"] for codec in codecs]
+    endian = codecs[0].get("configuration", {}).get("endian", "little")
+    size = int(np.prod(shape)) * dtype.itemsize
+    if names not in (["bytes", "crc32c"], ["bytes", "blosc", "crc32c"]) or endian != "little":
+        raise NotPlain(f"codecs {codecs}")
+
+    def decode(stored: memoryview) -> np.ndarray:
+        content = _unchecked(stored)
+        if "blosc" in names:
+            if len(content) < BLOSC_HEADER or int.from_bytes(content[4:8], "little") != size:
+                raise ValueError(f"a compressed chunk does not hold {size} bytes")
+            content = memoryview(Blosc().decode(content))
+        return np.frombuffer(content, dtype).reshape(shape)
+
+    return decode
+
+
+def _unchecked(data: memoryview) -> memoryview:
+    """What `_checked` was given."""
+    content, found = data[:-4], bytes(data[-4:])
+    if google_crc32c.value(bytes(content)).to_bytes(4, "little") != found:
+        raise ValueError("the checksum does not match")
+    return content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,14 +36,27 @@ from ttt3r.geometry import depth_to_pointmap, intrinsics_from_focal
 from ttt3r.images import fit, source_intrinsics
 from ttt3r.weights import WeightsInfo, weights_info
 
-VERSION = 1
+VERSION = 2
 # A field of view of 60 degrees, where neither the network nor the user knows the focal length.
 FALLBACK_FOCAL = 0.866
 # Frames of an overlap that are compared at most, evenly over it: bounds memory.
 SEAM_FRAMES = 32
 
+VIEW_ARRAYS = ("cam_to_seg", "confidence", "gate", "intrinsics")
+SEAM_ARRAYS = ("depth", "confidence", "cam_to_seg")
+
 Array = NDArray[np.float64]
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """What one segment says of its F frames, images left out."""
+
+    cam_to_seg: Array  # [F, 4, 4]
+    confidence: NDArray[np.float32]  # [F] median over the image
+    gate: NDArray[np.float32]  # [F] median learning rate
+    focal: NDArray[np.float32]  # [F] pixels
 
 
 @task(name="align", task_run_name="align {url}", **STAGE_OPTIONS)
@@ -61,10 +75,11 @@ def align_stage(url: str, config: AlignConfig, infer: InferConfig) -> None:
     if (store.read_commit("align") or {}).get("key") == key:
         return
     began = time.perf_counter()
-    focal, spread, focal_source = camera_focal(store, plan, config, info.config)
+    views = read_views(store, plan)
+    focal, spread, focal_source = camera_focal(store, views, config, info.config)
     fits = fit_seams(store, plan, focal, AlignSettings(scale_prior_sigma=config.scale_prior_sigma))
     placements = place_segments(plan, fits, config.scale_prior_sigma)
-    arrays = build_trajectory(store, plan, placements, fits, focal, info.config)
+    arrays = build_trajectory(store, plan, views, placements, fits, focal, info.config)
     drop_later(store, "align")
     store.write_trajectory(arrays)
     record = {
@@ -90,26 +105,41 @@ def align_key(
     return stage_key("align", VERSION, segments, config)
 
 
+def read_views(store: ReconstructionStore, plan: Plan) -> dict[int, Views]:
+    """What the segments that have a part say of their frames, by segment."""
+    return {segment.index: _read_views(store, plan, segment) for segment in plan.present}
+
+
+def _read_views(store: ReconstructionStore, plan: Plan, segment: Segment) -> Views:
+    parts = []
+    for chunk in segment.chunks(plan.chunk_frames):  # a segment may be as long as the drive
+        read = store.read_many(segment, VIEW_ARRAYS, chunk.start, chunk.stop)
+        parts.append(
+            (
+                read["cam_to_seg"].astype(np.float64),
+                np.median(read["confidence"], axis=(1, 2)),
+                read["gate"][:, 2],
+                read["intrinsics"][:, 0, 0],
+            )
+        )
+    return Views(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
 def camera_focal(
-    store: ReconstructionStore, plan: Plan, config: AlignConfig, model: ModelConfig
+    store: ReconstructionStore, views: Mapping[int, Views], config: AlignConfig, model: ModelConfig
 ) -> tuple[float, float, str]:
     """Focal length at the network's resolution, its relative spread, and where it comes from."""
     record = DriveRecord.from_json(store.attributes["drive"])
     shape = fit(record.width, record.height, model.image_size, model.patch_size)
     if config.focal_px is not None:
         return config.focal_px * shape.resized_width / record.width, 0.0, "given"
-    focals = [read_all(store, s, "intrinsics")[:, 0, 0] for s in plan.present]
+    focals = np.concatenate([view.focal for view in views.values()])
     try:
-        focal, spread = drive_intrinsics(np.concatenate(focals), None, shape.height, shape.width)
+        focal, spread = drive_intrinsics(focals, None, shape.height, shape.width)
     except AlignmentError as error:
         log.info("%s: %s; a field of view of 60 degrees is assumed", store.url, error)
         return FALLBACK_FOCAL * max(shape.height, shape.width), 0.0, "assumed"
     return focal, spread, "estimated"
-
-
-def read_all(store: ReconstructionStore, segment: Segment, name: str) -> NDArray[Any]:
-    """One array of a whole segment."""
-    return store.read(segment, name, segment.start, segment.stop)
 
 
 def fit_seams(
@@ -129,25 +159,32 @@ def _fit_seam(
     before, shared = plan.segments[segment.index - 1], plan.overlap(segment)
     frames = np.unique(np.linspace(shared.start, shared.stop - 1, SEAM_FRAMES).round().astype(int))
 
-    def read(of: Segment, name: str) -> Array:
-        if len(frames) == len(shared):
-            return store.read(of, name, shared.start, shared.stop).astype(np.float64)
-        rows = [store.read(of, name, frame, frame + 1) for frame in frames.tolist()]
-        return np.concatenate(rows).astype(np.float64)
-
-    depth_a, depth_b = read(before, "depth"), read(segment, "depth")
-    T_a_cam, T_b_cam = read(before, "cam_to_seg"), read(segment, "cam_to_seg")
+    a, b = (_read_seam(store, of, shared, frames.tolist()) for of in (before, segment))
     return align_overlap(
-        lift(depth_a, focal, T_a_cam),
-        lift(depth_b, focal, T_b_cam),
-        depth_a,
-        read(before, "confidence"),
-        read(segment, "confidence"),
+        lift(a["depth"], focal, a["cam_to_seg"]),
+        lift(b["depth"], focal, b["cam_to_seg"]),
+        a["depth"],
+        a["confidence"],
+        b["confidence"],
         settings,
-        depth_b=depth_b,
-        T_a_cam=T_a_cam,
-        T_b_cam=T_b_cam,
+        depth_b=b["depth"],
+        T_a_cam=a["cam_to_seg"],
+        T_b_cam=b["cam_to_seg"],
     )
+
+
+def _read_seam(
+    store: ReconstructionStore, segment: Segment, shared: range, frames: list[int]
+) -> dict[str, Array]:
+    """What a segment says of `frames`, all or some of those that it shares."""
+    spans = [(f, f + 1) for f in frames]
+    if len(frames) == len(shared):
+        spans = [(shared.start, shared.stop)]
+    parts = [store.read_many(segment, SEAM_ARRAYS, *span) for span in spans]
+    return {
+        name: np.concatenate([part[name] for part in parts]).astype(np.float64)
+        for name in SEAM_ARRAYS
+    }
 
 
 def lift(depth: Array, focal: float, T_x_cam: Array) -> Array:
@@ -172,6 +209,7 @@ def place_segments(plan: Plan, fits: dict[int, OverlapFit], prior_sigma: float) 
 def build_trajectory(
     store: ReconstructionStore,
     plan: Plan,
+    views: Mapping[int, Views],
     placements: dict[int, Sim3],
     fits: dict[int, OverlapFit],
     focal: float,
@@ -182,14 +220,14 @@ def build_trajectory(
     shape = fit(record.width, record.height, model.image_size, model.patch_size)
     at_model = intrinsics_from_focal(torch.tensor(focal).double(), shape.height, shape.width)
     return {
-        "cam_to_world": blend_poses(store, plan, placements),
+        "cam_to_world": blend_poses(plan, views, placements),
         "seg_to_world": _per_segment(plan, {i: p.matrix() for i, p in placements.items()}, (4, 4)),
         "scale": _per_segment(plan, {i: p.scale for i, p in placements.items()}),
         "seam_residual": _per_segment(plan, {i: fit.residual for i, fit in fits.items()}),
         "seam_inlier_share": _per_segment(plan, {i: fit.inlier_share for i, fit in fits.items()}),
         "intrinsics": at_model.numpy(),
         "intrinsics_source": source_intrinsics(focal, shape, record.width, record.height),
-        **frame_figures(store, plan),
+        **frame_figures(plan, views),
     }
 
 
@@ -201,7 +239,7 @@ def _per_segment(plan: Plan, values: Mapping[int, Any], shape: tuple[int, ...] =
     return array
 
 
-def blend_poses(store: ReconstructionStore, plan: Plan, placements: Mapping[int, Sim3]) -> Array:
+def blend_poses(plan: Plan, views: Mapping[int, Views], placements: Mapping[int, Sim3]) -> Array:
     """Camera-to-world [N, 4, 4], going over from segment to segment smoothly.
 
     NaN for frames that no placed segment holds.
@@ -210,8 +248,7 @@ def blend_poses(store: ReconstructionStore, plan: Plan, placements: Mapping[int,
     for segment, own in zip(plan.segments, plan.owner_ranges(), strict=True):
         if segment.index not in placements:
             continue
-        poses = read_all(store, segment, "cam_to_seg").astype(np.float64)
-        poses = placements[segment.index].apply_pose(poses)
+        poses = placements[segment.index].apply_pose(views[segment.index].cam_to_seg)
         shared = len(plan.overlap(segment))
         seam = cam_to_world[segment.start : segment.start + shared]
         blended = np.concatenate([blend_seam(seam, poses[:shared]), poses[shared:]])
@@ -221,7 +258,7 @@ def blend_poses(store: ReconstructionStore, plan: Plan, placements: Mapping[int,
     return cam_to_world
 
 
-def frame_figures(store: ReconstructionStore, plan: Plan) -> dict[str, NDArray[Any]]:
+def frame_figures(plan: Plan, views: Mapping[int, Views]) -> dict[str, NDArray[Any]]:
     """Per frame [N]: owning segment, part, median confidence, learning rate and focal length.
 
     NOWHERE and NaN for frames that no segment owns.
@@ -232,12 +269,9 @@ def frame_figures(store: ReconstructionStore, plan: Plan) -> dict[str, NDArray[A
     for segment, own in zip(plan.segments, plan.owner_ranges(), strict=True):
         of_frame["segment"][own.start : own.stop] = segment.index
         of_frame["part"][own.start : own.stop] = segment.part
-        # Chunk by chunk: a segment may be as long as the drive.
-        for first in range(own.start, own.stop, plan.chunk_frames):
-            rows = slice(first, min(first + plan.chunk_frames, own.stop))
-            confidence = store.read(segment, "confidence", rows.start, rows.stop)
-            of_frame["confidence"][rows] = np.median(confidence, axis=(1, 2))
-            of_frame["gate"][rows] = store.read(segment, "gate", rows.start, rows.stop)[:, 2]
-            intrinsics = store.read(segment, "intrinsics", rows.start, rows.stop)
-            of_frame["focal"][rows] = intrinsics[:, 0, 0]
+        if own:
+            rows = slice(own.start - segment.start, own.stop - segment.start)
+            for name in ("confidence", "gate", "focal"):
+                values = getattr(views[segment.index], name)
+                of_frame[name][own.start : own.stop] = values[rows]
     return of_frame

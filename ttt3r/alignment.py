@@ -38,6 +38,8 @@ Array = NDArray[np.float64]
 MAD_TO_SIGMA = 1.4826
 # Pixels of one frame err together: a frame counts as this many independent depth ratios.
 INDEPENDENT_PIXELS = 50
+# Where the first of two robust fits may stop, as `AlignSettings.settled`.
+ROUGHLY = 1e-3
 # Fields of view outside of this are a failed focal estimate, not a camera.
 FIELD_OF_VIEW_DEG = (5.0, 150.0)
 
@@ -117,6 +119,7 @@ class AlignSettings:
         min_points: fewer valid points than this do not count as an overlap of pointmaps.
         iterations: re-weighted fits at most.
         huber_sigmas: residuals above this many robust standard deviations weigh less.
+        settled: fits are repeated until they move by less: radians, log scale, share of depth.
         cutoff_sigmas: in the last fits, residuals above this many do not count.
         noise_floor: residuals below this are never outliers.
         confidence_cap: a confidence counts at most this many times the median one.
@@ -127,6 +130,7 @@ class AlignSettings:
     max_points: int = 20_000
     min_points: int = 100
     iterations: int = 30
+    settled: float = 1e-5
     huber_sigmas: float = 1.345
     cutoff_sigmas: float = 4.0
     noise_floor: float = 1e-3
@@ -136,7 +140,7 @@ class AlignSettings:
 
     def __post_init__(self) -> None:
         positive = ("max_points", "min_points", "iterations", "huber_sigmas", "cutoff_sigmas")
-        for name in (*positive, "noise_floor", "confidence_cap", "scale_prior_sigma"):
+        for name in (*positive, "settled", "noise_floor", "confidence_cap", "scale_prior_sigma"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
         if not 0 <= self.pose_share < 1:
@@ -224,15 +228,9 @@ def umeyama(
         ValueError: shapes differ, or values are not finite.
     """
     x, y, w = _checked_points(src, dst, weights)
-    mean_x, mean_y, spread_x, covariance = _moments(x, y, w)
-    U, d, Vt = np.linalg.svd(covariance)
-    if unique and not d[1] > 1e-12 * max(d[0], np.finfo(float).tiny):
-        raise AlignmentError(
-            f"{len(x)} points lie on one line or in one place (singular values {d}); a rotation "
-            "needs three points that do not"
-        )
-    signs = np.array([1.0, 1.0, np.sign(np.linalg.det(U @ Vt))])
-    R = U @ (signs[:, None] * Vt)
+    mean_x, mean_y, covariance = _moments(x, y, w)
+    R, d, signs = _rotation(covariance, len(x), unique=unique)
+    spread_x = float(w @ ((x - mean_x) ** 2).sum(axis=-1))
     scale = 1.0
     if with_scale:
         if not (d @ signs > 0 and spread_x > 0):
@@ -535,9 +533,10 @@ def _robust_mean(values: Array, weights: Array, settings: AlignSettings) -> tupl
         w = weights * np.maximum(1.0 - far**2, 0.0) ** 2
         moved = float(w @ values / w.sum())
         sigma = _median_and_sigma(values, (far < 1) * weights, moved)[1]
-        if abs(moved - centre) <= 1e-12:
-            break
+        settled = abs(moved - centre) <= settings.settled
         centre = moved
+        if settled:
+            break
     return centre, sigma
 
 
@@ -566,7 +565,7 @@ def _align_rigidly(
     return OverlapFit(
         sim3=sim3,
         scale_sigma=scale_sigma,
-        residual=float(np.median(groups[0].residuals(rigid))),
+        residual=float(np.median(groups[0].residuals(rigid.R, rigid.t))),
         inlier_share=float(inliers.mean()),
         points=len(inliers),
         frames=len(np.unique(pixels.frame)),
@@ -589,8 +588,9 @@ class _Group:
     def precision(self) -> Array:
         return self.confidence / self.depth**2
 
-    def residuals(self, rigid: Sim3) -> Array:
-        return np.linalg.norm(rigid.apply(self.src) - self.dst, axis=-1) / self.depth
+    def residuals(self, R: Array, t: Array) -> Array:
+        off = self.src @ R.T + (t - self.dst)
+        return np.sqrt(np.einsum("ni,ni->n", off, off)) / self.depth
 
 
 def _camera_group(
@@ -613,16 +613,21 @@ def _fit_groups(groups: list[_Group], settings: AlignSettings) -> tuple[Sim3, Ar
     there is left out.
     """
     src, dst = (np.concatenate([getattr(g, name) for g in groups]) for name in ("src", "dst"))
+    _checked_points(src, dst, None)
+    nearest = min(float(np.min(group.depth)) for group in groups)
     factors = [np.ones(len(g.src)) for g in groups]
-    rigid = umeyama(src, dst, _shared_weights(groups, factors), with_scale=False)
-    for cutoff in (np.inf, settings.cutoff_sigmas):
+    R, t = _rigid(src, dst, _shared_weights(groups, factors))
+    for cutoff, settled in ((np.inf, ROUGHLY), (settings.cutoff_sigmas, settings.settled)):
         for _ in range(settings.iterations // 2 + 1):
-            before = rigid
-            factors = [_robust_factors(g, rigid, cutoff, settings) for g in groups]
-            rigid = umeyama(src, dst, _shared_weights(groups, factors), with_scale=False)
-            if np.allclose(rigid.matrix(), before.matrix(), rtol=1e-10, atol=1e-10):
+            before = R, t
+            factors = [
+                _robust_factors(g.residuals(R, t), g.confidence, cutoff, settings) for g in groups
+            ]
+            R, t = _rigid(src, dst, _shared_weights(groups, factors))
+            turned, moved = np.abs(R - before[0]).max(), np.abs(t - before[1]).max()
+            if turned <= settled and moved <= settled * nearest:
                 break
-    return rigid, (factors[0] > 0).astype(np.float64)
+    return Sim3(1.0, R, t), (factors[0] > 0).astype(np.float64)
 
 
 def _shared_weights(groups: list[_Group], factors: list[Array]) -> Array:
@@ -632,13 +637,11 @@ def _shared_weights(groups: list[_Group], factors: list[Array]) -> Array:
 
 
 def _robust_factors(
-    group: _Group, rigid: Sim3, cutoff_sigmas: float, settings: AlignSettings
+    residuals: Array, confidence: Array, cutoff_sigmas: float, settings: AlignSettings
 ) -> Array:
-    """Huber's weights [N] of a group's residuals; 0 beyond the cutoff."""
-    residuals = group.residuals(rigid)
+    """Huber's weights [N] of residuals; 0 beyond the cutoff."""
     # The length of a 3D normal error has its median at 1.538 standard deviations.
-    sigma = _weighted_median(residuals, group.confidence) / 1.538
-    sigma = max(sigma, settings.noise_floor)
+    sigma = max(_weighted_median(residuals, confidence) / 1.538, settings.noise_floor)
     huber = settings.huber_sigmas * sigma / np.maximum(residuals, settings.huber_sigmas * sigma)
     return huber * (residuals <= cutoff_sigmas * sigma)
 
@@ -678,17 +681,35 @@ def _checked_points(
     return x, y, w / w.sum()
 
 
-def _moments(x: Array, y: Array, w: Array) -> tuple[Array, Array, float, Array]:
-    """Weighted means, variance of x and covariance of y with x (Umeyama 34 to 38)."""
+def _moments(x: Array, y: Array, w: Array) -> tuple[Array, Array, Array]:
+    """Weighted means, and covariance of y with x (Umeyama 34 to 38)."""
     mean_x, mean_y = w @ x, w @ y
-    centred = x - mean_x
-    spread = float(w @ (centred**2).sum(axis=-1))
-    return mean_x, mean_y, spread, (w[:, None] * (y - mean_y)).T @ centred
+    return mean_x, mean_y, (w[:, None] * (y - mean_y)).T @ (x - mean_x)
+
+
+def _rotation(covariance: Array, points: int, *, unique: bool = True) -> tuple[Array, Array, Array]:
+    """The best rotation (Umeyama 39 to 43), the singular values and their signs."""
+    U, d, Vt = np.linalg.svd(covariance)
+    if unique and not d[1] > 1e-12 * max(d[0], np.finfo(float).tiny):
+        raise AlignmentError(
+            f"{points} points lie on one line or in one place (singular values {d}); a rotation "
+            "needs three points that do not"
+        )
+    signs = np.array([1.0, 1.0, np.sign(np.linalg.det(U @ Vt))])
+    return U @ (signs[:, None] * Vt), d, signs
+
+
+def _rigid(x: Array, y: Array, w: Array) -> tuple[Array, Array]:
+    """Rotation and translation from x to y [N, 3], finite and weighted by w [N]: `umeyama`."""
+    w = w / w.sum()
+    mean_x, mean_y, covariance = _moments(x, y, w)
+    R, _, _ = _rotation(covariance, len(x))
+    return R, mean_y - R @ mean_x
 
 
 def _weighted_median(values: Array, weights: Array) -> float:
     """The value with half of the weight on either side; the mean of two where that is a tie."""
-    order = np.argsort(values, kind="stable")
+    order = np.argsort(values)
     total = np.cumsum(weights[order])
     low = np.searchsorted(total, 0.5 * total[-1] * (1 - 1e-12))
     high = np.searchsorted(total, 0.5 * total[-1] * (1 + 1e-12), side="right")

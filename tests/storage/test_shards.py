@@ -8,8 +8,9 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec
 from zarr.storage import MemoryStore
 
-from storage.shards import NotPlain, encode_shard
+from storage.shards import NotPlain, encode_shard, shard_reader
 
+DAMAGED = "checksum|buffer|bytes"
 BLOSC = BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle")
 
 
@@ -66,3 +67,57 @@ def test_rows_that_are_not_one_whole_chunk_are_left_to_zarr(start, values):
     assert json.loads(document)["shape"] == [10, 3]
     with pytest.raises(NotPlain):
         encode_shard(document, start, values)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 4), (1, 2), (0, 2), (2, 4), (1, 3)])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int64", "uint8"])
+def test_rows_of_a_shard_of_zarr_are_read(start, stop, dtype):
+    values = np.random.default_rng(0).normal(10, 3, (4, 12, 20)).astype(dtype)
+    document, objects = written_by_zarr(
+        values,
+        4,
+        chunks=(2, 12, 20),
+        shards=(4, 12, 20),
+        compressors=(BLOSC, Crc32cCodec()),
+        fill_value=0,
+    )
+    rows = shard_reader(document).decode(objects["c/1/0/0"], start, stop)
+    np.testing.assert_array_equal(rows, values[start:stop])
+
+
+@pytest.mark.parametrize("compressors", [(BLOSC, Crc32cCodec()), (Crc32cCodec(),)])
+@pytest.mark.parametrize("values", [np.arange(12.0).reshape(4, 3), np.array([True, False] * 2)])
+def test_rows_of_a_plain_chunk_of_zarr_are_read(compressors, values):
+    document, objects = written_by_zarr(
+        values, 4, chunks=(4, *values.shape[1:]), compressors=compressors, fill_value=0
+    )
+    (data,) = objects.values()
+    np.testing.assert_array_equal(shard_reader(document).decode(data, 1, 3), values[1:3])
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_damaged_objects_are_refused(sharded):
+    values = np.random.default_rng(0).normal(10, 3, (4, 12, 20)).astype("float16")
+    document, objects = written_by_zarr(
+        values,
+        0,
+        chunks=(2 if sharded else 4, 12, 20),
+        shards=(4, 12, 20) if sharded else None,
+        compressors=(BLOSC, Crc32cCodec()),
+        fill_value=0,
+    )
+    (data,) = objects.values()
+    reader, random = shard_reader(document), np.random.default_rng(1)
+    for at in random.integers(0, len(data), 200).tolist():
+        flipped = bytes([*data[:at], data[at] ^ (1 << at % 8), *data[at + 1 :]])
+        with pytest.raises(ValueError, match=DAMAGED):
+            reader.decode(flipped, 0, 4)
+    for length in random.integers(0, len(data), 50).tolist():
+        with pytest.raises(ValueError, match=DAMAGED):
+            reader.decode(data[:length], 0, 4)
+
+
+def test_reading_arrays_of_other_codecs_is_left_to_zarr():
+    document, _ = written_by_zarr(np.zeros((4, 3)), 0, chunks=(4, 3), compressors=(GzipCodec(),))
+    with pytest.raises(NotPlain, match="gzip"):
+        shard_reader(document)
