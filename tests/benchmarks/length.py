@@ -8,7 +8,13 @@ for each n asked for.
         --rules cut3r ttt3r --seed 1 --sequences 4 --json rooms.json --docs docs
 
 The rule "constant" is no network: a camera that goes straight on at constant speed. With
---segment-frames, a sequence is cut into segments that are aligned by Sim(3), as the pipeline does.
+--segment-frames, a sequence is cut into segments that are aligned by Sim(3), as the pipeline does;
+with --metres as well, each sequence ends where the camera has come so far:
+
+    python tests/benchmarks/length.py --world streets --metres 500 --frames 1000 \
+        --segment-frames 8 --overlap 3 --rules ttt3r cut3r constant --sequences 4
+
+Rendered pictures are averaged over four rays a pixel, as a recording is on its way down.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +39,15 @@ from ttt3r.metrics import depth_metrics, evaluate_trajectory, read_tum
 from ttt3r.model import Model
 from ttt3r.state import UPDATE_RULES
 from ttt3r.stream import Stream
-from ttt3r.synthetic import HELD_OUT_SEED, render_chunks
+from ttt3r.synthetic import HELD_OUT_SEED, camera_path, render_chunks
 from ttt3r.weights import load_model
 
 CONSTANT = "constant"
 LENGTHS = (50, 100, 200, 300, 500, 700, 1000)
 _SOURCE = {"streets": (960, 540), "rooms": (640, 480)}  # pixels of the cameras that are imitated
 _CHUNK = 16  # frames at once
+_SUPERSAMPLE = 2  # squared rays a pixel
+_TRIES = 100  # sequences among which those that come far enough are looked for
 _DEPTH_EVERY = 5  # frames whose depth is measured
 _FIGURES = ("ate", "rpe_t", "rpe_r", "abs_rel", "delta_125")
 
@@ -66,8 +74,24 @@ Piece = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # images, poses, depth
 def rendered(world: str, frames: int, seeds: range, size: int, patch: int) -> Iterator[Piece]:
     """Images [K, t, h, w, 3], poses [K, t, 4, 4] and depth [K, t, h, w] of held-out worlds."""
     view = fit(*_SOURCE[world], size, patch)
-    for piece in render_chunks(world, seeds, frames, view.height, view.width, chunk_frames=_CHUNK):  # type: ignore[arg-type]
+    for piece in render_chunks(
+        world,  # type: ignore[arg-type]
+        seeds, frames, view.height, view.width, chunk_frames=_CHUNK, supersample=_SUPERSAMPLE,
+    ):  # fmt: skip
         yield piece.images.numpy(), piece.T_world_cam.double().numpy(), piece.depth.numpy()
+
+
+def reaching(world: str, first_seed: int, metres: float, frames: int) -> Iterator[tuple[int, int]]:
+    """Seeds from `first_seed` on whose camera comes so far within `frames`, and in how many."""
+    for seed in range(first_seed, first_seed + _TRIES):
+        place = camera_path(world, [seed], frames)[0, :, :3, 3].double()  # type: ignore[arg-type]
+        way = place.diff(dim=0).norm(dim=-1).cumsum(0)
+        if way[-1] >= metres:
+            yield seed, int((way < metres).sum()) + 2
+    raise ValueError(
+        f"too few of {_TRIES} {world} come {metres:g} m far within {frames} frames; ask for a "
+        "shorter way (--metres) or more frames (--frames)"
+    )
 
 
 def recorded(video: str, ground_truth: str, size: int, patch: int) -> Iterator[Piece]:
@@ -205,53 +229,71 @@ def _mean(values: list[Any]) -> float | None:
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One record per length and rule."""
     model, _ = load_model(options.weights)
-    config = model.config
-    longest = max(options.frames)
-    if options.video:
-        pieces = recorded(options.video, options.ground_truth, config.image_size, config.patch_size)
-        world = Path(options.video).parent.name
-    else:
-        first = HELD_OUT_SEED + 1000 * options.seed
-        seeds = range(first, first + options.sequences)
-        pieces = rendered(options.world, longest, seeds, config.image_size, config.patch_size)
-        world = options.world
     if options.segment_frames:
-        return _measure_segments(model, list(pieces), world, options)
+        return _measure_segments(model, options)
+    sides = (model.config.image_size, model.config.patch_size)
+    if options.video:
+        pieces = recorded(options.video, options.ground_truth, *sides)
+    else:
+        first = _first_seed(options)
+        seeds = range(first, first + options.sequences)
+        pieces = rendered(options.world, max(options.frames), seeds, *sides)
     truth, tracks = run_rules(model, options.rules, pieces)
     seen = sum(T.shape[1] for T in truth.T)
     return [
-        {"world": world, "frames": frames, "rule": rule}
+        {"world": _world(options), "frames": frames, "rule": rule}
         | figures(truth, None if rule == CONSTANT else tracks[rule], frames)
         for frames in sorted({min(n, seen) for n in options.frames})
         for rule in options.rules
     ]
 
 
-def _measure_segments(
-    model: Model, pieces: list[Piece], world: str, options: argparse.Namespace
-) -> list[dict[str, Any]]:
+def _first_seed(options: argparse.Namespace) -> int:
+    return HELD_OUT_SEED + 1000 * options.seed
+
+
+def _world(options: argparse.Namespace) -> str:
+    return Path(options.video).parent.name if options.video else options.world
+
+
+def _measure_segments(model: Model, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One record per length and rule; with --metres per rule, `frames` is a mean."""
+    rows: dict[tuple[Any, ...], list[dict[str, float | None]]] = {}
+    for pieces in _one_by_one(options, (model.config.image_size, model.config.patch_size)):
+        seen = sum(piece[1].shape[1] for piece in pieces)
+        lengths = [seen] if options.metres else sorted({min(n, seen) for n in options.frames})
+        for rule in options.rules:
+            if rule == CONSTANT:
+                truth, track = Truth(T=[piece[1] for piece in pieces]), None
+            else:
+                truth, track = run_segments(
+                    model, rule, pieces, options.segment_frames, options.overlap
+                )
+            for n in lengths:
+                row = figures(truth, track, n) | {"frames": n}
+                rows.setdefault((rule,) if options.metres else (n, rule), []).append(row)
     results = []
-    for rule in (rule for rule in options.rules if rule != CONSTANT):
-        rows = []
-        for k in range(len(pieces[0][0])):
-            one = [
-                (i[k : k + 1], T[k : k + 1], None if d is None else d[k : k + 1])
-                for i, T, d in pieces
-            ]
-            truth, track = run_segments(model, rule, one, options.segment_frames, options.overlap)
-            seen = truth.T[0].shape[1]
-            rows.append(
-                {
-                    n: figures(truth, track, n)
-                    for n in sorted({min(n, seen) for n in options.frames})
-                }
-            )
-        results += [
-            {"world": world, "frames": n, "rule": rule, "segment_frames": options.segment_frames}
-            | {name: _mean([row[n][name] for row in rows]) for name in rows[0][n]}
-            for n in rows[0]
-        ]
+    for key, of_key in rows.items():
+        means = {name: _mean([row[name] for row in of_key]) for name in of_key[0]}
+        record = {"world": _world(options), "frames": round(means["frames"]), "rule": key[-1]}
+        how = {"segment_frames": options.segment_frames} if key[-1] != CONSTANT else {}
+        far = {"metres": options.metres} if options.metres else {}
+        results.append(means | record | how | far)
     return results
+
+
+def _one_by_one(options: argparse.Namespace, sides: tuple[int, int]) -> Iterator[list[Piece]]:
+    """The pieces of one sequence after the other."""
+    first, longest = _first_seed(options), max(options.frames)
+    if options.video:
+        yield list(recorded(options.video, options.ground_truth, *sides))
+    elif options.metres:
+        found = reaching(options.world, first, options.metres, longest)
+        for seed, frames in islice(found, options.sequences):
+            yield list(rendered(options.world, frames, range(seed, seed + 1), *sides))
+    else:
+        for seed in range(first, first + options.sequences):
+            yield list(rendered(options.world, longest, range(seed, seed + 1), *sides))
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -308,6 +350,11 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--video", help="a real video instead of a rendered world")
     parser.add_argument("--ground-truth", help="its poses, TUM format, one line a frame")
     parser.add_argument("--segment-frames", type=int, help="cut into segments aligned by Sim(3)")
+    parser.add_argument(
+        "--metres", type=float,
+        help="end each rendered sequence so far from its start, along its path; those that do not "
+        "come so far within the largest of --frames are passed over",
+    )  # fmt: skip
     parser.add_argument("--overlap", type=int, default=4, help="frames that neighbours share")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--docs", type=Path, help="folder for the table and the curves")
@@ -319,6 +366,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         parser.error("--frames needs numbers of 3 or more, --sequences 1 or more")
     if options.segment_frames and not 1 <= options.overlap < options.segment_frames:
         parser.error("--overlap must be at least 1 and below --segment-frames")
+    if options.metres is not None and (not options.segment_frames or options.video):
+        parser.error("--metres goes with --segment-frames and a rendered world")
+    if options.metres is not None and not options.metres > 0:
+        parser.error("--metres needs a number above 0")
     return options
 
 
@@ -327,7 +378,11 @@ def main(arguments: list[str]) -> int:
     options = _options(arguments)
     torch.set_num_threads(options.threads)
     began = time.monotonic()
-    results = measure(options)
+    try:
+        results = measure(options)
+    except (ValueError, OSError) as error:
+        print(f"length.py: {error}", file=sys.stderr)
+        return 2
     text = table(results)
     print(text)
     if options.json:

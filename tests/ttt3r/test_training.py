@@ -1,5 +1,6 @@
 """Training: its losses, its data by step number, and that resuming changes nothing."""
 
+import argparse
 import json
 import math
 import subprocess
@@ -16,7 +17,7 @@ from ttt3r.config import TINY
 from ttt3r.geometry import matrix_to_quaternion
 from ttt3r.model import Model
 from ttt3r.synthetic import HELD_OUT_SEED
-from ttt3r.training import Stage, TrainSettings, train
+from ttt3r.training import Stage, TrainSettings, command, train
 from ttt3r.training.curriculum import backwards, draw_batch, fit_sides, mirrored, stage_at
 from ttt3r.training.export import export
 from ttt3r.training.initial import prepare_for_matching
@@ -34,6 +35,7 @@ from ttt3r.training.losses import (
     wide_loss,
 )
 from ttt3r.training.optimiser import build_optimisers, orthogonalise
+from ttt3r.training.settings import REFINE, read_state
 from ttt3r.weights import load_model
 
 SMALL = replace(TINY, encoder_rope_fp16=False, ray_map_encoder=False)
@@ -84,7 +86,7 @@ def test_point_loss_weighs_the_relative_error_by_the_confidence():
     truth = torch.tensor([[0.0, 0.0, 4.0]])
     points = torch.tensor([[0.0, 0.0, 5.0]])  # 1 m of 4 + 1
     found = point_loss(points, torch.tensor([2.0]), truth, torch.tensor([True]))
-    assert float(found) == pytest.approx(2 * 0.2 - 0.2 * math.log(2))
+    assert float(found) == pytest.approx(2 * 0.2 - 0.4 * math.log(2))
 
 
 def test_point_loss_wants_the_sky_far_and_without_confidence():
@@ -254,6 +256,25 @@ def test_wide_loss_is_the_share_of_squared_motion_left_unexplained():
     assert float(wide_loss(still, truth, least)) == pytest.approx(0.5, abs=1e-3)
 
 
+def test_stage_shares_its_steps_between_the_rules():
+    rules = [replace(PAIRS, gated=0.25).rule(step) for step in range(8)]
+    assert rules.count("ttt3r") == 2
+    assert {PAIRS.rule(step) for step in range(8)} == {"cut3r"}
+
+
+def test_supersampled_batches_show_the_same_scene_with_less_noise():
+    rough, smooth = (
+        draw_batch(0, replace(PAIRS, lanes=16, rooms=0.0, supersample=rays), patch=8)
+        for rays in (1, 3)
+    )
+    assert torch.equal(rough.depth, smooth.depth)
+
+    def roughness(images: torch.Tensor) -> float:
+        return float(images.diff(dim=-1).abs().mean())
+
+    assert roughness(smooth.images) < 0.9 * roughness(rough.images)
+
+
 # --- optimiser ----------------------------------------------------------------------------------
 
 
@@ -329,7 +350,7 @@ def test_training_learns_the_poses_of_a_batch_it_keeps_seeing():
 def test_training_continues_from_exported_weights(tmp_path):
     train(SETTINGS, tmp_path / "run", device="cpu", stop_after=2)
     path = tmp_path / "small.safetensors"
-    info = export(tmp_path / "run", path, config=SMALL, name="small", segment_frames=3)
+    info = export(tmp_path / "run", path, name="small", segment_frames=3)
     assert info.trained
     assert info.licence == "Apache-2.0"
     assert "cut3r" in info.notes
@@ -344,6 +365,61 @@ def test_training_refuses_a_folder_without_a_state(tmp_path):
         train(SETTINGS, tmp_path / "run", tmp_path)
 
 
+def test_training_refuses_weights_of_another_network(tmp_path):
+    train(SETTINGS, tmp_path / "run", device="cpu", stop_after=1)
+    wider = replace(SETTINGS, model=replace(SMALL, state_size=16))
+    with pytest.raises(ValueError, match="state_size is 12, expected 16"):
+        train(wider, tmp_path / "more", tmp_path / "run", device="cpu")
+    path = tmp_path / "small.safetensors"
+    export(tmp_path / "run", path, name="small")
+    with pytest.raises(ValueError, match="state_size is 12, expected 16"):
+        train(wider, tmp_path / "more", path, device="cpu")
+    assert not (tmp_path / "more").exists()
+
+
+def test_training_does_not_write_over_another_run(tmp_path):
+    train(SETTINGS, tmp_path, device="cpu", stop_after=1)
+    with pytest.raises(ValueError, match="holds a run"):
+        train(SETTINGS, tmp_path, device="cpu", stop_after=1)
+
+
+def test_training_refuses_a_damaged_state(tmp_path):
+    train(SETTINGS, tmp_path, device="cpu", stop_after=1)
+    state = tmp_path / "state.pt"
+    state.write_bytes(state.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="damaged"):
+        train(SETTINGS, tmp_path, tmp_path, device="cpu")
+
+
+def test_training_resumed_in_its_folder_logs_every_step_once(tmp_path):
+    train(SETTINGS, tmp_path, device="cpu", stop_after=2)
+    log = tmp_path / "log.jsonl"
+    lost = [json.dumps({"step": 3, "loss": 9.0}) + "\n"]  # killed before step 3 was saved
+    log.write_text(log.read_text() + "".join(lost))
+    train(SETTINGS, tmp_path, tmp_path, device="cpu", stop_after=4)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    assert 9.0 not in losses_of(tmp_path)
+
+
+def test_training_stops_when_its_time_is_over(tmp_path):
+    train(SETTINGS, tmp_path, device="cpu", minutes=1e-6)
+    assert len(losses_of(tmp_path)) == 1
+    assert read_state(tmp_path)["step"] == 1
+
+
+def test_exported_weights_tell_where_they_come_from(tmp_path):
+    train(SETTINGS, tmp_path / "run", device="cpu", stop_after=1)
+    export(tmp_path / "run", tmp_path / "small.safetensors", name="small")
+    gated = replace(SETTINGS, curriculum=(replace(PAIRS, gated=0.5),))
+    train(gated, tmp_path / "more", tmp_path / "small.safetensors", device="cpu", stop_after=1)
+    notes = export(tmp_path / "more", tmp_path / "better.safetensors", name="better").notes
+    assert notes == (
+        "8 training frames in 1 steps, cut3r and ttt3r. "
+        "Before: 8 training frames in 1 steps, cut3r."
+    )
+
+
 def test_training_validates_on_held_out_worlds(tmp_path):
     train(replace(SETTINGS, validate_every=2), tmp_path, device="cpu", stop_after=2)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -356,10 +432,77 @@ def test_training_validates_on_held_out_worlds(tmp_path):
 # --- the command --------------------------------------------------------------------------------
 
 
+def options(*arguments: object) -> argparse.Namespace:
+    return command._options([str(argument) for argument in arguments])
+
+
+def test_command_refines_trained_weights_and_begins_afresh_without(tmp_path):
+    assert command.choose_settings(options(tmp_path, "--device", "cpu")) == TrainSettings()
+    bundled = Path(command.__file__).parents[1] / "checkpoints" / "compact.safetensors"
+    chosen = command.choose_settings(options(tmp_path, "--resume", bundled, "--device", "cpu"))
+    assert chosen == REFINE
+
+
+def test_command_resumes_with_the_settings_that_the_run_began_with(tmp_path):
+    train(replace(SETTINGS, seed=3), tmp_path, device="cpu", stop_after=1)
+    found = command.choose_settings(options(tmp_path, "--resume", tmp_path, "--steps", 9))
+    assert found == replace(SETTINGS, seed=3, total_steps=9)
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (("--seed", 1), "--seed"),
+        (("--batch", 2), "--batch"),
+        (("--steps", 1), "all of its 1 steps"),
+    ],
+)
+def test_command_refuses_what_a_run_cannot_change(tmp_path, more, complaint):
+    train(SETTINGS, tmp_path, device="cpu", stop_after=1)
+    with pytest.raises(ValueError, match=complaint):
+        command.choose_settings(options(tmp_path, "--resume", tmp_path, *more))
+
+
+def test_command_refuses_a_folder_with_another_run(tmp_path):
+    train(SETTINGS, tmp_path, device="cpu", stop_after=1)
+    with pytest.raises(ValueError, match="holds a run"):
+        command.choose_settings(options(tmp_path))
+
+
+def test_command_refuses_weights_of_another_network(tmp_path):
+    train(SETTINGS, tmp_path / "run", device="cpu", stop_after=1)
+    path = tmp_path / "small.safetensors"
+    export(tmp_path / "run", path, name="small")
+    with pytest.raises(ValueError, match="another network"):
+        command.choose_settings(options(tmp_path / "more", "--resume", path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--steps", 0), "not a whole number above 0"),
+        (("--workers", "-1"), "not a whole number above 0"),
+        (("--minutes", 0), "not above 0"),
+        (("--device", "tpu"), "invalid choice"),
+    ],
+)
+def test_command_refuses_wrong_numbers(tmp_path, capsys, arguments, complaint):
+    with pytest.raises(SystemExit):
+        options(tmp_path, *arguments)
+    assert complaint in capsys.readouterr().err
+
+
+def test_command_refuses_a_file_as_its_folder(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        options(tmp_path / "file")
+    assert "no folder" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_command_trains_in_two_processes_and_exports_what_came_of_it(tmp_path):
-    command = [sys.executable, "-m", "ttt3r.training", tmp_path, "--workers", "2", "--steps", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    line = [sys.executable, "-m", "ttt3r.training", tmp_path, "--workers", "2", "--steps", "2"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert losses_of(tmp_path)[1] > 0
     assert load_model(tmp_path / "compact.safetensors")[1].segment_frames == 2
@@ -368,8 +511,8 @@ def test_command_trains_in_two_processes_and_exports_what_came_of_it(tmp_path):
 
 @pytest.mark.slow
 def test_killed_command_leaves_no_process_behind(tmp_path):
-    command = [sys.executable, "-m", "ttt3r.training", tmp_path, "--workers", "2"]
-    run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    line = [sys.executable, "-m", "ttt3r.training", tmp_path, "--workers", "2"]
+    run = subprocess.Popen(line, stderr=subprocess.DEVNULL)
     wait_until(lambda: losses_of(tmp_path) if (tmp_path / "log.jsonl").is_file() else False)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     assert len(children) >= 2

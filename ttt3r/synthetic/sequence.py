@@ -69,6 +69,19 @@ def render(
     return _concatenate(pieces)
 
 
+def camera_path(
+    world: WorldName,
+    seeds: Sequence[int],
+    frames: int,
+    *,
+    device: torch.device | str = "cpu",
+    motion: float = 1.0,
+) -> Tensor:
+    """T_world_cam [B, T, 4, 4] that `render` would give, without rendering anything."""
+    _check(world, frames, 1, 1, motion, 1)
+    return _WORLDS[world](Dice(seeds, device), motion).poses(0, frames)[0]
+
+
 def render_chunks(
     world: WorldName,
     seeds: Sequence[int],

@@ -1,29 +1,45 @@
-"""The command that trains on rendered worlds."""
+"""Train the compact network on rendered worlds, and export what came of it.
+
+    ttt3r train OUT                                  afresh: some hours of CPU
+    ttt3r train OUT --resume WEIGHTS.safetensors     make trained weights better
+    ttt3r train OUT --resume OUT                     go on after an interruption
+
+OUT gets state.pt (saved every two minutes), log.jsonl, curves.png, pictures of held-out worlds, and
+compact.safetensors. A run that goes on keeps the settings that it began with.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ttt3r.training.curriculum import stage_at
 from ttt3r.training.export import export
-from ttt3r.training.loop import LOG_FILE, TrainSettings, train
+from ttt3r.training.loop import LOG_FILE, train
 from ttt3r.training.parallel import launch, rank
 from ttt3r.training.pictures import draw_curves, draw_views
-from ttt3r.weights import load_model
+from ttt3r.training.settings import (
+    REFINE,
+    STATE_FILE,
+    TrainSettings,
+    read_state,
+    require_same_network,
+)
+from ttt3r.weights import load_model, weights_info
+
+_GPU_BATCH = 16  # times the batch that suits a CPU
 
 
 def main(arguments: list[str]) -> int:
     """Train, and export what came of it."""
     options = _options(arguments)
-    settings = replace(TrainSettings(), seed=options.seed)
-    larger = [replace(s, lanes=s.lanes * options.batch) for s in settings.curriculum]
-    settings = replace(settings, curriculum=tuple(larger))
-    if options.steps:
-        settings = replace(settings, total_steps=options.steps)
+    settings = choose_settings(options)
     launch(options.workers, _work, settings, options)
     path = options.out / "compact.safetensors"
     longest = max(stage_at(settings.total_steps - 1, settings.curriculum).frames)
@@ -35,21 +51,102 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def choose_settings(options: argparse.Namespace) -> TrainSettings:
+    """Settings of a new run, or those that the run to resume began with.
+
+    Raises:
+        ValueError: there is nothing to resume, or nothing left to do.
+    """
+    if options.resume is not None and options.resume.suffix != ".safetensors":
+        return _settings_of(options)
+    settings = TrainSettings()
+    if options.resume is not None:
+        settings = REFINE
+        require_same_network(weights_info(options.resume).config, settings.model, options.resume)
+    if (options.out / STATE_FILE).exists():
+        raise ValueError(
+            f"{options.out} holds a run: go on with --resume {options.out}, or choose another "
+            "folder"
+        )
+    batch = options.batch or (_GPU_BATCH if options.device == "cuda" else 1)
+    larger = [replace(stage, lanes=stage.lanes * batch) for stage in settings.curriculum]
+    return replace(
+        settings,
+        curriculum=tuple(larger),
+        seed=options.seed or 0,
+        total_steps=options.steps or settings.total_steps,
+    )
+
+
+def _settings_of(options: argparse.Namespace) -> TrainSettings:
+    """Those of the run to go on with; only its number of steps may change."""
+    record = read_state(options.resume)
+    settings = TrainSettings.from_record(record["settings"])
+    if options.batch or options.seed is not None:
+        raise ValueError("a run goes on with its own batch and seed: leave out --batch and --seed")
+    settings = replace(settings, total_steps=options.steps or settings.total_steps)
+    if record["step"] >= settings.total_steps:
+        raise ValueError(
+            f"{options.resume} has done all of its {record['step']} steps; ask for more (--steps), "
+            f"or start from its weights (--resume {options.resume}/compact.safetensors)"
+        )
+    return settings
+
+
 def _work(settings: TrainSettings, options: argparse.Namespace) -> None:
     level = logging.INFO if rank() == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s")
-    train(settings, options.out, options.resume, device=options.device)
+    train(settings, options.out, options.resume, device=options.device, minutes=options.minutes)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not minutes > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return minutes
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="ttt3r train", description=__doc__)
-    parser.add_argument("out", type=Path, help="folder for the state, the log and the weights")
-    parser.add_argument(
-        "--resume", type=Path, help="folder of a run, or .safetensors to start from"
+    parser = argparse.ArgumentParser(
+        prog="ttt3r train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, help="train until this many steps in all")
-    parser.add_argument("--batch", type=int, default=1, help="batches this many times as large")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cuda or cpu; a GPU is used where there is one")
-    parser.add_argument("--workers", type=int, default=1, help="processes; on a CPU, one a core")
-    return parser.parse_args(arguments)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for all results")
+    parser.add_argument(
+        "--resume", type=Path, metavar="FROM", help="folder of a run, or .safetensors file"
+    )
+    parser.add_argument(
+        "--steps", type=_positive, help="steps in all; the learning rates fall towards the last"
+    )
+    parser.add_argument(
+        "--minutes", type=_minutes, default=math.inf, help="stop early; --resume goes on"
+    )
+    parser.add_argument(
+        "--batch",
+        type=_positive,
+        help=f"batches this many times as large [default: {_GPU_BATCH} on a GPU, 1 on a CPU]",
+    )
+    parser.add_argument("--seed", type=int, help="of data and first weights [default: 0]")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="[default: a GPU where there is one]"
+    )
+    parser.add_argument(
+        "--workers", type=_positive, default=1, help="processes; on a CPU, one a core [default: 1]"
+    )
+    options = parser.parse_args(arguments)
+    has_gpu = torch.cuda.is_available()
+    if options.device == "cuda" and not has_gpu:
+        parser.error("--device cuda: there is no GPU that torch can use")
+    options.device = options.device or ("cuda" if has_gpu and options.workers == 1 else "cpu")
+    if options.device == "cuda" and options.workers > 1:
+        parser.error("--workers is for CPUs: one process uses the whole GPU")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"{options.out} is no folder")
+    return options

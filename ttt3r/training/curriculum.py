@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ttt3r.images import fit
-from ttt3r.synthetic import HELD_OUT_SEED, WorldName, render
+from ttt3r.synthetic import HELD_OUT_SEED, Sequences, WorldName, render
 from ttt3r.training.lesson import WINDOWS, draw_windows
 
 # Width over height, and how often: 16:9, 4:3, KITTI, portrait.
@@ -39,10 +39,16 @@ class Stage:
     aspects: tuple[tuple[float, int], ...] = ASPECTS
     lesson_reach: int = 0  # pixels; above 0 there are lessons in matching, see `lesson`
     lesson_every: int = 1  # steps; the others are sequences
+    supersample: int = 2  # squared rays a pixel: single rays make noise of tarmac and grass
+    gated: float = 0.0  # share of the steps under the rule ttt3r; the others are under cut3r
 
     def is_lesson(self, step: int) -> bool:
         """Whether `step` is a lesson in matching rather than rendered sequences."""
         return self.lesson_reach > 0 and step % self.lesson_every == 0
+
+    def rule(self, step: int) -> str:
+        """The update rule of `step`."""
+        return "ttt3r" if int((step + 1) * self.gated) > int(step * self.gated) else "cut3r"
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ CURRICULUM = (
     Stage(4000, (4, 8), 16, 80, 0.5, lesson_reach=8, lesson_every=8),
     Stage(2800, (4, 8), 16, 80, 0.35, lesson_reach=8, lesson_every=16),
 )
+# From trained weights, which match already: no lessons, and both update rules.
+REFINEMENT = (Stage(1, (4, 8, 8), 16, 80, 0.4, (0.5, 1.5), (0.7, 2.5), gated=0.5),)
 
 
 def stage_at(step: int, curriculum: tuple[Stage, ...]) -> Stage:
@@ -117,7 +125,11 @@ def draw_batch(
     motion = math.exp(rng.uniform(math.log(slow), math.log(fast)))
     first = _first_seed(step, seed, share)
     seeds = range(first, first + lanes // 2)
-    parts = _twice(world, seeds, frames, height, width, motion, device)
+    seen = render(
+        world, seeds, frames, height, width,
+        device=device, motion=motion, supersample=stage.supersample,
+    )  # fmt: skip
+    parts = _twice(world, seen)
     return Batch(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -137,7 +149,10 @@ def draw_lesson(
     first = _first_seed(step, seed, share)
     pictures = max(1, stage.lanes // share[1] // WINDOWS)
     seeds = range(first, first + pictures)
-    return draw_windows(world, seeds, height, width, stage.lesson_reach, device=device)
+    return draw_windows(
+        world, seeds, height, width, stage.lesson_reach,
+        device=device, supersample=stage.supersample,
+    )  # fmt: skip
 
 
 def _first_seed(step: int, seed: int, share: tuple[int, int]) -> int:
@@ -149,17 +164,8 @@ def _first_seed(step: int, seed: int, share: tuple[int, int]) -> int:
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _twice(
-    world: WorldName,
-    seeds: range,
-    frames: int,
-    height: int,
-    width: int,
-    motion: float,
-    device: torch.device | str,
-) -> list[_Parts]:
+def _twice(world: WorldName, seen: Sequences) -> list[_Parts]:
     """Rendered sequences, and their mirror images (in rooms: run backwards)."""
-    seen = render(world, seeds, frames, height, width, device=device, motion=motion)
     images = seen.images.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
     plain = (images, seen.depth, seen.valid, seen.T_world_cam, seen.intrinsics)
     twin = mirrored(plain)

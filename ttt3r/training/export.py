@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from ttt3r.config import COMPACT, ModelConfig
-from ttt3r.training.loop import STATE_FILE
+from ttt3r.training.settings import TrainSettings, read_state
 from ttt3r.weights_file import WeightsInfo, save_weights
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints" / "compact.safetensors"
@@ -18,7 +15,6 @@ def export(
     run: str | Path,
     path: str | Path = BUNDLED,
     *,
-    config: ModelConfig = COMPACT,
     name: str = "compact",
     segment_frames: int = 16,
     notes: str = "",
@@ -28,7 +24,6 @@ def export(
     Args:
         run: folder that `train` wrote to.
         path: file to write.
-        config: of the network that was trained.
         name: what the weights are called.
         segment_frames: recommended length of a segment: about that of the training sequences.
         notes: for whoever lists the weights.
@@ -36,14 +31,15 @@ def export(
     Returns:
         What was written about them.
     """
-    state = Path(run) / STATE_FILE
-    if not state.is_file():
-        raise ValueError(f"{run} holds no {STATE_FILE}; expected a folder that train() wrote to")
-    record = torch.load(state, map_location="cpu", weights_only=True)
-    said = f"{record['frames']} training frames in {record['step']} steps, cut3r rule. {notes}"
+    record = read_state(run)
+    settings = TrainSettings.from_record(record["settings"])
+    rules = "cut3r and ttt3r" if any(s.gated for s in settings.curriculum) else "cut3r"
+    said = f"{record['frames']} training frames in {record['step']} steps, {rules}. {notes}"
+    if record["origin"]:
+        said = f"{said.strip()} Before: {record['origin']}"
     info = WeightsInfo(
         name=name,
-        config=config,
+        config=settings.model,
         sha256="",
         licence="Apache-2.0",
         source=_SOURCE,

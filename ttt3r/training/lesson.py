@@ -34,6 +34,7 @@ def draw_windows(
     reach: int,
     *,
     device: torch.device | str = "cpu",
+    supersample: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Pairs of windows and how the camera seems to turn between them.
 
@@ -44,11 +45,15 @@ def draw_windows(
         width: of a window, pixels.
         reach: largest shift in either direction, pixels.
         device: where to render.
+        supersample: squared rays a pixel.
 
     Returns:
         images [L, 2, 3, height, width] in [-1, 1], and T_world_cam [L, 2, 4, 4].
     """
-    seen = render(world, seeds, 1, height + 3 * reach, width + 4 * reach, device=device)
+    seen = render(
+        world, seeds, 1, height + 3 * reach, width + 4 * reach,
+        device=device, supersample=supersample,
+    )  # fmt: skip
     pictures = seen.images[:, 0].permute(0, 3, 1, 2).float() / 127.5 - 1
     random = torch.Generator().manual_seed(seeds.start)
     lanes = len(seeds) * WINDOWS

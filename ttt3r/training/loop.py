@@ -2,60 +2,38 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
 import os
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from ttt3r.config import COMPACT, ModelConfig
 from ttt3r.model import Model
-from ttt3r.training.curriculum import (
-    CURRICULUM,
-    Stage,
-    draw_batch,
-    draw_lesson,
-    fit_sides,
-    stage_at,
-)
+from ttt3r.training.curriculum import Stage, draw_batch, draw_lesson, fit_sides, stage_at
 from ttt3r.training.initial import prepare_for_matching
 from ttt3r.training.lesson import lesson_loss
-from ttt3r.training.losses import LossWeights, Targets, total_loss
+from ttt3r.training.losses import Targets, total_loss
 from ttt3r.training.optimiser import build_optimisers
-from ttt3r.training.parallel import average_gradients, rank, workers
+from ttt3r.training.parallel import any_of_all, average_gradients, rank, workers
+from ttt3r.training.settings import (
+    STATE_FILE,
+    TrainSettings,
+    read_state,
+    require_same_network,
+)
 from ttt3r.training.validation import Trial, validate
 
 log = logging.getLogger(__name__)
-STATE_FILE, LOG_FILE = "state.pt", "log.jsonl"
+LOG_FILE = "log.jsonl"
 _Loss = tuple[Tensor, dict[str, Tensor]]  # and its parts
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Everything that decides what training does, apart from where it runs."""
-
-    model: ModelConfig = COMPACT
-    curriculum: tuple[Stage, ...] = CURRICULUM
-    loss: LossWeights = field(default_factory=LossWeights)
-    seed: int = 0
-    total_steps: int = 10900
-    lr: float = 8e-4  # AdamW
-    matrix_lr: float = 0.003  # Muon
-    weight_decay: float = 0.01
-    warm_up: int = 100
-    cool_down: float = 0.6  # last share of the steps, over which the rates fall to 2 %
-    clip: float = 1.0
-    average: float = 0.99  # weights that are validated and exported: moving average
-    validate_every: int = 100
-    save_every_s: float = 120.0
-    half: bool | None = None  # bfloat16 autocast; None: on a GPU only
 
 
 def train(
@@ -65,11 +43,13 @@ def train(
     *,
     device: str | None = None,
     stop_after: int | None = None,
+    minutes: float = math.inf,
 ) -> Model:
     """Train until `settings.total_steps`; return the model with averaged weights.
 
     Writes to `out_dir`: `state.pt` (all that resuming needs) and `log.jsonl` (one object per
-    step, validation or save; with frames/s and the share of the time spent rendering).
+    step or validation; with frames/s, the share of the time spent rendering, and on a GPU its
+    busy share and its memory).
 
     Args:
         settings: what to do.
@@ -78,26 +58,46 @@ def train(
             From a folder the loss curve goes on as if never interrupted.
         device: "cuda" or "cpu"; None takes a GPU where there is one.
         stop_after: leave after this many steps in all; a later resume goes on from there.
+        minutes: leave after this time, likewise.
+
+    Raises:
+        ValueError: `out_dir` holds another run; nothing to resume, or of another network.
     """
     folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / STATE_FILE).exists() and not _is_same(resume, folder):
+        raise ValueError(f"{folder} holds a run; resume that one, or choose another folder")
     run = _Run(settings, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if resume is not None:
         run.resume(Path(resume))
+    folder.mkdir(parents=True, exist_ok=True)
     last = min(settings.total_steps, stop_after or settings.total_steps)
-    saved = time.monotonic()
-    name = folder / LOG_FILE if rank() == 0 else Path(os.devnull)
-    with name.open("a", buffering=1) as out:
-        while run.step < last:
+    with _open_log(folder / LOG_FILE, run.step) as out:
+        end, saved = time.monotonic() + 60 * minutes, time.monotonic()
+        is_last = run.step >= last
+        while not is_last:
             _write(out, run.advance())
-            if rank() == 0 and (run.step % settings.validate_every == 0 or run.step == last):
+            is_last = run.step >= last or any_of_all(time.monotonic() > end)
+            if rank() == 0 and (is_last or run.step % settings.validate_every == 0):
                 for record in run.validate():
                     _write(out, record)
-            is_due = time.monotonic() - saved > settings.save_every_s
-            if rank() == 0 and (is_due or run.step == last):
+            if rank() == 0 and (is_last or time.monotonic() - saved > settings.save_every_s):
                 run.save(folder)
                 saved = time.monotonic()
     return run.averaged
+
+
+def _is_same(resume: str | Path | None, folder: Path) -> bool:
+    return resume is not None and Path(resume).resolve() == folder.resolve()
+
+
+def _open_log(path: Path, step: int) -> TextIO:
+    """The log of a run that is at `step`: what came after its last save will come again."""
+    if rank() > 0:
+        return Path(os.devnull).open("w")
+    if path.exists():
+        rows = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
+    return path.open("a", buffering=1)
 
 
 def _write(out: Any, record: dict[str, Any]) -> None:
@@ -133,6 +133,7 @@ class _Run:
         )
         self.step, self.frames, self.started = 0, 0, time.monotonic()
         self.seconds_before = 0.0
+        self.origin = ""  # what is said of the weights that training started from
 
     # -- one step ----------------------------------------------------------------------------
 
@@ -167,11 +168,22 @@ class _Run:
             "lanes": lanes,
             "frames": frames,
             "sides": list(images.shape[-2:]),
+            "rule": stage.rule(self.step - 1),
             "skipped": not is_sound,
             "frames_per_s": round(lanes * frames / spent, 1),
             "rendering": round(rendered / spent, 3),
+            **self._load(),
             "seen": self.frames,
         }
+
+    def _load(self) -> dict[str, float]:
+        """How busy the GPU was lately, where its driver's package is there, and its memory."""
+        if self.device.type != "cuda":
+            return {}
+        load = {"memory_gib": round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)}
+        if importlib.util.find_spec("pynvml"):
+            load["busy"] = torch.cuda.utilization(self.device) / 100
+        return load
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -189,7 +201,9 @@ class _Run:
         targets = Targets.build(batch.depth, batch.valid, batch.T_world_cam, batch.intrinsics)
         rendered = self._now() - began
         with self._precision():
-            found, _ = self.model.run(batch.images, rule="cut3r", outputs=settings.loss.outputs)
+            found, _ = self.model.run(
+                batch.images, rule=stage.rule(self.step), outputs=settings.loss.outputs
+            )
         return batch.images, rendered, total_loss(found, targets, settings.loss)
 
     def _lesson(self, stage: Stage, began: float) -> tuple[Tensor, float, _Loss]:
@@ -232,14 +246,16 @@ class _Run:
         longest = max(stage.frames)
         count = max(2, 64 // longest)
         return [
-            {"step": self.step, "validation": world, "frames": longest, "seen": self.frames}
+            {"step": self.step, "validation": world, "rule": rule, "frames": longest}
+            | {"seen": self.frames}
             | {
                 name: round(value, 4)
                 for name, value in validate(
-                    self.averaged, Trial(world, longest, height, width, count)
+                    self.averaged, Trial(world, longest, height, width, count), rule
                 ).items()
             }
             for world in ("rooms", "streets")
+            for rule in (("cut3r", "ttt3r") if stage.gated else ("cut3r",))
         ]
 
     # -- saving ------------------------------------------------------------------------------
@@ -250,6 +266,8 @@ class _Run:
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "settings": asdict(self.settings),
+            "origin": self.origin,
             "step": self.step,
             "frames": self.frames,
             "seconds": self.seconds_before + time.monotonic() - self.started,
@@ -259,22 +277,24 @@ class _Run:
 
     def resume(self, place: Path) -> None:
         """Go on from a run's folder, or start from the weights of a .safetensors file."""
-        if place.is_dir():
-            self._resume_state(place / STATE_FILE)
-        else:
-            from ttt3r.weights import load_model
-
-            weights = load_model(str(place))[0].state_dict()
-            self.model.load_state_dict(weights)
-            self.averaged.load_state_dict(weights)
-
-    def _resume_state(self, path: Path) -> None:
-        if not path.is_file():
-            raise ValueError(f"{path.parent} holds no {STATE_FILE}; expected a folder of train()")
-        record = torch.load(path, map_location=self.device, weights_only=True)
+        if place.suffix == ".safetensors":
+            self._start_from(place)
+            return
+        record = read_state(place)
+        found = TrainSettings.from_record(record["settings"]).model
+        require_same_network(found, self.settings.model, place)
         self.model.load_state_dict(record["model"])
         self.averaged.load_state_dict(record["averaged"])
         for optimiser, state in zip(self.optimisers, record["optimisers"], strict=True):
             optimiser.load_state_dict(state)
         self.step, self.frames = record["step"], record["frames"]
-        self.seconds_before = record["seconds"]
+        self.seconds_before, self.origin = record["seconds"], record["origin"]
+
+    def _start_from(self, path: Path) -> None:
+        from ttt3r.weights import load_model
+
+        model, info = load_model(path)
+        require_same_network(info.config, self.settings.model, path)
+        self.model.load_state_dict(model.state_dict())
+        self.averaged.load_state_dict(model.state_dict())
+        self.origin = info.notes

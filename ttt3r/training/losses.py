@@ -20,7 +20,7 @@ _SKY_WEIGHT = 0.5  # of a sky pixel against one of the scene
 _NEAR_DISTANCE = 1.0  # metres added to a distance before an error is divided by it
 _LEAST_STEP = 0.02  # share of the scene's mean distance that is added to a motion, likewise
 _LEAST_TURN = 0.02  # radians
-_CONFIDENCE_PRICE = 0.2
+_CONFIDENCE_PRICE = 0.4  # the relative error at which confidence is none, that is 1
 _WORST = 20.0  # relative errors above are clipped: one bad sequence must not rule a batch
 
 
@@ -62,8 +62,8 @@ class Targets:
 class LossWeights:
     """How the parts add up."""
 
-    cam: float = 1.0
-    world: float = 0.5
+    cam: float = 3.0
+    world: float = 1.0
     translation: float = 3.0
     rotation: float = 3.0
     steps: float = 3.0  # motion between neighbouring frames
@@ -134,7 +134,7 @@ def relative_point_error(points: Tensor, truth: Tensor) -> Tensor:
 def point_loss(
     points: Tensor | None, confidence: Tensor | None, truth: Tensor, valid: Tensor
 ) -> Tensor:
-    """Mean over valid pixels of confidence * relative error - 0.2 * log(confidence).
+    """Mean over valid pixels of confidence * relative error - 0.4 * log(confidence).
 
     Sky (not valid) has to be far, and its confidence has to be none, that is 1.
     """

@@ -42,6 +42,15 @@ def average_gradients(parameters: list[Tensor]) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
+def any_of_all(here: bool) -> bool:
+    """Whether it holds in any process; all get the same answer."""
+    if workers() == 1:
+        return here
+    votes = torch.tensor(float(here))
+    dist.all_reduce(votes)
+    return bool(votes > 0)
+
+
 def share_out(work: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
     """`work(items)` [K, ...] where each process does only its part of the K items."""
     count = workers()

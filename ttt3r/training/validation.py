@@ -37,7 +37,7 @@ def validate(model: Model, trial: Trial, rule: str = "cut3r") -> dict[str, float
     """
     seen = render(
         trial.world, range(_SEED, _SEED + trial.count), trial.frames, trial.height, trial.width,
-        device=model.device, motion=trial.motion,
+        device=model.device, motion=trial.motion, supersample=2,
     )  # fmt: skip
     targets = Targets.build(seen.depth, seen.valid, seen.T_world_cam, seen.intrinsics)
     images = seen.images.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
@@ -48,6 +48,7 @@ def validate(model: Model, trial: Trial, rule: str = "cut3r") -> dict[str, float
 
 def _measure(found: Predictions, truth: Targets) -> dict[str, Tensor]:
     assert found.pointmap_cam is not None
+    assert found.confidence is not None
     assert found.trace is not None
     T = camera_pose_to_matrix(found.camera_pose)
     steps, true_steps = neighbour_motion(T), neighbour_motion(truth.T_seg_cam)
@@ -60,6 +61,7 @@ def _measure(found: Predictions, truth: Targets) -> dict[str, Tensor]:
     return {
         "abs_rel": ((depth - true_depth).abs() / true_depth)[truth.valid].mean(),
         "point": relative[truth.valid].mean(),
+        "confidence": found.confidence[truth.valid].mean(),
         "moved": _ratio(T[:, 1:], truth.T_seg_cam[:, 1:]),
         "turned": _turn_ratio(T[:, 1:], truth.T_seg_cam[:, 1:]),
         "step_moved": _ratio(steps, true_steps),

@@ -1,0 +1,87 @@
+"""What decides a training run, and how its folder remembers that."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ttt3r.config import COMPACT, ModelConfig
+from ttt3r.training.curriculum import CURRICULUM, REFINEMENT, Stage
+from ttt3r.training.losses import LossWeights
+
+STATE_FILE = "state.pt"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides what training does, apart from where it runs."""
+
+    model: ModelConfig = COMPACT
+    curriculum: tuple[Stage, ...] = CURRICULUM
+    loss: LossWeights = field(default_factory=LossWeights)
+    seed: int = 0
+    total_steps: int = 10900
+    lr: float = 8e-4  # AdamW
+    matrix_lr: float = 0.003  # Muon
+    weight_decay: float = 0.01
+    warm_up: int = 100
+    cool_down: float = 0.6  # last share of the steps, over which the rates fall to 2 %
+    clip: float = 1.0
+    average: float = 0.99  # weights that are validated and exported: moving average
+    validate_every: int = 100
+    save_every_s: float = 120.0
+    half: bool | None = None  # bfloat16 autocast; None: on a GPU only
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> TrainSettings:
+        """Inverse of `dataclasses.asdict`."""
+        made = {
+            "model": ModelConfig(**record["model"]),
+            "curriculum": tuple(Stage(**stage) for stage in record["curriculum"]),
+            "loss": LossWeights(**record["loss"]),
+        }
+        return cls(**{**record, **made})
+
+
+# From trained weights: at full rates what they know is soon forgotten.
+REFINE = TrainSettings(
+    curriculum=REFINEMENT, total_steps=4000, lr=3e-4, matrix_lr=0.001, warm_up=20, cool_down=0.5
+)
+
+
+def read_state(run: str | Path) -> dict[str, Any]:
+    """What `train` saved in the folder `run`.
+
+    Raises:
+        ValueError: nothing was saved there, or it cannot be read.
+    """
+    path = Path(run) / STATE_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{run} holds no {STATE_FILE}; expected the folder of a run, which saves its first "
+            "after two minutes"
+        )
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True)
+        TrainSettings.from_record(record["settings"])
+    except (RuntimeError, EOFError, OSError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is damaged, or not of this version's `ttt3r train`: {error}"
+        ) from None
+    return record
+
+
+def require_same_network(found: ModelConfig, expected: ModelConfig, where: str | Path) -> None:
+    """ValueError where weights are of another architecture than the one to be trained."""
+    differing = [
+        f"{f.name} is {getattr(found, f.name)}, expected {getattr(expected, f.name)}"
+        for f in fields(ModelConfig)
+        if getattr(found, f.name) != getattr(expected, f.name)
+    ]
+    if differing:
+        raise ValueError(f"{where} is of another network: {'; '.join(differing)}")
