@@ -61,7 +61,7 @@ def publish_drive(url: str) -> None:
 
 def publish_ledger(ledger: dict[str, Any]) -> None:
     """Publish what a drive took beside what was predicted, as a table."""
-    predicted = ledger.get("predicted", {})
+    predicted = ledger["predicted"] or {}
     rows = [
         {
             "resource": name,
@@ -72,10 +72,15 @@ def publish_ledger(ledger: dict[str, Any]) -> None:
         }
         for name, used in ledger["used"].items()
     ]
+    if "cost" in ledger:
+        per = ("cost_per_video_hour", "cost_per_km_estimated")
+        cost = [ledger["cost"], ledger["cost_predicted"], *(ledger[name] for name in per)]
+        rows.append(dict(zip(rows[0], [f"cost, {ledger['currency']}", *cost], strict=True)))
     create_table_artifact(
         key=artifact_key("ledger", ledger["drive"]),
         table=rows,
-        description=f"What {ledger['drive']} took on {ledger['device_kind']}",
+        description=f"What {ledger['drive']} took on {ledger['device_kind']}; kilometres are the "
+        "network's estimate",
     )
 
 

@@ -7,16 +7,22 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import click
 import typer
 
 if TYPE_CHECKING:
     from storage.video import DriveLocation
+    from tasks.ledger import Usage
     from tasks.planner import DriveEstimate
+    from tasks.prices import Prices
+    from tasks.rates import Rates
+
+T = TypeVar("T")
 
 # Commands import what they need when they run: torch, Open3D and Prefect take seconds.
 app = typer.Typer(
@@ -41,6 +47,34 @@ StoreUrl = Annotated[str, typer.Argument(help="A drive's reconstruction: DIR/NAM
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Weights = Annotated[
     str, typer.Option(help="Name, path or URL of the weights (`ttt3r weights list`).")
+]
+Input = Annotated[
+    str, typer.Argument(metavar="INPUT", help="A drive, or a folder or glob of drives.")
+]
+Output = Annotated[str, typer.Option(help="Folder or URL that takes <drive>.zarr.")]
+Rule = Annotated[str, typer.Option(help="Update rule of the state.")]
+SegmentFrames = Annotated[
+    int | None, typer.Option(min=2, help="Frames of a segment [default: the weights' own].")
+]
+OverlapFrames = Annotated[
+    int | None, typer.Option(min=1, help="Frames that segments share [default: a quarter].")
+]
+ChunkFrames = Annotated[int, typer.Option(min=1, help="Frames written together.")]
+FocalPx = Annotated[float | None, typer.Option(help="Known focal length, pixels of the recording.")]
+VoxelM = Annotated[
+    float | None, typer.Option(help="Edge of a voxel, metres [default: from the depth].")
+]
+DepthLimitM = Annotated[
+    float | None, typer.Option(help="Fuse no depth beyond [default: 3 x the median].")
+]
+PriceTable = Annotated[
+    str | None, typer.Option("--prices", help="Price table (see deploy/prices.toml).")
+]
+RatesFile = Annotated[
+    str | None,
+    typer.Option(
+        "--rates", help="JSON of tests/benchmarks/pipeline.py, for where no drive is finished."
+    ),
 ]
 
 
@@ -186,45 +220,61 @@ def probe(
 
 @app.command()
 def reconstruct(
-    source: Annotated[
-        str, typer.Argument(metavar="INPUT", help="A drive, or a folder or glob of drives.")
-    ],
-    output: Annotated[str, typer.Option(help="Folder or URL that takes <drive>.zarr.")],
+    source: Input,
+    output: Output,
     weights: Weights = "compact",
-    rule: Annotated[str, typer.Option(help="Update rule of the state.")] = "ttt3r",
+    rule: Rule = "ttt3r",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.auto,
     lanes: Annotated[
         int | None, typer.Option(min=1, help="Segments in lock step [default: as memory allows].")
     ] = None,
-    segment_frames: Annotated[
-        int | None, typer.Option(min=2, help="Frames of a segment [default: the weights' own].")
-    ] = None,
-    overlap_frames: Annotated[
-        int | None, typer.Option(min=1, help="Frames that segments share [default: a quarter].")
-    ] = None,
-    chunk_frames: Annotated[int, typer.Option(min=1, help="Frames written together.")] = 32,
-    focal_px: Annotated[
-        float | None, typer.Option(help="Known focal length, pixels of the recording.")
-    ] = None,
-    voxel_m: Annotated[
-        float | None, typer.Option(help="Edge of a voxel, metres [default: from the depth].")
-    ] = None,
-    depth_limit_m: Annotated[
-        float | None, typer.Option(help="Fuse no depth beyond [default: 3 x the median].")
-    ] = None,
+    segment_frames: SegmentFrames = None,
+    overlap_frames: OverlapFrames = None,
+    chunk_frames: ChunkFrames = 32,
+    focal_px: FocalPx = None,
+    voxel_m: VoxelM = None,
+    depth_limit_m: DepthLimitM = None,
     max_gpu_hours: Annotated[
         float | None, typer.Option(min=0, help="Refuse a run predicted to take more.")
     ] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(min=0, help="Refuse a run predicted to cost more.")
+    ] = None,
+    take_what_fits: Annotated[
+        bool,
+        typer.Option(
+            "--take-what-fits", help="Over a limit: run the drives that fit, leave the others."
+        ),
+    ] = False,
+    prices: PriceTable = None,
+    rates: RatesFile = None,
 ) -> None:
     """Turn a drive, or a collection of drives, into poses, depth, a mesh and a report.
 
     A second run does only what is not finished. Exit code 1: some drive failed; 3: all drives
     are finished, some without segments that could not be computed, which the next run tries
-    again; 143: stopped by SIGTERM, run again to go on.
+    again, or drives were left because of the budget; 143: stopped by SIGTERM, run again to go on.
     """
-    from pydantic import ValidationError
+    from tasks.config import BudgetConfig
 
+    config = checked(
+        lambda: read_settings(
+            (segment_frames, overlap_frames, chunk_frames),
+            (weights, rule, device, precision.value, lanes or "auto"),
+            focal_px,
+            (voxel_m, depth_limit_m),
+        )
+    )
+    limits = (max_gpu_hours, max_cost, prices, rates)
+    budget = checked(
+        lambda: BudgetConfig(*limits, "take_what_fits" if take_what_fits else "refuse")
+    )
+    run_reconstruction(source, output, config, budget)
+
+
+def read_settings(plan: Any, infer: Any, focal_px: float | None, fuse: Any) -> Any:
+    """The configuration that the options ask for, by the order of its parts' fields."""
     from tasks.config import (
         AlignConfig,
         FuseConfig,
@@ -233,89 +283,144 @@ def reconstruct(
         ReconstructionConfig,
     )
 
+    return ReconstructionConfig(
+        plan=PlanConfig(*plan),
+        infer=InferConfig(*infer),
+        align=AlignConfig(focal_px),
+        fuse=FuseConfig(*fuse),
+    )
+
+
+def checked(make: Callable[[], T]) -> T:
+    """What `make` makes; what is wrong with a value is said in one line."""
+    from pydantic import ValidationError
+
     try:
-        config = ReconstructionConfig(
-            plan=PlanConfig(segment_frames, overlap_frames, chunk_frames),
-            infer=InferConfig(weights, rule, device, precision.value, lanes or "auto"),
-            align=AlignConfig(focal_px),
-            fuse=FuseConfig(voxel_m, depth_limit_m),
-        )
+        return make()
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    if max_gpu_hours is not None:
-        from tasks.infer import device_kind, resolve_device
-        from tasks.planner import check_budget
-
-        kind = device_kind(resolve_device(config.infer))
-        check_budget(estimate(source, output, config, kind), max_gpu_hours)
-    run_reconstruction(source, output, config)
-
-
-def estimate(
-    source: str, output: str, config: Any, device_kind: str | None = None
-) -> list[DriveEstimate]:
-    """What every drive of the input will take yet, by rates of any device or of that kind."""
-    from flows.reconstruct_drive import store_url
-    from storage.video import list_drives
-    from tasks.planner import estimate_drive, known_rates
-
-    rates = known_rates(output, config.infer.weights, device_kind)
-    return [
-        estimate_drive(drive, store_url(output, drive.name), config, rates)
-        for drive in list_drives(source)
-    ]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
 
 
 @app.command()
 def plan(
-    source: Annotated[
-        str, typer.Argument(metavar="INPUT", help="A drive, or a folder or glob of drives.")
-    ],
-    output: Annotated[str, typer.Option(help="Folder or URL that takes <drive>.zarr.")],
+    source: Input,
+    output: Output,
     weights: Weights = "compact",
+    rule: Rule = "ttt3r",
+    precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.auto,
+    segment_frames: SegmentFrames = None,
+    overlap_frames: OverlapFrames = None,
+    chunk_frames: ChunkFrames = 32,
+    focal_px: FocalPx = None,
+    voxel_m: VoxelM = None,
+    depth_limit_m: DepthLimitM = None,
+    prices: PriceTable = None,
+    rates: RatesFile = None,
+    device_kind: Annotated[
+        str | None,
+        typer.Option(help="Predict for this device, as ledgers name it [default: most drives']."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a reconstruction would take yet; computes and writes nothing.
+    """Say what a reconstruction with these settings would take yet; computes and writes nothing.
 
-    Hours and bytes are predicted from drives that are finished under OUTPUT; default settings.
+    Hours and bytes are predicted from drives that are finished under OUTPUT.
     """
+    from storage.video import list_drives
+    from tasks.planner import estimate_drives, known_rates
+    from tasks.prices import read_prices
+
+    config = checked(
+        lambda: read_settings(
+            (segment_frames, overlap_frames, chunk_frames),
+            (weights, rule, "auto", precision.value),
+            focal_px,
+            (voxel_m, depth_limit_m),
+        )
+    )
+    table = read_prices(prices) if prices else None
+    known = known_rates(output, weights, device_kind, rates)
+    estimates = estimate_drives(list_drives(source), output, config, known, table)
+    (print_plan_json if as_json else print_plan)(estimates, known, table)
+
+
+def print_plan_json(
+    estimates: Sequence[DriveEstimate], rates: Rates | None, prices: Prices | None
+) -> None:
+    """A plan for programs."""
     from dataclasses import asdict
 
-    from tasks.config import InferConfig, ReconstructionConfig
     from tasks.planner import total
 
-    estimates = estimate(source, output, ReconstructionConfig(infer=InferConfig(weights)))
-    needed = total(estimates)
-    if as_json:
-        left = None if needed is None else asdict(needed)
-        print_json({"drives": [asdict(e) for e in estimates], "left": left})
-        return
+    left, cost = total(estimates)
+    print_json(
+        {
+            "drives": [asdict(estimate) for estimate in estimates],
+            "left": None if left is None else asdict(left),
+            "cost": cost,
+            "currency": None if prices is None else prices.currency,
+            "device_kind": None if rates is None else rates.device_kind,
+            "predicted_from": [] if rates is None else list(rates.sources),
+        }
+    )
+
+
+def print_plan(
+    estimates: Sequence[DriveEstimate], rates: Rates | None, prices: Prices | None
+) -> None:
+    """A plan for people: a line a drive, and the sum."""
+    from tasks.planner import total
+
+    usage, cost = total(estimates)
+    currency = "" if prices is None else prices.currency
+    columns = f"{'drive':<32} {'next':<10} {'frames':>9} {'segments':>8} {'video h':>8}"
+    typer.echo(f"{columns} {'GPU-h':>9} {'CPU-h':>9} {'GB':>9} {currency:>9}".rstrip())
     for e in estimates:
-        hours = "-" if e.left is None else f"{e.left.gpu_hours:.3g} GPU-h"
-        typer.echo(f"{e.name:<32} {e.stage:<8} {e.frames:>9} frames {e.segments:>6} segs  {hours}")
-    if needed is None:
+        hours = f"{e.duration_s / 3600:8.3f}"
+        sizes = f"{e.name:<32} {e.stage:<10} {e.frames:>9} {e.segments:>8} {hours}"
+        typer.echo(f"{sizes} {amounts(e.left, e.cost)}".rstrip())
+    frames, segments = sum(e.frames for e in estimates), sum(e.segments for e in estimates)
+    hours = f"{sum(e.duration_s for e in estimates) / 3600:8.3f}"
+    done = f"{sum(e.stage == 'done' for e in estimates)} done"
+    whole = f"{f'all {len(estimates)} drives':<32} {done:<10} {frames:>9} {segments:>8} {hours}"
+    typer.echo(f"{whole} {amounts(usage, cost)}".rstrip())
+    if rates is None:
         typer.echo("nothing is predicted: no drive is finished under the output with these weights")
     else:
-        print_figures(asdict(needed))
+        sources = f"{', '.join(rates.sources[:5])}{', ...' if len(rates.sources) > 5 else ''}"
+        typer.echo(f"GPU-h are hours of the machine that infers, here {rates.device_kind}")
+        typer.echo(f"predicted from {len(rates.sources)}: {sources}")
 
 
-def run_reconstruction(source: str, output: str, config: Any) -> None:
+def amounts(usage: Usage | None, cost: float | None) -> str:
+    """Hours, gigabytes and money as columns."""
+    found = (None,) * 3 if usage is None else (usage.gpu_hours, usage.cpu_hours, _gb(usage))
+    cells = [f"{'-':>9}" if value is None else f"{value:>9.3g}" for value in found]
+    return " ".join([*cells, f"{'' if cost is None else f'{cost:.3g}':>9}"])
+
+
+def _gb(usage: Usage) -> float | None:
+    return None if usage.stored_bytes is None else usage.stored_bytes / 1e9
+
+
+def run_reconstruction(source: str, output: str, config: Any, budget: Any) -> None:
     """Run the flow that fits the input, show its progress, print what came out."""
     from flows.progress import progress_of
     from flows.reconstruct_drive import check_config, store_url
     from storage.credentials import refuse_credentials
     from storage.video import is_collection, list_drives
 
-    for location in (source, output, config.infer.weights):
-        refuse_credentials(location)
+    for location in (source, output, config.infer.weights, budget.prices, budget.rates):
+        refuse_credentials(location or "")
     check_config(config)
     drives = list_drives(source)
     with progress_of([store_url(output, drive.name) for drive in drives]):
         if is_collection(source):
-            outcomes = run_collection(source, output, config)
+            outcomes = run_collection(source, output, config, budget)
         else:
-            outcomes = [run_drive(drives[0], output, config)]
+            outcomes = [run_drive(drives[0], output, config, budget)]
     if len(outcomes) == 1 and outcomes[0]["error"]:
         fail(outcomes[0]["error"], WORK_ERROR)
     for outcome in outcomes:
@@ -326,18 +431,26 @@ def run_reconstruction(source: str, output: str, config: Any) -> None:
     aside = sum(len(outcome["set_aside"]) for outcome in outcomes)
     if aside:
         fail(f"{aside} segments were set aside (see the warnings); run again to retry", INCOMPLETE)
+    left = sum(outcome["left"] for outcome in outcomes)
+    if left:
+        fail(f"{left} of {len(outcomes)} drives are left for the next run", INCOMPLETE)
 
 
-def run_drive(drive: DriveLocation, output: str, config: Any) -> dict[str, Any]:
+def run_drive(drive: DriveLocation, output: str, config: Any, budget: Any) -> dict[str, Any]:
     """Reconstruct one drive; its failure is in what is returned, not raised."""
     from flows.reconstruct_drive import reconstruct_drive, store_url
     from storage.reconstruction import ReconstructionStore
+    from tasks.budget import within_budget
+    from tasks.infer import device_kind, resolve_device
     from tasks.plan import read_aside
     from tasks.probe import AnotherDrive
 
     url, aside, error = store_url(output, drive.name), [], None
+    kind = device_kind(resolve_device(config.infer))
+    if within_budget([drive], output, config, budget, kind)[1]:
+        return {"url": url, "set_aside": [], "error": None, "left": True}
     try:
-        reconstruct_drive(drive.location, output, config, drive.name)
+        reconstruct_drive(drive.location, output, config, drive.name, prices=budget.prices)
         aside = sorted(read_aside(ReconstructionStore.open(url)))
     except AnotherDrive:
         raise
@@ -345,15 +458,15 @@ def run_drive(drive: DriveLocation, output: str, config: Any) -> dict[str, Any]:
         if os.environ.get("TTT3R_TRACEBACK"):
             raise
         error = one_line(failure)
-    return {"url": url, "set_aside": aside, "error": error}
+    return {"url": url, "set_aside": aside, "error": error, "left": False}
 
 
-def run_collection(source: str, output: str, config: Any) -> list[dict[str, Any]]:
+def run_collection(source: str, output: str, config: Any, budget: Any) -> list[dict[str, Any]]:
     """Reconstruct a collection; failed drives are in what is returned, not raised."""
     from flows.reconstruct_collection import CollectionIncomplete, reconstruct_collection
 
     try:
-        return reconstruct_collection(source, output, config)
+        return reconstruct_collection(source, output, config, budget=budget)
     except CollectionIncomplete as error:
         return error.outcomes
 
@@ -364,6 +477,9 @@ def print_result(outcome: dict[str, Any]) -> None:
 
     if outcome["error"]:
         typer.secho(f"{outcome['url']}\n  failed: {outcome['error']}", fg="red")
+        return
+    if outcome["left"]:
+        typer.secho(f"{outcome['url']}\n  left for the next run: over the budget", fg="yellow")
         return
     store = ReconstructionStore.open(outcome["url"])
     typer.echo(outcome["url"])
@@ -384,11 +500,11 @@ def demo(
 ) -> None:
     """Reconstruct the bundled sample drive and compare it with its ground truth."""
     from flows.reconstruct_drive import store_url
-    from tasks.config import ReconstructionConfig
+    from tasks.config import BudgetConfig, ReconstructionConfig
     from tasks.evaluate import evaluate_store
 
     sample = Path(__file__).parent / "samples" / "street.mp4"
-    run_reconstruction(str(sample), output, ReconstructionConfig())
+    run_reconstruction(str(sample), output, ReconstructionConfig(), BudgetConfig())
     truth = sample.with_name("street_groundtruth_tum.txt")
     figures = evaluate_store(store_url(output, "street"), str(truth), "tum")
     typer.echo("\nagainst the sample's ground truth:")

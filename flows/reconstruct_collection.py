@@ -20,8 +20,10 @@ from flows.reconstruct_drive import check_config, reconstruct_drive, store_url
 from storage.credentials import refuse_credentials
 from storage.reconstruction import ReconstructionStore, StoreMissing
 from storage.video import DriveLocation, list_drives
-from tasks.config import ReconstructionConfig
+from tasks.budget import within_budget
+from tasks.config import BudgetConfig, ReconstructionConfig
 from tasks.finished import is_finished
+from tasks.infer import device_kind, resolve_device
 from tasks.plan import read_aside
 
 DEPLOYMENT = "reconstruct-drive/fleet"
@@ -58,6 +60,7 @@ def reconstruct_collection(
     config: ReconstructionConfig = ReconstructionConfig(),  # noqa: B008 (frozen)
     spread: Spread = "here",
     drives_at_once: Annotated[int, Field(ge=1)] = 16,
+    budget: BudgetConfig = BudgetConfig(),  # noqa: B008
 ) -> list[dict[str, Any]]:
     """Reconstruct every drive of a collection that is not finished yet.
 
@@ -68,22 +71,24 @@ def reconstruct_collection(
         spread: here: one drive after the other in this process; deployments: each drive that is
             not finished in a run of `reconstruct-drive/fleet`, which spreads its parts again.
         drives_at_once: such runs that are under way at any time.
+        budget: what this run may take; drives that do not fit are refused, or left to the next.
 
     Returns:
-        One record a drive: name, location, url, the segments set aside, and the error if it
-        failed.
+        One record a drive: name, location, url, the segments set aside, the error if it
+        failed, and whether it is left to the next run.
 
     Raises:
         CollectionIncomplete: after all drives, if any failed.
+        OverBudget: before any drive.
     """
-    for given in (collection, output, config.infer.weights):
-        refuse_credentials(given)
+    for given in (collection, output, config.infer.weights, budget.prices, budget.rates):
+        refuse_credentials(given or "")
     check_config(config, spread)
     drives = list_drives(collection)
     if spread == "deployments":
-        outcomes = reconstruct_elsewhere(drives, output, config, drives_at_once)
+        outcomes = reconstruct_elsewhere(drives, output, config, drives_at_once, budget)
     else:
-        outcomes = [reconstruct_one(drive, output, config) for drive in drives]
+        outcomes = reconstruct_here(drives, output, config, budget)
     write_summary(output, outcomes)
     publish_collection(outcomes)
     if any(outcome["error"] for outcome in outcomes):
@@ -91,8 +96,29 @@ def reconstruct_collection(
     return outcomes
 
 
+def reconstruct_here(
+    drives: Sequence[DriveLocation],
+    output: str,
+    config: ReconstructionConfig,
+    budget: BudgetConfig,
+) -> list[dict[str, Any]]:
+    """Reconstruct one drive after the other in this process."""
+    kind = device_kind(resolve_device(config.infer))
+    _, left = within_budget(drives, output, config, budget, kind)
+    return [
+        record_of(drive, output, is_left=True)
+        if drive in left
+        else reconstruct_one(drive, output, config, budget.prices)
+        for drive in drives
+    ]
+
+
 def reconstruct_elsewhere(
-    drives: Sequence[DriveLocation], output: str, config: ReconstructionConfig, at_once: int
+    drives: Sequence[DriveLocation],
+    output: str,
+    config: ReconstructionConfig,
+    at_once: int,
+    budget: BudgetConfig,
 ) -> list[dict[str, Any]]:
     """Reconstruct each drive that is not finished in a run of its own."""
 
@@ -101,22 +127,28 @@ def reconstruct_elsewhere(
 
     with ThreadPoolExecutor(LOOKERS) as pool:
         finished = dict(zip(drives, pool.map(look, drives), strict=True))
-    children = {d: drive_child(d, output, config) for d in drives if not finished[d]}
-    log.info("%d of %d drives are not finished", len(children), len(drives))
+    todo = [d for d in drives if not finished[d]]
+    log.info("%d of %d drives are not finished", len(todo), len(drives))
+    taken, left = within_budget(todo, output, config, budget)
+    children = {d: drive_child(d, output, config, budget.prices) for d in taken}
     run_children(DEPLOYMENT, output, list(children.values()), at_once)
     return [
-        outcome_of(d, output, children[d].error) if d in children else record_of(d, output)
+        outcome_of(d, output, children[d].error)
+        if d in children
+        else record_of(d, output, d in left)
         for d in drives
     ]
 
 
-def drive_child(drive: DriveLocation, output: str, config: ReconstructionConfig) -> Child:
+def drive_child(
+    drive: DriveLocation, output: str, config: ReconstructionConfig, prices: str | None
+) -> Child:
     """The run of one drive."""
     parameters = {"location": drive.location, "output": output, "name": drive.name}
     settings = asdict(config)
     return Child(
         drive.name,
-        {**parameters, "config": settings, "spread": "deployments"},
+        {**parameters, "config": settings, "spread": "deployments", "prices": prices},
         work_key(parameters, settings),
         lambda: commits_of(store_url(output, drive.name)),
     )
@@ -131,10 +163,11 @@ def commits_of(url: str) -> list[str]:
 
 
 def reconstruct_one(
-    drive: DriveLocation, output: str, config: ReconstructionConfig
+    drive: DriveLocation, output: str, config: ReconstructionConfig, prices: str | None
 ) -> dict[str, Any]:
     """Reconstruct one drive as a flow of its own; its failure becomes a record."""
-    state = reconstruct_drive(drive.location, output, config, drive.name, return_state=True)
+    given = (drive.location, output, config, drive.name)
+    state = reconstruct_drive(*given, prices=prices, return_state=True)
     error = state.result(raise_on_failure=False) if not state.is_completed() else None
     said = None if error is None else f"{type(error).__name__}: {error}"
     return outcome_of(drive, output, said)
@@ -148,11 +181,11 @@ def outcome_of(drive: DriveLocation, output: str, error: str | None) -> dict[str
     return {**record, "set_aside": sorted(read_aside(ReconstructionStore.open(record["url"])))}
 
 
-def record_of(drive: DriveLocation, output: str) -> dict[str, Any]:
-    """The record of a drive that is finished as a whole."""
+def record_of(drive: DriveLocation, output: str, is_left: bool = False) -> dict[str, Any]:
+    """The record of a drive that is finished as a whole, or left to the next run."""
     url = store_url(output, drive.name)
     named = {"name": drive.name, "location": drive.location, "url": url}
-    return {**named, "set_aside": [], "error": None}
+    return {**named, "set_aside": [], "error": None, "left": is_left}
 
 
 def write_summary(output: str, outcomes: list[dict[str, Any]]) -> None:

@@ -19,10 +19,11 @@ from storage.video import drive_name
 from tasks.align import align_stage
 from tasks.config import ReconstructionConfig
 from tasks.finished import drop_outdated, write_finished
-from tasks.infer import device_kind, resolve_device
+from tasks.infer import resolve_device
 from tasks.ledger import write_ledger
 from tasks.plan import plan_stage
-from tasks.planner import known_rates
+from tasks.planner import record_prediction
+from tasks.prices import Prices, read_prices
 from tasks.probe import AnotherDrive, probe_stage
 from tasks.report import report_stage
 from ttt3r.state import find_rule
@@ -56,6 +57,7 @@ def reconstruct_drive(
     config: ReconstructionConfig = ReconstructionConfig(),  # noqa: B008 (frozen)
     name: str | None = None,
     spread: Spread = "here",
+    prices: str | None = None,
 ) -> str:
     """Turn one drive into poses, depth, a mesh and a report.
 
@@ -69,6 +71,7 @@ def reconstruct_drive(
         name: name of the drive; None: that of the file or folder.
         spread: here: all in this process; deployments: groups of segments and batches of tiles
             each in a run of `infer-segments/fleet` and `fuse-tiles/fleet`, which this one awaits.
+        prices: price table, a TOML file: what the drive cost goes into its ledger.
 
     Returns:
         URL of the drive's Zarr group.
@@ -76,13 +79,14 @@ def reconstruct_drive(
     Raises:
         Claimed: another run is at work on this drive.
     """
-    for given in (location, output, config.infer.weights):
+    for given in (location, output, config.infer.weights, prices or ""):
         refuse_credentials(given)
     url = store_url(output, name or drive_name(location))
     check_config(config, spread)
+    table = read_prices(prices) if prices else None
     try:
         with ReconstructionStore.create(url, {}).claim("drive"):
-            run_stages(location, name or drive_name(location), url, config, spread)
+            run_stages(location, name or drive_name(location), url, config, spread, table)
     except (AnotherDrive, Claimed):  # no failure of the drive that the store is about
         raise
     except Exception as error:
@@ -105,20 +109,25 @@ def check_config(config: ReconstructionConfig, spread: Spread = "here") -> None:
 
 
 def run_stages(
-    location: str, name: str, url: str, config: ReconstructionConfig, spread: Spread
+    location: str,
+    name: str,
+    url: str,
+    config: ReconstructionConfig,
+    spread: Spread,
+    prices: Prices | None,
 ) -> None:
     """All stages of one drive, in order."""
     probe_stage(location, name, url)
     drop_outdated(location, url, config)
-    kind = device_kind(resolve_device(config.infer)) if spread == "here" else None
-    rates = known_rates(url.rpartition("/")[0], config.infer.weights, kind)
     ReconstructionStore.open(url).drop_commits("failed")
-    infer_drive(url, name, plan_stage(url, config), config.infer, spread)
+    groups = plan_stage(url, config)
+    record_prediction(url, config)
+    infer_drive(url, name, groups, config.infer, spread)
     align_stage(url, config.align, config.infer)
     fuse_drive(url, name, config.fuse, config.infer, spread)
     report_stage(url)
     publish_drive(url)
-    publish_ledger(write_ledger(url, rates))
+    publish_ledger(write_ledger(url, prices))
     write_finished(location, url, config)
 
 

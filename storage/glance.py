@@ -6,19 +6,24 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import av
+from av.container import InputContainer
+from av.error import FFmpegError
 from av.video.stream import VideoStream
+from PIL import Image, UnidentifiedImageError
 
 from storage.drives import drive_files
 from storage.images import ASSUMED_HZ
-from storage.media import UnreadableVideo, open_video, require
+from storage.media import UnreadableVideo, open_bytes, open_video, require
 
 
 @dataclass(frozen=True)
 class Glance:
-    """Frames and duration that a drive seems to have."""
+    """Frames, duration and size in pixels that a drive seems to have."""
 
     frames: int
     duration_s: float
+    width: int = 0  # of its first clip; 0: not known
+    height: int = 0
 
 
 def glance_at(location: str) -> Glance:
@@ -30,15 +35,23 @@ def glance_at(location: str) -> Glance:
     fs, path = require(location)
     videos, images = ([location], []) if fs.isfile(path) else drive_files(location)
     if images and not videos:
-        return Glance(len(images), len(images) / ASSUMED_HZ)
-    found = [_clip(video) for video in videos]
-    total = Glance(sum(g.frames for g in found), sum(g.duration_s for g in found))
-    if not total.frames:
+        return Glance(len(images), len(images) / ASSUMED_HZ, *_image_size(images[0]))
+    found = [glance for glance in map(_clip, videos) if glance.frames]
+    if not found:
         raise UnreadableVideo(
             f"{location}: its header gives no number of frames; `ttt3r probe` decodes it and "
             "says what is wrong"
         )
-    return total
+    frames, duration_s = sum(g.frames for g in found), sum(g.duration_s for g in found)
+    return Glance(frames, duration_s, found[0].width, found[0].height)
+
+
+def _image_size(location: str) -> tuple[int, int]:
+    try:
+        with open_bytes(location) as file, Image.open(file) as image:
+            return image.size
+    except (UnidentifiedImageError, OSError):
+        return 0, 0
 
 
 def _clip(location: str) -> Glance:
@@ -46,8 +59,9 @@ def _clip(location: str) -> Glance:
         with open_video(location) as (container, stream):
             duration = _duration_s(stream, container.duration)
             rate = stream.average_rate or stream.guessed_rate or Fraction(0)
-            frames = stream.frames or round(duration * rate)
-            return Glance(frames, duration or (float(frames / rate) if rate else 0.0))
+            frames = stream.frames or round(duration * rate) or _count_packets(container, stream)
+            duration = duration or (float(frames / rate) if rate else 0.0)
+            return Glance(frames, duration, stream.width, stream.height)
     except UnreadableVideo:
         return Glance(0, 0.0)
 
@@ -56,3 +70,14 @@ def _duration_s(stream: VideoStream, container_duration: int | None) -> float:
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     return (container_duration or 0) / av.time_base
+
+
+def _count_packets(container: InputContainer, stream: VideoStream) -> int:
+    """Packets of the track, up to where it breaks: reads the file, decodes nothing."""
+    count = 0
+    try:
+        for packet in container.demux(stream):
+            count += packet.size > 0
+    except FFmpegError:
+        pass
+    return count

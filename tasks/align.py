@@ -15,6 +15,7 @@ from prefect import task
 
 from storage.reconstruction import ReconstructionStore
 from storage.records import NOWHERE, DriveRecord, Plan, Segment
+from tasks.attempts import attempt_id, counted
 from tasks.config import AlignConfig, InferConfig
 from tasks.infer import segment_key
 from tasks.keys import drop_later, stage_key
@@ -60,6 +61,7 @@ class Views:
 
 
 @task(name="align", task_run_name="align {url}", **STAGE_OPTIONS)
+@counted("align")
 def align_stage(url: str, config: AlignConfig, infer: InferConfig) -> None:
     """Place all segments in one world per part and write the trajectory.
 
@@ -83,6 +85,7 @@ def align_stage(url: str, config: AlignConfig, infer: InferConfig) -> None:
     drop_later(store, "align")
     store.write_trajectory(arrays)
     record = {
+        "attempt": attempt_id(),
         "seconds": time.perf_counter() - began,
         "focal_px_model": focal,
         "focal_spread": spread,

@@ -84,6 +84,26 @@ class FuseConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class BudgetConfig:
+    """What one run may take, as predicted before it begins; what is done already counts nothing."""
+
+    max_gpu_hours: Annotated[float, Field(ge=0)] | None = None
+    """Hours of the machines that infer."""
+    max_cost: Annotated[float, Field(ge=0)] | None = None
+    """Money, in the currency of the price table."""
+    prices: str | None = None
+    """Price table, a TOML file (`deploy/prices.toml`); path or URL."""
+    rates: str | None = None
+    """JSON of `tests/benchmarks/pipeline.py`: rates for where no drive is finished yet."""
+    when_over: Literal["refuse", "take_what_fits"] = "refuse"
+    """Begin nothing, or take the drives that fit and leave the others to the next run."""
+
+    def __post_init__(self) -> None:
+        if self.max_cost is not None and self.prices is None:
+            raise ValueError("max_cost needs a price table; give its location as prices")
+
+
+@dataclass(frozen=True, config=STRICT)
 class ReconstructionConfig:
     """Settings of all stages; a stage is redone only when its own part changes."""
 

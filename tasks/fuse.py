@@ -22,6 +22,7 @@ from prefect import task
 from storage.reconstruction import ReconstructionStore
 from storage.records import Plan
 from storage.video import read_frames
+from tasks.attempts import attempt_id, counted
 from tasks.config import FuseConfig, InferConfig
 from tasks.frames import DriveInput
 from tasks.fusion import (
@@ -97,6 +98,7 @@ class DepthSource:
 
 
 @task(name="plan-tiles", task_run_name="plan tiles {url}", **STAGE_OPTIONS)
+@counted("fuse")
 def plan_tiles_stage(url: str, config: FuseConfig) -> int:
     """Choose the voxel grid of every part and cut it into batches of tiles.
 
@@ -118,7 +120,7 @@ def plan_tiles_stage(url: str, config: FuseConfig) -> int:
             for batch in _plan_part(store, part, config):
                 store.commit(_planned_name(commit["batches"]), {"key": key, **batch})
                 commit["batches"] += 1
-        store.commit("tiles", commit)
+        store.commit("tiles", {**commit, "attempt": attempt_id()})
     return int(commit["batches"])
 
 
@@ -179,6 +181,7 @@ def _grid(record: dict[str, Any]) -> FusionGrid:
 
 
 @task(name="fuse-tiles", task_run_name="fuse tiles {batch} {url}", **STAGE_OPTIONS)
+@counted("fuse")
 def fuse_tiles_stage(url: str, batch: int, config: FuseConfig, infer: InferConfig) -> None:
     """Fuse one batch of tiles and write their meshes."""
     store = ReconstructionStore.open(url)
@@ -195,7 +198,7 @@ def fuse_tiles_stage(url: str, batch: int, config: FuseConfig, infer: InferConfi
     files = {n: store.put_file(n, write_ply(m)) for n, m in zip(names, meshes, strict=True)}
     seconds = time.perf_counter() - began
     record = {"key": key, "part": part, "files": files, "seconds": seconds}
-    store.commit(_fused_name(batch), record)
+    store.commit(_fused_name(batch), {**record, "attempt": attempt_id()})
 
 
 def unfused_batches(url: str, batches: int) -> list[int]:
@@ -259,6 +262,7 @@ def read_some(drive: DriveInput, numbers: Sequence[int]) -> Iterator[np.ndarray]
 
 
 @task(name="merge-tiles", task_run_name="merge tiles {url}", **STAGE_OPTIONS)
+@counted("fuse")
 def merge_tiles_stage(url: str, config: FuseConfig) -> None:
     """Join the tiles of each part into its mesh, and decimate a preview.
 
@@ -286,7 +290,8 @@ def merge_tiles_stage(url: str, config: FuseConfig) -> None:
         meshes.append({"part": part, "folder": folder, **figures})
         files |= written
     seconds = time.perf_counter() - began
-    store.commit("fuse/merged", {"key": key, "meshes": meshes, "files": files, "seconds": seconds})
+    record = {"key": key, "meshes": meshes, "files": files, "seconds": seconds}
+    store.commit("fuse/merged", {**record, "attempt": attempt_id()})
 
 
 def _require_fused(store: ReconstructionStore, batches: int) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import platform
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from storage.layout import GATE_QUANTILES, chunk_commit, segment_claim
 from storage.reconstruction import ReconstructionStore
 from storage.records import Chunk, Plan, Segment
+from tasks.attempts import attempt_id, counted, note
 from tasks.config import InferConfig
 from tasks.frames import DriveInput, Lanes, Round, read_rounds
 from tasks.interruption import run_until_stopped
@@ -87,13 +89,16 @@ def resolve_precision(config: InferConfig) -> str:
 @lru_cache(maxsize=1)
 def _cached_model(weights: str, sha256: str, device: str) -> tuple[Model, WeightsInfo]:
     """The network; `sha256` only tells weights apart that have replaced others of their name."""
+    began = time.perf_counter()
     model, info = load_model(weights, device=device)
+    note(load_seconds=time.perf_counter() - began)
     if info.sha256 != sha256:
         raise ValueError(f"the weights {weights!r} changed while they were loaded; run again")
     return model, info
 
 
 @task(name="infer", task_run_name="infer {indices} {url}", tags=["gpu"], **STAGE_OPTIONS)
+@counted("infer")
 def infer_stage(url: str, indices: Sequence[int], config: InferConfig) -> int:
     """Infer the segments `indices` of the drive at `url`; return the frames computed.
 
@@ -107,6 +112,7 @@ def infer_stage(url: str, indices: Sequence[int], config: InferConfig) -> int:
     if _all_done(store, plan, segments, keys):
         return 0
     drop_later(store, "infer")
+    note(device_kind=device_kind(resolve_device(config)), weights_sha256=info.sha256)
     model, info = _cached_model(config.weights, info.sha256, resolve_device(config))
     drive = DriveInput.from_store(store, info.config)
     return _infer_claimed(store, drive, segments, keys, model, config, info)
@@ -306,6 +312,7 @@ class RoundResult:
     download: Download
     read_seconds: dict[str, float]
     clock: Clock
+    attempt: str | None = field(default_factory=attempt_id)
 
 
 def _write(store: ReconstructionStore, result: RoundResult) -> None:
@@ -326,6 +333,7 @@ def _write(store: ReconstructionStore, result: RoundResult) -> None:
     for _, segment, chunk in result.chunks:
         record = {
             "key": result.keys[segment.index],
+            "attempt": result.attempt,
             "frames_inferred": chunk.stop - chunk.start,
             "lanes": result.lanes,
             "host": platform.node(),

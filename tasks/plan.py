@@ -14,6 +14,7 @@ from prefect import task
 
 from storage.reconstruction import ReconstructionStore
 from storage.records import NOWHERE, DriveRecord, Plan, Segment
+from tasks.attempts import attempt_id, counted
 from tasks.config import PlanConfig, ReconstructionConfig
 from tasks.keys import drop_later, stage_key
 from tasks.retries import STAGE_OPTIONS
@@ -69,6 +70,7 @@ def group_segments(plan: Plan, size: int) -> list[tuple[int, ...]]:
 
 
 @task(name="plan", task_run_name="plan {url}", **STAGE_OPTIONS)
+@counted("plan")
 def plan_stage(url: str, config: ReconstructionConfig) -> list[tuple[int, ...]]:
     """Plan the drive in the store at `url`; return the groups of segments to infer.
 
@@ -94,7 +96,7 @@ def plan_stage(url: str, config: ReconstructionConfig) -> list[tuple[int, ...]]:
         }
     )
     if is_new:
-        store.commit("plan", {"key": key})
+        store.commit("plan", {"key": key, "attempt": attempt_id()})
     return group_segments(plan, config.infer.segments_per_task)
 
 

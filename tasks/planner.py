@@ -1,27 +1,42 @@
 """Planner: what a collection will take, before anything is computed, from what drives took.
 
 Rates come from the ledgers of drives that are finished under the same output with the same
-weights, and on the same kind of device where that is given. Without one nothing is predicted:
-a first drive has to be run.
+weights, on the same kind of device. Where there is none, unfinished drives and the JSON of a
+benchmark stand in; without these nothing is predicted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 from storage.drives import DriveLocation
 from storage.glance import glance_at
+from storage.media import UnreadableVideo
 from storage.reconstruction import ReconstructionStore, StoreError
-from storage.records import Clip, DriveRecord
+from storage.records import Clip, DriveRecord, Plan
+from tasks.attempts import ATTEMPTS
 from tasks.config import ReconstructionConfig
-from tasks.ledger import LEDGER, Rates, Usage, rates_from
-from tasks.plan import plan_drive
-from tasks.summary import list_stores, progress
+from tasks.ledger import LEDGER, PREDICTED, Usage, observed
+from tasks.plan import plan_drive, read_plan
+from tasks.prices import Prices
+from tasks.rates import (
+    BYTES,
+    CPU_STAGES,
+    GPU_STAGES,
+    Observation,
+    Rates,
+    Work,
+    by_most_common_device,
+    fit_rates,
+    read_benchmark,
+)
+from tasks.summary import STAGES, count_chunks, list_stores
 from ttt3r.weights import weights_info
 
-LEDGERS_READ = 32  # stores that are looked into for rates, evenly over all
+STORES_READ = 32  # that are looked into for rates, evenly over all
 NOTHING = Usage(0.0, 0.0, 0.0)
+COMMIT_OF = {stage: "fuse/merged" if stage == "fuse" else stage for stage in STAGES}
 
 
 @dataclass(frozen=True)
@@ -30,112 +45,218 @@ class DriveEstimate:
 
     name: str
     location: str
-    stage: str  # that is next, "done", or "new"
+    stage: str  # that is next, "done", "new", or "unreadable": nothing can be inferred
     frames: int
     duration_s: float
     segments: int
     left: Usage | None  # what is still to be spent; None: no rates are known
+    cost: float | None  # of `left`, where prices are given
 
 
-def known_rates(output: str, weights: str, device_kind: str | None = None) -> Rates | None:
-    """Rates from finished drives under `output`; None if there is none to learn from."""
+# ---- rates
+
+
+def known_rates(
+    output: str, weights: str, device_kind: str | None = None, benchmark: str | None = None
+) -> Rates | None:
+    """Rates of one kind of device, that of most drives if none is named; None: nothing is known.
+
+    Args:
+        output: where the drives are from whose ledgers rates are learnt.
+        weights: rates of other weights say nothing.
+        device_kind: as ledgers name it, "cpu" or "NVIDIA H100".
+        benchmark: JSON of `throughput.py` or `pipeline.py`, for where no drive is finished.
+    """
+    seen = by_most_common_device(observations(output, weights, benchmark), device_kind)
+    return fit_rates(seen) if seen else None
+
+
+def observations(
+    output: str, weights: str, benchmark: str | None = None, without: str | None = None
+) -> list[Observation]:
+    """What drives under `output` took, but that at `without`; of any kind of device."""
+    info = weights_info(weights)
+    finished, unfinished = [], []
+    for url in _some_stores(output):
+        if url == without:
+            continue
+        try:
+            store = ReconstructionStore.open(url)
+            ledger = store.read_commit(LEDGER)
+            if ledger is None:
+                unfinished += _observe_unfinished(store, info.sha256)
+            elif ledger["weights_sha256"] == info.sha256:
+                finished.append(observed(ledger))
+        except StoreError:  # a damaged neighbour: others tell the rates
+            continue
+    known = [observation for observation in finished if observation is not None]
+    if known:
+        return known
+    return unfinished + (read_benchmark(benchmark, info.segment_frames) if benchmark else [])
+
+
+def _some_stores(output: str) -> list[str]:
     try:
         urls = list_stores(output)
     except ValueError:  # nothing there yet
-        return None
-    sha256 = weights_info(weights).sha256
-    ledgers = []
-    for url in urls[:: max(1, len(urls) // LEDGERS_READ)]:
-        try:
-            ledger = ReconstructionStore.open(url).read_commit(LEDGER)
-        except StoreError:  # a damaged neighbour: others tell the rates
-            continue
-        if ledger is None or ledger["weights_sha256"] != sha256:
-            continue
-        if device_kind in (None, ledger["device_kind"]):
-            ledgers.append(ledger)
-    return rates_from(ledgers)
+        return []
+    return urls[:: max(1, len(urls) // STORES_READ)]
 
 
-def estimate_drive(
-    drive: DriveLocation, url: str, config: ReconstructionConfig, rates: Rates | None
-) -> DriveEstimate:
-    """What the drive holds, how far it is, and what it will take yet.
+def _observe_unfinished(store: ReconstructionStore, sha256: str) -> list[Observation]:
+    """Inference of the chunks that are committed, as far as it is known what they took."""
+    attempts = store.commits(ATTEMPTS).values()
+    mine = [attempt for attempt in attempts if attempt.get("weights_sha256") == sha256]
+    chunks, done = count_chunks(store)
+    if not mine or not done:
+        return []
+    attributes = store.attributes
+    work = Work.of(DriveRecord.from_json(attributes["drive"]), read_plan(store))
+    seconds = sum(attempt["seconds"] for attempt in mine)
+    source = f"{attributes['drive']['name']} (unfinished)"
+    kind = str(mine[0]["device_kind"])
+    return [Observation(source, kind, work.scaled(done / chunks), {"infer": seconds})]
 
-    Progress is that of the stored plan: other settings than those of the earlier run may
-    redo stages that are taken for done here.
 
-    Raises:
-        UnreadableVideo: the drive was never probed and its header says nothing.
+def predict(rates: Rates, work: Work, shares: Mapping[str, float]) -> Usage:
+    """What is left of a drive's work; `shares` of the stages that are left, 1 if not named.
+
+    Hours that infer are those of rates plus the share that drives lost to killed attempts.
     """
-    stage, record, share_left = "new", None, 1.0
-    try:
-        state = progress(url)
-        stage = state["stage"]
-        attributes = ReconstructionStore.open(url).attributes
-        record = DriveRecord.from_json(attributes["drive"]) if "drive" in attributes else None
-        share_left = 1 - state["chunks_done"] / state["chunks"] if state["chunks"] else 1.0
-    except StoreError:  # not begun
-        pass
-    record = record or _promised(drive)
-    plan = plan_drive(record, config.plan, weights_info(config.infer.weights).segment_frames)
-    left = None
-    if rates is not None:
-        whole = rates.predict(plan.frames, sum(s.frames for s in plan.segments))
-        left = NOTHING if stage == "done" else _scaled(whole, share_left)
-    return DriveEstimate(
-        drive.name,
-        drive.location,
-        stage,
-        record.frames,
-        record.duration_s,
-        len(plan.segments),
-        left,
+    amounts = {n: v * shares.get(n, 1.0) for n, v in rates.predict(work).items()}
+    gpu = _hours(amounts, GPU_STAGES)
+    stored = amounts.get(BYTES)
+    return Usage(
+        None if gpu is None else gpu / (1 - min(rates.lost_share, 0.9)),
+        _hours(amounts, CPU_STAGES),
+        stored,
     )
 
 
-def _promised(drive: DriveLocation) -> DriveRecord:
-    """A record from the header alone, good for planning only."""
+def _hours(amounts: Mapping[str, float], stages: Sequence[str]) -> float | None:
+    found = [amounts.get(stage) for stage in stages]
+    known = [seconds for seconds in found if seconds is not None]
+    return sum(known) / 3600 if len(known) == len(found) else None
+
+
+def record_prediction(url: str, config: ReconstructionConfig) -> None:
+    """Write into a planned drive's store what the whole of it is predicted to take.
+
+    One prediction for each kind of device that is known; what was predicted before the first
+    run of a plan stays.
+    """
+    store = ReconstructionStore.open(url)
+    plan_key = (store.read_commit("plan") or {}).get("key")
+    if (store.read_commit(PREDICTED) or {}).get("plan_key") == plan_key:
+        return
+    seen = observations(url.rpartition("/")[0], config.infer.weights, without=url)
+    work = Work.of(DriveRecord.from_json(store.attributes["drive"]), read_plan(store))
+    by_device = {}
+    for kind in {observation.device_kind for observation in seen}:
+        rates = fit_rates(by_most_common_device(seen, kind))
+        seconds = {n: v for n, v in rates.predict(work).items() if n != BYTES}
+        usage = asdict(predict(rates, work, {}))
+        by_device[kind] = {**usage, "seconds": seconds, "from": list(rates.sources)}
+    store.commit(PREDICTED, {"plan_key": plan_key, "by_device": by_device})
+
+
+# ---- estimates
+
+
+def estimate_drives(
+    drives: Iterable[DriveLocation],
+    output: str,
+    config: ReconstructionConfig,
+    rates: Rates | None,
+    prices: Prices | None = None,
+) -> list[DriveEstimate]:
+    """What every drive will take yet.
+
+    Raises:
+        ValueError: the prices have none for the device of the rates.
+    """
+    if prices is not None and rates is not None:
+        prices.require_price(rates.device_kind)
+    return [_estimate(drive, output, config, rates, prices) for drive in drives]
+
+
+def _estimate(
+    drive: DriveLocation,
+    output: str,
+    config: ReconstructionConfig,
+    rates: Rates | None,
+    prices: Prices | None,
+) -> DriveEstimate:
+    store = _store_of(drive, output)
+    try:
+        record = _record_of(drive, store)
+        plan = plan_drive(record, config.plan, weights_info(config.infer.weights).segment_frames)
+    except UnreadableVideo:  # its run will say why; it takes no time to speak of
+        return DriveEstimate(drive.name, drive.location, "unreadable", 0, 0.0, 0, NOTHING, 0.0)
+    shares = shares_left(store, config, plan) if store else {}
+    stage = "new" if store is None else next((s for s in STAGES if shares[s]), "done")
+    left = NOTHING if stage == "done" else None
+    if rates is not None and left is None:
+        left = predict(rates, Work.of(record, plan), shares)
+    cost = None
+    if prices is not None and left is not None:
+        kind = rates.device_kind if rates is not None else ""
+        cost = 0.0 if left is NOTHING else prices.cost(**asdict(left), device_kind=kind)
+    sizes = (record.frames, record.duration_s, len(plan.segments))
+    return DriveEstimate(drive.name, drive.location, stage, *sizes, left, cost)
+
+
+def _store_of(drive: DriveLocation, output: str) -> ReconstructionStore | None:
+    """The drive's store if it is probed."""
+    try:
+        store = ReconstructionStore.open(f"{output.rstrip('/')}/{drive.name}.zarr")
+        return store if store.read_commit("probe") is not None else None
+    except StoreError:  # not begun
+        return None
+
+
+def _record_of(drive: DriveLocation, store: ReconstructionStore | None) -> DriveRecord:
+    """What the probe found, else what the header says: good for planning only."""
+    if store is not None:
+        return DriveRecord.from_json(store.attributes["drive"])
     seen = glance_at(drive.location)
     fps = seen.frames / seen.duration_s if seen.duration_s else 0.0
     clip = Clip(drive.location, seen.frames, 0, "none")
+    pixels = (seen.width, seen.height)
     return DriveRecord(
-        drive.name, drive.location, (clip,), seen.frames, 0, 0, fps, seen.duration_s, "", 0
+        drive.name, drive.location, (clip,), seen.frames, *pixels, fps, seen.duration_s, "", 0
     )
 
 
-def _scaled(usage: Usage, share_left: float) -> Usage:
-    """Only inference and what it stores are resumed in parts; the other stages run whole."""
-    return Usage(usage.gpu_hours * share_left, usage.cpu_hours, usage.stored_bytes * share_left)
-
-
-def total(estimates: Sequence[DriveEstimate]) -> Usage | None:
-    """What all drives take together; None if that of one is unknown."""
-    left = [estimate.left for estimate in estimates if estimate.left is not None]
-    if len(left) < len(estimates):
-        return None
-    return Usage(
-        sum(usage.gpu_hours for usage in left),
-        sum(usage.cpu_hours for usage in left),
-        sum(usage.stored_bytes for usage in left),
+def shares_left(
+    store: ReconstructionStore, config: ReconstructionConfig, plan: Plan
+) -> dict[str, float]:
+    """Share of every stage of a probed drive that is to be done under these settings."""
+    attributes = store.attributes
+    made_with = attributes.get("configuration", {})
+    wanted = asdict(config)
+    is_planned = store.read_commit("plan") is not None and read_plan(store) == plan
+    is_same_network = attributes.get("weights", {}).get("sha256") == weights_info(
+        config.infer.weights
+    ).sha256 and all(
+        made_with.get("infer", {}).get(name) == wanted["infer"][name]
+        for name in ("rule", "precision")
     )
+    chunks, done = count_chunks(store) if is_planned and is_same_network else (1, 0)
+    left = {"probe": 0.0, "plan": float(not is_planned), "infer": 1 - done / chunks}
+    is_current = left["infer"] == 0
+    for stage in ("align", "fuse", "report"):
+        is_same = made_with.get(stage) == wanted.get(stage)
+        is_current = is_current and is_same and store.read_commit(COMMIT_OF[stage]) is not None
+        left[stage] = float(not is_current)
+    return left | {BYTES: left["infer"]}
 
 
-def check_budget(estimates: Sequence[DriveEstimate], max_gpu_hours: float) -> None:
-    """Refuse a run that is predicted to take more hours of the inferring machine.
-
-    Raises:
-        ValueError: over the budget, or nothing is known to predict from.
-    """
-    needed = total(estimates)
-    if needed is None:
-        raise ValueError(
-            "a budget is given and no finished drive under the output tells what these weights "
-            "take; reconstruct one drive without --max-gpu-hours first"
-        )
-    if needed.gpu_hours > max_gpu_hours:
-        raise ValueError(
-            f"the run is predicted to take {needed.gpu_hours:.3g} GPU-hours, more than the "
-            f"{max_gpu_hours:.3g} of --max-gpu-hours; nothing was begun. Raise the limit or give "
-            "fewer drives (`ttt3r plan` lists them)"
-        )
+def total(estimates: Sequence[DriveEstimate]) -> tuple[Usage | None, float | None]:
+    """What all drives take together, and cost; None where that of one is unknown."""
+    usage: Usage | None = NOTHING
+    cost: float | None = 0.0
+    for estimate in estimates:
+        usage = None if usage is None or estimate.left is None else usage + estimate.left
+        cost = None if cost is None or estimate.cost is None else cost + estimate.cost
+    return usage, cost

@@ -15,6 +15,7 @@ from storage.media import file_name
 from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord
 from storage.video import probe_drive
+from tasks.attempts import attempt_id, counted
 from tasks.keys import drop_later, stage_key
 from tasks.retries import STAGE_OPTIONS
 
@@ -69,6 +70,7 @@ def relocated(record: DriveRecord, location: str) -> DriveRecord:
 
 
 @task(name="probe", task_run_name="probe {location}", **STAGE_OPTIONS)
+@counted("probe")
 def probe_stage(location: str, name: str, url: str) -> None:
     """Decode the drive once and write what it holds into the store at `url`.
 
@@ -96,4 +98,5 @@ def probe_stage(location: str, name: str, url: str) -> None:
     drop_later(store, "probe")
     store.update_attributes({"drive": record.to_json()})
     store.write_frames(**frames.to_arrays())
-    store.commit("probe", {"key": key, "seconds": time.perf_counter() - began})
+    seconds = time.perf_counter() - began
+    store.commit("probe", {"key": key, "attempt": attempt_id(), "seconds": seconds})

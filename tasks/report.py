@@ -16,6 +16,7 @@ from storage.objects import redacted
 from storage.reconstruction import ReconstructionStore
 from storage.records import NOWHERE, DriveRecord, Plan
 from tasks import report_figures as figures
+from tasks.attempts import attempt_id, counted
 from tasks.frames import DriveInput
 from tasks.keys import stage_key
 from tasks.meshes import read_ply
@@ -46,6 +47,7 @@ SHOWN_ATTRIBUTES = ("drive", "plan", "configuration", "weights", "versions")
 
 
 @task(name="report", task_run_name="report {url}", **STAGE_OPTIONS)
+@counted("report")
 def report_stage(url: str) -> None:
     """Write `report/report.html` and its pictures, unless they are up to date."""
     store = ReconstructionStore.open(url)
@@ -64,7 +66,8 @@ def report_stage(url: str) -> None:
         "report/frames.png": figures.strip_png([c["images"] for c in columns]),
     }
     files = {name: store.put_file(name, data) for name, data in contents.items()}
-    store.commit("report", {"key": key, "warnings": notes, "files": files})
+    record = {"key": key, "attempt": attempt_id(), "warnings": notes, "files": files}
+    store.commit("report", record)
 
 
 def report_key(store: ReconstructionStore) -> str:

@@ -114,6 +114,7 @@ def run_flow(video: str, output: str, weights: str, threads: int) -> dict[str, A
     orchestration = outside + watch.seconds["commit"] + watch.seconds["create"]
     return {
         "url": url,
+        "stored_bytes": ReconstructionStore.open(url).stored_bytes(),
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "server_start_seconds": server,

@@ -1,4 +1,4 @@
-"""`ttt3r plan`, the budget and the ledger, over two real drives."""
+"""`ttt3r plan`, the budget and the ledger, over real drives."""
 
 import json
 import sys
@@ -10,6 +10,8 @@ from flows.cli import main
 from storage.reconstruction import ReconstructionStore
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
+
+PRICES = 'currency = "EUR"\nper_cpu_hour = 1000\nper_gb_month = 0\n[per_gpu_hour]\ncpu = 4000\n'
 
 
 @pytest.fixture
@@ -27,10 +29,12 @@ def run(monkeypatch, capsys):
 
 
 def test_plan_predicts_from_finished_drives_and_the_budget_guards_the_rest(run, tmp_path):
-    logs, out = tmp_path / "logs", tmp_path / "out"
+    logs, out, prices = tmp_path / "logs", tmp_path / "out", tmp_path / "prices.toml"
     logs.mkdir()
-    write_video(logs / "a.mp4", moving_squares(14))
-    write_video(logs / "b.mp4", moving_squares(28))
+    prices.write_text(PRICES)
+    for name, frames in (("a", 14), ("b", 28), ("c", 28)):
+        write_video(logs / f"{name}.mp4", moving_squares(frames))
+    (logs / "d.mp4").write_text("no video")
     everything = (f"{logs}/*.mp4", "--output", out)
 
     code, text, _ = run("plan", *everything, "--json")
@@ -39,31 +43,90 @@ def test_plan_predicts_from_finished_drives_and_the_budget_guards_the_rest(run, 
     assert [(d["name"], d["stage"], d["frames"]) for d in found["drives"]] == [
         ("a", "new", 14),
         ("b", "new", 28),
+        ("c", "new", 28),
+        ("d", "unreadable", 0),
     ]
     assert found["left"] is None
     assert not out.exists()  # a dry run writes nothing
     code, _, err = run("reconstruct", *everything, "--max-gpu-hours", 100)
     assert code == 2
-    assert "one drive" in err
+    assert "no drive is finished" in err
 
-    assert run("reconstruct", logs / "a.mp4", "--output", out)[0] == 0
+    assert run("reconstruct", logs / "a.mp4", "--output", out, "--prices", prices)[0] == 0
     ledger = ReconstructionStore.open(out / "a.zarr").read_commit("ledger")
-    assert ledger["frames"] == 14
-    assert ledger["device_kind"] == "cpu"
-    assert ledger["used"]["gpu_hours"] > 0
-    assert "predicted" not in ledger
+    assert (ledger["frames"], ledger["device_kind"], ledger["currency"]) == (14, "cpu", "EUR")
+    used = ledger["used"]
+    assert ledger["cost"] == pytest.approx(4000 * used["gpu_hours"] + 1000 * used["cpu_hours"])
+    assert ledger["cost_per_video_hour"] == pytest.approx(ledger["cost"] / (1.4 / 3600), rel=0.1)
+    assert set(ledger["seconds"]) == {"probe", "plan", "infer", "align", "fuse", "report"}
+    assert ledger["predicted"] is None
+    assert ledger["lost_seconds"] == {}
 
-    left = json.loads(run("plan", *everything, "--json")[1])
-    a, b = left["drives"]
-    assert (a["stage"], a["left"]["gpu_hours"]) == ("done", 0)
-    assert b["left"]["gpu_hours"] > 0
-    assert left["left"] == b["left"]
+    plan = json.loads(run("plan", *everything, "--prices", prices, "--json")[1])
+    a, b, c, d = plan["drives"]
+    assert (a["stage"], a["left"]["gpu_hours"], a["cost"]) == ("done", 0, 0)
+    assert b["left"] == c["left"]
+    assert plan["left"]["gpu_hours"] == pytest.approx(2 * b["left"]["gpu_hours"])
+    assert plan["cost"] == pytest.approx(2 * b["cost"])
+    assert (d["stage"], d["cost"]) == ("unreadable", 0)
+    text = run("plan", *everything, "--prices", prices)[1]
+    assert "EUR" in text
+    assert "predicted from 1: a" in text
+
     code, _, err = run("reconstruct", *everything, "--max-gpu-hours", 0)
     assert code == 2
-    assert "--max-gpu-hours" in err
+    assert "all 4 drives" in err
+    assert "without b, c" in err
+    code, _, err = run("reconstruct", *everything, "--max-cost", 1)
+    assert code == 2
+    assert "price table" in err
     assert not (out / "b.zarr").exists()
 
-    assert run("reconstruct", *everything, "--max-gpu-hours", 100)[0] == 0
+    limit = ("--max-cost", 1.5 * b["cost"], "--take-what-fits", "--prices", prices)
+    code, text, err = run("reconstruct", f"{logs}/[abc].mp4", "--output", out, *limit)
+    assert (code, "1 of 3 drives are left" in err) == (3, True)
+    assert "left for the next run" in text
+    assert not (out / "c.zarr").exists()
+    summary = json.loads((out / "collection.json").read_text())["drives"]
+    assert [(d["name"], d["left"]) for d in summary] == [("a", False), ("b", False), ("c", True)]
     ledger = ReconstructionStore.open(out / "b.zarr").read_commit("ledger")
     assert ledger["predicted"]["gpu_hours"] == pytest.approx(b["left"]["gpu_hours"])
-    assert ledger["predicted_from"] == ["a"]
+    assert ledger["predicted"]["from"] == ["a"]
+    assert ledger["cost_predicted"] == pytest.approx(b["cost"])
+
+
+def test_settings_change_what_is_planned_and_what_is_left(run, tmp_path):
+    video = write_video(tmp_path / "a.mp4", moving_squares(30))
+    here = (video, "--output", tmp_path / "out")
+
+    def plan(*settings: object) -> tuple[str, int, dict | None]:
+        (drive,) = json.loads(run("plan", *here, *settings, "--json")[1])["drives"]
+        return drive["stage"], drive["segments"], drive["left"]
+
+    assert plan() == ("new", 1, None)
+    cut = ("--segment-frames", 16, "--overlap-frames", 2)
+    assert plan(*cut) == ("new", 2, None)
+    assert run("reconstruct", *here, *cut)[0] == 0
+    nothing = {"gpu_hours": 0, "cpu_hours": 0, "stored_bytes": 0}
+    assert plan(*cut) == ("done", 2, nothing)
+    stage, _, left = plan(*cut, "--focal-px", 50)
+    assert stage == "align"
+    assert left["gpu_hours"] == 0 < left["cpu_hours"]
+    stage, segments, left = plan()
+    assert (stage, segments) == ("plan", 1)
+    assert left["gpu_hours"] > 0
+    assert plan(*cut, "--rule", "cut3r")[0] == "infer"
+
+
+def test_a_budget_wants_prices_and_a_plan_says_what_is_wrong_with_them(run, tmp_path):
+    video = write_video(tmp_path / "a.mp4", moving_squares(14))
+    here = (video, "--output", tmp_path / "out")
+    (tmp_path / "prices.toml").write_text("currency = 1\n")
+    code, _, err = run("plan", *here, "--prices", tmp_path / "prices.toml")
+    assert (code, "is not a price table" in err) == (2, True)
+    code, _, err = run("plan", *here, "--prices", tmp_path / "none.toml")
+    assert code == 2
+    assert "none.toml" in err
+    code, _, err = run("plan", *here, "--segment-frames", 8, "--overlap-frames", 5)
+    assert code == 2
+    assert "overlap_frames is 5" in err

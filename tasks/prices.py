@@ -1,0 +1,85 @@
+"""Prices: what an operator pays, as a table that he edits (`deploy/prices.toml`)."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, field
+from typing import Annotated, Any
+
+import fsspec
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from tasks.config import STRICT
+
+LARGEST_TABLE_BYTES = 100_000
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Prices:
+    """What an hour and a byte cost; tax, transfer and requests are not in it."""
+
+    currency: str
+    """What all prices are in."""
+    per_gpu_hour: dict[str, Price]
+    """Of a machine that infers, by kind of device, as ledgers name it: "cpu", "NVIDIA H100"."""
+    per_cpu_hour: Price
+    """Of a machine that runs the other stages."""
+    per_gb_month: Price = 0.0
+    """Of 10^9 bytes stored for a month."""
+    months_stored: Price = field(default=1.0)
+    """Months of storage that count to the cost of a drive."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def cost(
+        self,
+        gpu_hours: float | None,
+        cpu_hours: float | None,
+        stored_bytes: float | None,
+        device_kind: str,
+    ) -> float | None:
+        """Money for resources; None where one of them, or the device's price, is not known."""
+        per_hour = self.per_gpu_hour.get(device_kind)
+        if stored_bytes is None and not self.per_gb_month * self.months_stored:
+            stored_bytes = 0.0
+        if gpu_hours is None or cpu_hours is None or stored_bytes is None or per_hour is None:
+            return None
+        stored = stored_bytes / 1e9 * self.per_gb_month * self.months_stored
+        return gpu_hours * per_hour + cpu_hours * self.per_cpu_hour + stored
+
+    def require_price(self, device_kind: str) -> None:
+        """Refuse a table without a price for the device.
+
+        Raises:
+            ValueError: so it is.
+        """
+        if device_kind not in self.per_gpu_hour:
+            known = ", ".join(map(repr, sorted(self.per_gpu_hour))) or "nothing"
+            raise ValueError(
+                f"the price table has a per_gpu_hour for {known}, none for {device_kind!r}; add it"
+            )
+
+
+def read_prices(location: str) -> Prices:
+    """The price table in a TOML file; path or URL.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not a price table; says what is wrong.
+    """
+    with fsspec.open(location, "rb") as file:
+        data = file.read(LARGEST_TABLE_BYTES + 1)
+    try:
+        if len(data) > LARGEST_TABLE_BYTES:
+            raise ValueError(f"it is larger than {LARGEST_TABLE_BYTES} bytes")
+        return TypeAdapter(Prices).validate_python(tomllib.loads(data.decode()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(f"{location} is not a price table: {reason}; see deploy/prices.toml")
