@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | check | lock
+# make setup | demo | fleet-demo | test | test-slow | check | lock
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -13,7 +13,7 @@ export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow check lock clean
+.PHONY: setup demo fleet-demo test test-slow check lock clean
 
 setup: $(READY)
 
@@ -38,11 +38,17 @@ $(READY): requirements.lock pyproject.toml deploy/apt-packages.txt
 demo: setup
 	$(BIN)/ttt3r demo --output $(TTT3R_DEMO_OUTPUT)
 
+# A server, S3, workers and a lost machine, all on this one.
+fleet-demo: setup
+	deploy/install-system-packages.sh deploy/apt-packages-fleet.txt
+	PYTHONPATH=.:tests $(BIN)/python deploy/fleet_demo.py
+
 test: setup
 	$(BIN)/pytest -q
 
 # What takes longer and guards a promise: kills, real recordings, memory.
 test-slow: setup
+	deploy/install-system-packages.sh deploy/apt-packages-fleet.txt
 	$(BIN)/pytest -q -m 'slow and not gpu' --timeout 1200
 
 check: setup

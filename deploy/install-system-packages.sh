@@ -1,8 +1,8 @@
 #!/bin/sh
-# Installs the Debian packages that Open3D's wheel links to, where any is missing.
+# Installs the Debian packages of a list (default: what Open3D's wheel links to), where any is missing.
 set -eu
 here=$(dirname "$0")
-wanted=$(cat "$here/apt-packages.txt")
+wanted=$(cat "${1:-$here/apt-packages.txt}")
 python3 -c 'import ensurepip, venv' 2>/dev/null || wanted="$wanted python3-venv"
 command -v dpkg-query >/dev/null || { echo "not Debian: install the equivalents of: $wanted" >&2; exit 0; }
 

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar, cast
 from uuid import UUID
 
@@ -61,6 +62,7 @@ class Child:
     crashes: int = 0  # in a row, without getting on
     reached: object = None  # progress at the last crash
     due: float = 0.0  # when the next run may start, on the monotonic clock
+    since: datetime | None = None  # when its first run was asked for
     error: str | None = None  # why it ended without finishing
 
 
@@ -139,7 +141,11 @@ def start(deployment: str, family: str, child: Child) -> UUID:
 
 
 def create(deployment: str, family: str, child: Child) -> FlowRun:
-    """The run of the child's present attempt, made unless it is there."""
+    """The run of the child's present attempt, made unless it is there.
+
+    A later attempt is scheduled for the time of the first, before the work that waits since then.
+    """
+    child.since = child.since or datetime.now(UTC)
     try:
         return patiently(
             lambda: cast(
@@ -147,6 +153,7 @@ def create(deployment: str, family: str, child: Child) -> FlowRun:
                 run_deployment(
                     deployment,
                     parameters=child.parameters,
+                    scheduled_time=child.since,
                     flow_run_name=child.name,
                     timeout=0,
                     tags=[family_tag(family), work_tag(child)],

@@ -13,9 +13,10 @@ from flows.artifacts import progress_of
 from flows.children import Child, ChildrenLost, Spread, run_children, work_key
 from storage.credentials import refuse_credentials
 from storage.reconstruction import ReconstructionStore
+from storage.records import Plan
 from tasks.config import InferConfig
 from tasks.infer import infer_stage, unfinished_segments
-from tasks.plan import aside_commit, read_aside, require_key
+from tasks.plan import aside_commit, read_aside, read_plan, require_key
 from tasks.retries import DRIVE_ERRORS
 from ttt3r.weights import weights_info
 
@@ -33,8 +34,8 @@ def infer_segments(
 ) -> None:
     """Infer one group of segments of a planned drive: the only work that wants a GPU.
 
-    Finished chunks are not computed again. Segments that fail together are tried one by one;
-    those that fail even so are set aside in the store, with the reason.
+    Finished chunks are not computed again. `segments_per_task` at a time; if these fail together,
+    each is tried alone, and set aside in the store, with the reason, if it fails even so.
 
     Args:
         url: the drive's Zarr group.
@@ -44,11 +45,13 @@ def infer_segments(
     """
     for given in (url, config.weights):
         refuse_credentials(given)
-    if not alone:
-        infer_group(url, indices, config)
-        return
-    for index in indices:
-        infer_alone(url, index, config)
+    size = 1 if alone else config.segments_per_task
+    for first in range(0, len(indices), size):
+        group = indices[first : first + size]
+        if alone:
+            infer_alone(url, group[0], config)
+        else:
+            infer_group(url, group, config)
 
 
 def infer_drive(
@@ -84,22 +87,24 @@ def infer_elsewhere(
     earlier: Sequence[int],
     config: InferConfig,
 ) -> None:
-    """Infer each group that is not finished, and each of `earlier` alone, as a run of its own."""
+    """Infer the groups that are not finished, and each of `earlier` alone, in runs of their own."""
     store = ReconstructionStore.open(url)
     key = [require_key(store, "plan"), config.rule, config.precision]
     key.append(weights_info(config.weights).sha256)
 
-    def child(indices: tuple[int, ...], alone: bool) -> Child:
+    def child(indices: Sequence[int], alone: bool) -> Child:
         settings = {"config": asdict(config), "alone": alone}
         return Child(
             f"{name}, segments {indices[0]} to {indices[-1]}",
             {"url": url, "indices": list(indices), **settings},
-            work_key(url, key, indices, alone),
+            work_key(url, key, list(indices), alone),
             lambda: progress_of_segments(store, indices),
         )
 
-    todo = [g for g in groups if g and unfinished_segments(url, g, config)]
-    children = [child(group, False) for group in todo] + [child((i,), True) for i in earlier]
+    left = set(unfinished_segments(url, [i for group in groups for i in group], config))
+    runs = bundle(read_plan(store), groups, config.frames_per_run)
+    children = [child(run, False) for run in runs if left.intersection(run)]
+    children += [child((i,), True) for i in earlier]
     with progress_of(f"inference of {name}", len(children)) as advance:
         run_children(DEPLOYMENT, url, children, on_end=lambda _: advance())
     give_up_deadly(url)
@@ -109,6 +114,19 @@ def infer_elsewhere(
     reasons = [record["reason"] for record in read_aside(store).values()]
     if reasons and not store.commit_names("infer"):
         raise RuntimeError(f"no segment could be inferred; the last one: {reasons[-1]}")
+
+
+def bundle(plan: Plan, groups: Sequence[Sequence[int]], frames: int) -> list[list[int]]:
+    """Groups put together to runs of at least `frames` frames, the last one excepted.
+
+    Whole groups, so that lanes hold the same segments wherever these are inferred.
+    """
+    runs: list[list[int]] = [[]]
+    for group in groups:
+        if sum(plan.segments[i].frames for i in runs[-1]) >= frames:
+            runs.append([])
+        runs[-1] += group
+    return [run for run in runs if run]
 
 
 def progress_of_segments(store: ReconstructionStore, indices: Sequence[int]) -> object:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,11 @@ class Commits:
 
     def all(self, prefix: str = "") -> dict[str, dict[str, Any]]:
         """Records by name, in name order, as `names`."""
-        contents = self._folder.read_many([_object(name) for name in self.names(prefix)])
+        return self.read_many(self.names(prefix))
+
+    def read_many(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Those of the records that are there, by name, in name order."""
+        contents = self._folder.read_many([_object(name) for name in names])
         start = len(COMMITS) + 1
         found = {n[start:].removesuffix(SUFFIX): data for n, data in contents.items()}
         parsed = {name: _parsed(name, data) for name, data in sorted(found.items())}

@@ -441,13 +441,32 @@ class ReconstructionStore:
         record = self._chunk_record(segment, chunk, self._segment_layout(segment))
         return record is not None and record.get("key") == key
 
+    def finished_chunks(
+        self, segments: Sequence[Segment], chunk_frames: int
+    ) -> dict[tuple[int, int], str]:
+        """Keys of the finished chunks of segments, by numbers of segment and chunk.
+
+        As `is_chunk_done` of each, by one listing and reads that do not wait for each other.
+        """
+        chunks = {
+            chunk_commit(s.index, c.index): (s, c) for s in segments for c in s.chunks(chunk_frames)
+        }
+        records = self._commits.read_many(n for n in self.commit_names("infer") if n in chunks)
+        groups = {f"{segment_name(chunks[n][0].index)}/zarr.json" for n in records}
+        layouts = {n: _layout_in(data) for n, data in self._folder.read_many(groups).items()}
+        finished = {}
+        for name, record in records.items():
+            segment, chunk = chunks[name]
+            found = layouts.get(f"{segment_name(segment.index)}/zarr.json")
+            if _is_of(record, chunk, found):
+                finished[segment.index, chunk.index] = str(record.get("key"))
+        return finished
+
     def _chunk_record(
         self, segment: Segment, chunk: Chunk, found: dict[str, Any] | None
     ) -> dict[str, Any] | None:
         record = self._commits.read(chunk_commit(segment.index, chunk.index))
-        if record is None or found is None or record.get("creation") != found["creation"]:
-            return None
-        return record if record.get("frames") == [chunk.start, chunk.stop] else None
+        return record if record is not None and _is_of(record, chunk, found) else None
 
     def read(self, segment: Segment, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of a per-frame array of a segment.
@@ -527,9 +546,7 @@ class ReconstructionStore:
         return {**values, "first": bool(values["first"]), "frame": chunk.stop}
 
     def _segment_layout(self, segment: Segment) -> dict[str, Any] | None:
-        data = self._folder.read(f"{segment_name(segment.index)}/zarr.json")
-        found = json.loads(data)["attributes"] if data else {}
-        return found if "creation" in found else None
+        return _layout_in(self._folder.read(f"{segment_name(segment.index)}/zarr.json"))
 
     def _require_layout(self, segment: Segment) -> dict[str, Any]:
         found = self._segment_layout(segment)
@@ -801,6 +818,19 @@ def _refuse_other_content(folder: Folder) -> None:
         f"{redacted(folder.url)} exists and is not a reconstruction (found: {content[0]}); it is "
         "left as it is, choose another location"
     )
+
+
+def _layout_in(data: bytes | None) -> dict[str, Any] | None:
+    """What a segment's group says of it; None where it is not there or not finished."""
+    found = json.loads(data)["attributes"] if data else {}
+    return found if "creation" in found else None
+
+
+def _is_of(record: Mapping[str, Any], chunk: Chunk, found: Mapping[str, Any] | None) -> bool:
+    """Whether a commit is of this chunk in the arrays that are there now."""
+    if found is None or record.get("creation") != found["creation"]:
+        return False
+    return bool(record.get("frames") == [chunk.start, chunk.stop])
 
 
 def _segment_attributes(

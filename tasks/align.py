@@ -17,7 +17,7 @@ from storage.reconstruction import ReconstructionStore
 from storage.records import NOWHERE, DriveRecord, Plan, Segment
 from tasks.attempts import attempt_id, counted
 from tasks.config import AlignConfig, InferConfig
-from tasks.infer import segment_key
+from tasks.infer import segment_keys
 from tasks.keys import drop_later, stage_key
 from tasks.plan import read_aside, read_plan
 from tasks.retries import STAGE_OPTIONS
@@ -104,7 +104,7 @@ def align_key(
     info: WeightsInfo,
 ) -> str:
     """Key of the trajectory: all segments that have a part, and the alignment's settings."""
-    segments = [segment_key(store, plan, segment, infer, info) for segment in plan.present]
+    segments = list(segment_keys(store, plan, plan.present, infer, info).values())
     return stage_key("align", VERSION, segments, config)
 
 

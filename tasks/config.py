@@ -51,6 +51,8 @@ class InferConfig:
     """Segments that run in lock step on one device; auto: as memory allows, up to what helps."""
     segments_per_task: Annotated[int, Field(ge=1)] = 64
     """Segments of one GPU task."""
+    frames_per_run: Annotated[int, Field(ge=1)] = 10_000
+    """On a fleet: frames, at least, of one run of a GPU worker, which does several tasks."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -54,8 +54,20 @@ def segment_key(
 
     As set, not as resolved: a drive inferred on a GPU is not inferred anew on a laptop.
     """
+    return segment_keys(store, plan, [segment], config, info)[segment.index]
+
+
+def segment_keys(
+    store: ReconstructionStore,
+    plan: Plan,
+    segments: Sequence[Segment],
+    config: InferConfig,
+    info: WeightsInfo,
+) -> dict[int, str]:
+    """`segment_key` of several segments, by their index, from one look into the store."""
+    frames = require_key(store, "probe")
     what = [config.rule, config.precision, info.sha256, plan.chunk_frames]
-    return stage_key("infer", VERSION, require_key(store, "probe"), segment, what)
+    return {s.index: stage_key("infer", VERSION, frames, s, what) for s in segments}
 
 
 def resolve_device(config: InferConfig) -> str:
@@ -107,8 +119,8 @@ def infer_stage(url: str, indices: Sequence[int], config: InferConfig) -> int:
     """
     store = ReconstructionStore.open(url)
     plan, info = read_plan(store), weights_info(config.weights)
-    keys = {i: segment_key(store, plan, plan.segments[i], config, info) for i in indices}
     segments = [plan.segments[i] for i in indices]
+    keys = segment_keys(store, plan, segments, config, info)
     if _all_done(store, plan, segments, keys):
         return 0
     drop_later(store, "infer")
@@ -150,8 +162,15 @@ def unfinished_segments(url: str, indices: Sequence[int], config: InferConfig) -
     store = ReconstructionStore.open(url)
     plan, info = read_plan(store), weights_info(config.weights)
     segments = [plan.segments[i] for i in indices]
-    keys = {s.index: segment_key(store, plan, s, config, info) for s in segments}
-    return [s.index for s in segments if not is_segment_done(store, plan, s, keys[s.index])]
+    keys = segment_keys(store, plan, segments, config, info)
+    finished = store.finished_chunks(segments, plan.chunk_frames)
+
+    def is_done(segment: Segment) -> bool:
+        chunks = segment.chunks(plan.chunk_frames)
+        key = keys[segment.index]
+        return all(finished.get((segment.index, chunk.index)) == key for chunk in chunks)
+
+    return [segment.index for segment in segments if not is_done(segment)]
 
 
 def _infer_in_lanes(

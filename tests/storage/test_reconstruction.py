@@ -131,6 +131,8 @@ def test_chunk_is_done_under_its_own_key_only(store):
     assert reopened.is_chunk_done(SEGMENT, CHUNKS[0], "key")
     assert not reopened.is_chunk_done(SEGMENT, CHUNKS[0], "other weights")
     assert not reopened.is_chunk_done(SEGMENT, CHUNKS[1], "key")
+    both = [SEGMENT, Segment(1, 16, 30, 0)]
+    assert reopened.finished_chunks(both, CHUNK_FRAMES) == {(0, 0): "key"}
 
 
 def test_writing_a_chunk_again_takes_its_commit_away_first(finished):

@@ -1,0 +1,116 @@
+"""A fleet on one machine, broken on purpose: `make fleet-demo`.
+
+A Prefect server on PostgreSQL, SeaweedFS as S3, two workers of the pool `gpu` (a CPU thread stands
+in for each GPU) and one of `cpu` reconstruct a collection that lies on S3. While it runs, a worker
+is killed with all its processes, and the server is killed and started again. Nothing is left
+behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from local_fleet import REPOSITORY, LocalFleet, commits_of_all, running_fleet, wait_for_work
+from seaweed import Seaweed, running_seaweed
+
+from storage.reconstruction import ReconstructionStore
+from tasks.summary import list_stores, progress
+
+RECORDINGS = REPOSITORY.parent / "shared" / "data" / "drives"
+DEPLOYMENT = "reconstruct-collection/scheduled"
+SAMPLE = REPOSITORY / "flows" / "samples" / "street.mp4"
+
+
+def upload(s3: Seaweed, recordings: Path) -> str:
+    """Put the collection on S3: real recordings where they are, and the rendered sample."""
+    found = sorted(recordings.glob("*/*.mp4"))
+    if not found:
+        print(f"SKIPPED LOUDLY: no real recordings at {recordings}", flush=True)
+    files = s3.filesystem()
+    for drive, video in [*((v.parent.name, v) for v in found), ("street", SAMPLE)]:
+        files.put_file(str(video), f"{s3.bucket}/logs/{drive}/{video.name}")
+    return f"{s3.url}/logs"
+
+
+def lose_a_node(fleet: LocalFleet, output: str) -> None:
+    """Kill a worker in the middle of a group of segments; say when somebody goes on with it."""
+    work = wait_for_work(output)
+    name = fleet.lose_node(work.pid)
+    began, kept = time.monotonic(), work.commits()
+    fleet.start_worker("gpu", "replacement", "--limit", "1")
+    print(f"killed worker {name} with its run; {len(kept)} chunks of the run stand", flush=True)
+    while len(work.commits()) <= len(kept):
+        time.sleep(0.5)
+    assert kept.items() <= work.commits().items(), "a chunk that was finished was computed again"
+    print(f"the lost run was taken up {time.monotonic() - began:.0f} s later", flush=True)
+
+
+def restart_the_server(fleet: LocalFleet, output: str) -> None:
+    """Kill the Prefect server in the middle of inference and start it again."""
+    wait_for_work(output)
+    began = time.monotonic()
+    fleet.kill_server()
+    fleet.start_server()
+    print(f"the server was killed, and is back after {time.monotonic() - began:.0f} s", flush=True)
+
+
+def print_drives(output: str) -> bool:
+    """One line a drive; whether each is finished or set aside with a reason."""
+    print(f"\n{'drive':<28} {'stage':<8} {'chunks':>11}  {'set aside':<10} why it failed")
+    rows = [progress(url) for url in list_stores(output)]
+    for row in rows:
+        chunks = f"{row['chunks_done']}/{row['chunks']}"
+        aside = len(row["set_aside"]) or "-"
+        print(
+            f"{row['drive']:<28} {row['stage']:<8} {chunks:>11}  {aside:<10} {row['error'] or ''}"
+        )
+    damaged = [n for url in list_stores(output) for n in ReconstructionStore.open(url).verify()]
+    print(f"read back and compared with their digests: {len(damaged)} damaged", flush=True)
+    return not damaged and all(row["stage"] == "done" or row["error"] for row in rows)
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recordings", type=Path, default=RECORDINGS)
+    parser.add_argument("--undisturbed", action="store_true", help="Kill nothing.")
+    settings = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="fleet-demo-") as name:
+        folder = Path(name)
+        with running_seaweed(folder / "s3") as s3:
+            os.environ |= s3.environment
+            with running_fleet(folder / "fleet", gpu_slots=2, extra=s3.environment) as fleet:
+                sys.exit(run(fleet, s3, settings))
+
+
+def run(fleet: LocalFleet, s3: Seaweed, settings: argparse.Namespace) -> int:
+    """Reconstruct the collection, in the middle of it break things; the exit code."""
+    collection, output = upload(s3, settings.recordings), f"{s3.url}/reconstructions"
+    fleet.start_worker("cpu", "cpu")
+    for name in ("gpu-a", "gpu-b"):
+        fleet.start_worker("gpu", name, "--limit", "1")
+    began = time.monotonic()
+    config = {"infer": {"frames_per_run": 500}}  # small, to have several runs for each drive
+    parameters = {"collection": collection, "output": output, "config": config}
+    run_id = fleet.run(DEPLOYMENT, parameters)
+    if not settings.undisturbed:
+        lose_a_node(fleet, output)
+        restart_the_server(fleet, output)
+    ended = fleet.wait_for(run_id, timeout_s=3600)
+    print(f"the collection ended {ended['state_name']} after {time.monotonic() - began:.0f} s")
+    before, runs = commits_of_all(output), len(fleet.flow_runs("infer-segments"))
+    fine = print_drives(output)
+    began = time.monotonic()
+    fleet.wait_for(fleet.run(DEPLOYMENT, parameters), 3600)
+    again = len(fleet.flow_runs("infer-segments")) - runs
+    print(f"a second run took {time.monotonic() - began:.0f} s and {again} runs of the pool gpu")
+    return 0 if fine and commits_of_all(output) == before else 1
+
+
+if __name__ == "__main__":
+    main()
