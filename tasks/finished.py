@@ -11,6 +11,7 @@ import hashlib
 
 from storage.reconstruction import ReconstructionStore, StoreError
 from tasks import align, fuse, infer, plan, probe, report
+from tasks.attempts import ATTEMPTS
 from tasks.config import ReconstructionConfig
 from tasks.keys import stage_key
 from tasks.plan import ASIDE
@@ -61,4 +62,5 @@ def is_finished(location: str, url: str, config: ReconstructionConfig) -> bool:
 
 
 def _digest(names: list[str]) -> str:
-    return hashlib.sha256("\n".join(sorted(set(names) - {FINISHED})).encode()).hexdigest()
+    counted = sorted(n for n in names if n != FINISHED and not n.startswith(f"{ATTEMPTS}/"))
+    return hashlib.sha256("\n".join(counted).encode()).hexdigest()
