@@ -8,6 +8,7 @@ benchmark stand in; without these nothing is predicted.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from storage.drives import DriveLocation
@@ -35,6 +36,7 @@ from tasks.summary import STAGES, count_chunks, list_stores
 from ttt3r.weights import weights_info
 
 STORES_READ = 32  # that are looked into for rates, evenly over all
+LOOKERS = 32  # threads that look at drives: each waits for the store most of the time
 NOTHING = Usage(0.0, 0.0, 0.0)
 COMMIT_OF = {stage: "fuse/merged" if stage == "fuse" else stage for stage in STAGES}
 
@@ -177,7 +179,8 @@ def estimate_drives(
     """
     if prices is not None and rates is not None:
         prices.require_price(rates.device_kind)
-    return [_estimate(drive, output, config, rates, prices) for drive in drives]
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        return list(pool.map(lambda d: _estimate(d, output, config, rates, prices), drives))
 
 
 def _estimate(

@@ -370,6 +370,13 @@ CASES = {
         **RELEASED,
     ),
 }
+CASES["tuned"] = replace(
+    CASES["goal"],
+    about="as goal, a whole drive of an hour to a run and a segment to a chunk",
+    segments_per_run=512,
+    chunk_frames=100,
+    chunk_s=64 * 100 / 300,
+)
 
 
 def compact_case(output: str) -> Case:
@@ -610,11 +617,11 @@ def main() -> None:
     parser.add_argument("--api", type=Path, help="JSON of prefect_api.py")
     parser.add_argument("--prices", type=Path, default=Path("deploy/prices.toml"))
     parser.add_argument("--drive-hours", type=float, default=10_000)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[25, 50, 100, 200, 400, 1000])
-    parser.add_argument("--segments-per-run", type=int, nargs="*", default=[64, 256, 1024, 4096])
-    parser.add_argument("--partitions", type=int, nargs="*", default=[1, 4, 16])
-    parser.add_argument("--drives-at-once", type=int, nargs="*", default=[16, 256, 2048])
-    parser.add_argument("--interruptions", type=float, nargs="*", default=[0.0, 0.05, 0.2, 1.0])
+    parser.add_argument("--gpus", type=int, nargs="+", default=[25, 50, 100, 200, 400])
+    parser.add_argument("--segments-per-run", type=int, nargs="*", default=[64, 256, 1024])
+    parser.add_argument("--partitions", type=int, nargs="*", default=[4, 16])
+    parser.add_argument("--drives-at-once", type=int, nargs="*", default=[16, 256])
+    parser.add_argument("--interruptions", type=float, nargs="*", default=[0.05, 0.2, 1.0])
     parser.add_argument("--prefixes", type=int, default=1, help="partitions of the object store")
     parser.add_argument("--servers", type=int, default=1, help="Prefect servers on one database")
     parser.add_argument("--json", type=Path)

@@ -107,15 +107,14 @@ def main() -> None:
     settings = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         output = settings.output or Path(scratch) / "out"
-        found = [reconstruct(drive_at(d, Path(scratch)), output) for d in settings.learn]
-        ledgers = [ledger for ledger, _ in found]
-        asked = [reconstruct(drive_at(d, Path(scratch)), output) for d in settings.ask]
-    rows = []
-    for clock in FIELDS:
-        seen = [observation(ledger, clock) for ledger in ledgers]
-        rows += [compare(seen, observation(ledger, clock), p, clock) for ledger, p in asked]
-    for row in rows:
-        show(row)
+        ledgers = [reconstruct(drive_at(d, Path(scratch)), output)[0] for d in settings.learn]
+        rows = []
+        for text in settings.ask:
+            ledger, process = reconstruct(drive_at(text, Path(scratch)), output)
+            for clock in FIELDS:
+                seen = [observation(one, clock) for one in ledgers]
+                rows.append(compare(seen, observation(ledger, clock), process, clock))
+                show(rows[-1])
     judged = [abs(row["error"]["all"]) for row in rows if row["clock"] == settings.clock]
     print(f"worst error of the whole, by the {settings.clock} clock: {max(judged):.0%}")
     if settings.json:

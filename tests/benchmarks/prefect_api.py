@@ -17,6 +17,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -218,6 +219,7 @@ class Bench:
             "database_bytes": (self._server.database_bytes() - size) / operations,
         }
         self.rows.append(row)
+        show(row)
 
     async def _many(self, count: int, operation: Callable[[int], Awaitable[Any]]) -> list[Any]:
         """`operation` of 0 .. count - 1, as many at a time as there are clients."""
@@ -236,18 +238,16 @@ class Bench:
         flow = await self._post("/flows/", {"name": "bench"})
         body = {"name": "bench", "flow_id": flow["id"], "work_pool_name": "pool"}
         self._deployment = (await self._post("/deployments/", body))["id"]
-        await self.create(20)  # the first requests fill caches
-        self.rows.clear()
+        await self._many(20, self._create)  # the first requests fill caches
+
+    async def _create(self, _: int) -> str:
+        path = f"/deployments/{self._deployment}/create_flow_run"
+        return str((await self._post(path, {"parameters": {}}))["id"])
 
     async def create(self, count: int) -> None:
         """What `run_deployment(timeout=0)` asks for."""
-
-        async def one(_: int) -> str:
-            path = f"/deployments/{self._deployment}/create_flow_run"
-            return str((await self._post(path, {"parameters": {}}))["id"])
-
         with self._measured("create a flow run", count):
-            self._runs = await self._many(count, one)
+            self._runs = await self._many(count, self._create)
 
     async def complete(self) -> None:
         """What a worker and the run itself report: pending, running, completed."""
@@ -356,6 +356,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="1: some 2,000 flow runs each")
     parser.add_argument("--json", type=Path)
     settings = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers end with this process
     results = []
     for database in settings.database:
         with tempfile.TemporaryDirectory() as folder:
@@ -363,8 +364,6 @@ def main() -> None:
             print(database, flush=True)
             with prefect_server(database, Path(folder)) as server:
                 rows = asyncio.run(measure(server, settings.clients, settings.scale))
-        for row in rows:
-            show(row)
         results += [{"database": database, **row} for row in rows]
     if settings.json:
         settings.json.write_text(json.dumps({"results": results}, indent=2))
