@@ -14,9 +14,7 @@ from local_fleet import LocalFleet, claims_under, commits_of_all, running_fleet,
 from recordings import moving_squares, write_video
 from seaweed import Seaweed
 
-from flows.reconstruct_drive import reconstruct_drive
 from storage.reconstruction import ReconstructionStore
-from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
 from tasks.plan import read_plan
 from tasks.summary import progress
 
@@ -62,9 +60,7 @@ def stored(url: str) -> dict[str, np.ndarray]:
     return arrays
 
 
-def test_lost_node_and_killed_server_cost_nothing_that_was_finished(
-    fleet, logs, seaweed, tmp_path, prefect_server
-):
+def test_lost_node_and_killed_server_cost_nothing_that_was_finished(fleet, logs, seaweed, tmp_path):
     output = f"{seaweed.url}/lost"
     run_id = fleet.run(COLLECTION, {"collection": str(logs), "output": output, "config": CONFIG})
     work = wait_for_work(output)
@@ -91,9 +87,10 @@ def test_lost_node_and_killed_server_cost_nothing_that_was_finished(
     works = Counter(run["idempotency_key"].partition(":")[0] for run in runs)
     assert sorted(works.values())[-2:] == [1, 2]
     assert [r["state_type"] for r in runs].count("CRASHED") == 1
-    config = ReconstructionConfig(plan=PlanConfig(**PLAN), infer=InferConfig(**INFER))
-    here = reconstruct_drive(str(logs / "first"), str(tmp_path), config)
-    ours, theirs = stored(f"{output}/first.zarr"), stored(here)
+    here = {"location": str(logs / "first"), "output": str(tmp_path), "spread": "here"}
+    run_id = fleet.run(DRIVE, {**here, "config": CONFIG})
+    assert fleet.wait_for(run_id, 900)["state_type"] == "COMPLETED"
+    ours, theirs = stored(f"{output}/first.zarr"), stored(f"{tmp_path}/first.zarr")
     for name, array in theirs.items():
         np.testing.assert_array_equal(ours[name], array, err_msg=name)
 
