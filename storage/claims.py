@@ -54,23 +54,21 @@ class Claim:
         self._thread = threading.Thread(target=self._keep, name=f"claim {name}", daemon=True)
 
     def __enter__(self) -> Claim:
-        number, found = self._newest()
-        if found is not None:
-            self._await_death(number, found)
-            if found.get("progress") == self._progress:
-                self.deaths = int(found.get("deaths", 0)) + 1
-        self._object = f"{self._prefix}/{number + 1:06d}.json"
+        numbers, found = self._await_end()
+        if found.get("progress") == self._progress:
+            self.deaths = int(found.get("deaths", 0)) + 1
+        number = max(numbers, default=0) + 1
+        self._object = self._object_of(number)
         self._renewed = time.monotonic()
         try:
             self._folder.write_new(self._object, self._document())
         except CommitExists:
             raise self._claimed("another worker") from None
-        if self._newest()[0] > number + 1:  # it was held, and given up, since it was looked at
+        if self._is_overtaken(numbers, found, number):
             self._folder.delete(self._object)
             raise self._claimed("another worker")
-        for older in self._numbers():
-            if older <= number:
-                self._folder.delete(f"{self._prefix}/{older:06d}.json")
+        for older in numbers:
+            self._folder.delete(self._object_of(older))
         _held.add(self._token)
         self._thread.start()
         return self
@@ -140,30 +138,50 @@ class Claim:
         }
         return json.dumps(record, indent=1).encode()
 
+    def _object_of(self, number: int) -> str:
+        return f"{self._prefix}/{number:06d}.json"
+
     def _numbers(self) -> list[int]:
         names = (n.rpartition("/")[2] for n in self._folder.sizes(self._prefix))
         return sorted(int(n[:6]) for n in names if len(n) == 11 and n[:6].isdigit())
 
-    def _newest(self) -> tuple[int, dict[str, Any] | None]:
-        """Number and record of the claim that counts; (0, None) where there is none."""
-        number = max(self._numbers(), default=0)
-        if not number:
-            return 0, None
-        return number, _parsed(self._folder.read(f"{self._prefix}/{number:06d}.json"))
+    def _record(self, numbers: list[int]) -> dict[str, Any] | None:
+        """Record of the newest of the claims; None where it is gone."""
+        return _parsed(self._folder.read(self._object_of(numbers[-1])))
 
-    def _await_death(self, number: int, found: dict[str, Any]) -> None:
-        """Return once the holder is known to be dead, else raise Claimed."""
+    def _await_end(self) -> tuple[list[int], dict[str, Any]]:
+        """Numbers of the claims that are there, and the record of the newest, a dead holder's.
+
+        Raises:
+            Claimed: its holder lives.
+        """
+        while numbers := self._numbers():
+            found = self._record(numbers)
+            if found is not None and self._is_dead(numbers, found):
+                return numbers, found
+        return [], {}
+
+    def _is_dead(self, numbers: list[int], found: dict[str, Any]) -> bool:
+        """Whether the holder is known to be dead; False once its claim has been given up."""
         is_alive = _is_alive(found)
         deadline = time.monotonic() + LEASE_S
         while is_alive is None and time.monotonic() < deadline:
             time.sleep(WATCH_S)
-            newest, record = self._newest()
+            record = self._record(numbers)
             if record is None:
-                return
-            if (newest, record.get("renewal")) != (number, found.get("renewal")):
-                is_alive = True
+                return False
+            is_alive = True if record.get("renewal") != found.get("renewal") else None
         if is_alive:
             raise self._claimed(f"process {found.get('pid')} on {found.get('host')}")
+        return True
+
+    def _is_overtaken(self, numbers: list[int], found: dict[str, Any], number: int) -> bool:
+        """Whether it was taken, and perhaps given up, between the look at it and `number`."""
+        now = self._numbers()
+        if set(now) - {*numbers, number}:
+            return True
+        older = self._record(numbers) if numbers else None
+        return older is not None and older.get("token") != found.get("token")
 
     def _claimed(self, holder: str) -> Claimed:
         return Claimed(

@@ -91,7 +91,9 @@ def _segment_documents(chunk_frames: int, sizes: tuple[tuple[str, int], ...]) ->
         _new_array(store, f"state/{spec.name}", spec, 1, lengths)
     _new_array(store, "frame", layout.FRAME_COORDINATE, _rows_of_whole(frames), lengths)
     _new_array(store, "state/frame", layout.STATE_FRAME, _rows_of_whole(chunks), lengths)
-    return {**_contents(held, ""), "state/zarr.json": group_document({})}
+    documents = {**_contents(held, ""), "state/zarr.json": group_document({})}
+    del documents["zarr.json"]  # Zarr made it for the group itself
+    return documents
 
 
 def _rows_of_whole(rows: int) -> int:

@@ -110,6 +110,23 @@ class Folder(ABC):
             CommitExists: the object is there already.
         """
 
+    def create_many(self, objects: Mapping[str, bytes]) -> list[str]:
+        """Create all objects that are not there; all survive a loss of power once this returns.
+
+        Returns:
+            Names of those that are there with other content; they are left as they are.
+        """
+        others: list[str] = []
+
+        def create(name: str) -> None:
+            try:
+                self.write_new(name, objects[name])
+            except CommitExists:
+                others.append(name)
+
+        in_parallel(create, objects)
+        return sorted(others)
+
     @abstractmethod
     def upload(self, name: str, source: Path) -> None:
         """Create or replace the object with the content of a local file."""
@@ -169,6 +186,24 @@ class LocalFolder(Folder):
         self._put(name, lambda temporary: temporary.write_bytes(data), os.replace)
 
     def write_many(self, objects: Mapping[str, bytes]) -> None:
+        self._put_many(objects, os.replace)
+
+    def create_many(self, objects: Mapping[str, bytes]) -> list[str]:
+        there: list[str] = []
+
+        def create(temporary: Path, target: Path) -> None:
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                there.append(target.relative_to(self.root).as_posix())
+            temporary.unlink()
+
+        self._put_many(objects, create)
+        return sorted(name for name in there if self.read(name) != objects[name])
+
+    def _put_many(
+        self, objects: Mapping[str, bytes], publish: Callable[[Path, Path], object]
+    ) -> None:
         """Write all, then wait for the disk: one wait serves many files."""
         places = {self.root / name: data for name, data in objects.items()}
         changed = {target.parent for target in places}
@@ -181,7 +216,7 @@ class LocalFolder(Folder):
             in_parallel(_fsync, written.values())
             while written:
                 target, temporary = written.popitem()
-                os.replace(temporary, target)
+                publish(temporary, target)
         finally:
             for temporary in written.values():
                 temporary.unlink(missing_ok=True)

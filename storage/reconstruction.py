@@ -329,21 +329,27 @@ class ReconstructionStore:
         groups: dict[str, bytes] = {}
         for segment, wanted in missing:
             group = segment_name(segment.index)
-            self._commits.drop(f"infer/{segment.index:04d}")
-            self._remove_segment_data(group)
+            # Looked at before the claim: what another worker makes meanwhile is not removed.
+            commits = self._commits.names(f"infer/{segment.index:04d}")
+            is_there = bool(commits or self._folder.sizes(group))
+            self._check_claim(segment)
+            if is_there:
+                self.remove_segment(segment.index)
             objects |= empty_segment(group, segment, wanted)
             # Commits name the creation that they belong to, so those of a removed one are void.
             attributes = {**wanted, "creation": uuid.uuid4().hex}
             groups[f"{group}/zarr.json"] = group_document(attributes)
         self._folder.write_many(objects)
-        self._folder.write_many(groups)
+        if others := self._folder.create_many(groups):
+            raise CommitExists(
+                f"{redacted(self.url)}: another worker created {', '.join(others)} meanwhile; "
+                "its work stands"
+            )
 
     def remove_segment(self, index: int) -> None:
         """Remove a segment that a new plan does not have, its commits first."""
+        group = segment_name(index)
         self._commits.drop(f"infer/{index:04d}")
-        self._remove_segment_data(segment_name(index))
-
-    def _remove_segment_data(self, group: str) -> None:
         self._folder.delete(f"{group}/zarr.json")
         self._folder.delete_tree(group)
 
@@ -385,13 +391,24 @@ class ReconstructionStore:
         return EncodedChunk(segment, chunk, objects, about)
 
     def write_encoded(self, chunks: Sequence[EncodedChunk]) -> None:
-        """Write the data of chunks, together: one wait for the disk serves them all."""
+        """Write the data of chunks, together: one wait for the disk serves them all.
+
+        Raises:
+            ClaimLost, CommitExists: another worker has written or finished one of them.
+        """
         objects: dict[str, bytes] = {}
         for encoded in chunks:
             self._check_claim(encoded.segment)
-            self._folder.delete(f"{layout.COMMITS}/{encoded.commit}.json")
+            if segment_claim(encoded.segment.index) not in self._claims:
+                self._commits.drop(encoded.commit)
             objects |= encoded.objects
-        self._folder.write_many(objects)
+        # Only what nobody else has written, however long this process stood still after the check.
+        if others := self._folder.create_many(objects):
+            for encoded in chunks:
+                self._check_claim(encoded.segment)
+                if self._commits.read(encoded.commit) is not None:
+                    raise CommitExists(f"{encoded.commit} of {redacted(self.url)} is finished")
+            self._folder.write_many({name: objects[name] for name in others})
         self._pending |= {encoded.commit: encoded.about for encoded in chunks}
 
     def _encode_rows(
@@ -415,8 +432,8 @@ class ReconstructionStore:
                 device belong here too. The store adds digests of the stored values.
 
         Raises:
-            CommitExists: somebody else wrote the same chunk meanwhile. Whose bytes are there is
-                unknown, so that nobody's count: the chunk is declared unfinished.
+            CommitExists: somebody else finished the same chunk meanwhile. If what is stored is
+                not what he committed, it is nobody's: the chunk is declared unfinished.
             ClaimLost: another worker may have taken the segment over.
         """
         name = chunk_commit(segment.index, chunk.index)
@@ -428,7 +445,10 @@ class ReconstructionStore:
         try:
             self.commit(name, record, exclusive=True)
         except CommitExists:
-            self._commits.drop(name)
+            other, mine = self._commits.read(name), self._pending[name]
+            is_valid = other is not None and other.get("creation") == mine["creation"]
+            if not is_valid or self._damage(name, other or {}):
+                self._commits.drop(name)
             raise
 
     def _check_claim(self, segment: Segment) -> None:

@@ -123,7 +123,6 @@ def infer_stage(url: str, indices: Sequence[int], config: InferConfig) -> int:
     keys = segment_keys(store, plan, segments, config, info)
     if _all_done(store, plan, segments, keys):
         return 0
-    drop_later(store, "infer")
     note(device_kind=device_kind(resolve_device(config)), weights_sha256=info.sha256)
     model, info = _cached_model(config.weights, info.sha256, resolve_device(config))
     drive = DriveInput.from_store(store, info.config)
@@ -140,6 +139,7 @@ def _infer_claimed(
     info: WeightsInfo,
 ) -> int:
     """Infer `segments` as the only worker at them; an interruption waits for their round."""
+    is_idle = True
     with ExitStack() as claims:
         for segment in segments:
             if is_segment_done(store, drive.plan, segment, keys[segment.index]):
@@ -152,6 +152,10 @@ def _infer_claimed(
                     f"{segment.stop}) died {claim.deaths} times in a row at chunk {done}"
                 )
             _drop_stale(store, drive.plan, segment, keys[segment.index])
+            is_idle = False
+        if is_idle:  # another worker has finished them since they were looked at
+            return 0
+        drop_later(store, "infer")
         return run_until_stopped(
             lambda stop: _infer_in_lanes(store, drive, segments, keys, model, config, info, stop)
         )
@@ -211,8 +215,9 @@ def is_segment_done(store: ReconstructionStore, plan: Plan, segment: Segment, ke
 def _drop_stale(store: ReconstructionStore, plan: Plan, segment: Segment, key: str) -> None:
     """Take back chunks of other weights, rule, frames or plan: they are not progress."""
     current = {chunk_commit(segment.index, c.index) for c in segment.chunks(plan.chunk_frames)}
-    for name, record in store.commits(f"infer/{segment.index:04d}").items():
-        if name not in current or record.get("key") != key:
+    records = store.commits(f"infer/{segment.index:04d}")
+    for name in store.commit_names(f"infer/{segment.index:04d}"):
+        if name not in current or records.get(name, {}).get("key") != key:
             store.drop_commits(name)
 
 

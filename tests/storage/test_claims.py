@@ -105,6 +105,90 @@ def test_chunk_is_not_written_after_the_claim_on_its_segment_is_lost(store, monk
     assert store.commit_names("infer") == []
 
 
+@pytest.fixture
+def overtaken(store, monkeypatch):
+    """A claim whose holder stood still right after its last check, and was replaced meanwhile."""
+    for name, seconds in (("LEASE_S", 0.4), ("RENEW_S", 300.0), ("WATCH_S", 0.05)):
+        monkeypatch.setattr(claims, name, seconds)
+    monkeypatch.setattr(claims, "_machine", lambda: "elsewhere")
+    frozen = ReconstructionStore.open(store.url)
+    with frozen.claim("infer/0000") as lost:
+        check, stale = lost.check, ["one check that passes"]
+        monkeypatch.setattr(lost, "check", lambda: stale.pop() if stale else check())
+        monkeypatch.setattr(claims, "_machine", lambda: "here")
+        with store.claim("infer/0000"):
+            monkeypatch.setattr(claims, "LEASE_S", 300.0)
+            yield frozen
+        monkeypatch.setattr(claims, "LEASE_S", 0.0)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_writer_that_stood_still_does_not_overwrite_the_chunk_of_its_successor(
+    store, overtaken, left
+):
+    store.create_segment(SEGMENT, 4, **SHAPE)
+    chunk = SEGMENT.chunks(4)[0]
+    if left:  # of an attempt that was killed before it committed
+        store.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 3.0))
+    store.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 1.0))
+    store.commit_chunk(SEGMENT, chunk, {"key": "key"})
+    with pytest.raises((ClaimLost, CommitExists)):
+        overtaken.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 2.0))
+    assert store.verify() == []
+    assert store.read(SEGMENT, "depth", chunk.start, chunk.stop).max() == 1.0
+
+
+def test_writer_that_stood_still_does_not_remove_the_segment_of_its_successor(store, overtaken):
+    store.create_segment(SEGMENT, 8, **SHAPE)
+    chunk = SEGMENT.chunks(8)[0]
+    store.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 1.0))
+    store.commit_chunk(SEGMENT, chunk, {"key": "key"})
+    # Before it stood still there was nothing of the segment.
+    overtaken._segment_layout = lambda segment: None
+    overtaken._folder.sizes = lambda prefix: {}
+    with pytest.raises(CommitExists, match="another worker created segments/0000"):
+        overtaken.create_segment(SEGMENT, 8, **SHAPE)
+    assert store.verify() == []
+    assert store.is_chunk_done(SEGMENT, chunk, "key")
+
+
+def test_commit_of_another_worker_stands_when_its_data_are_what_is_stored(store):
+    store.create_segment(SEGMENT, 4, **SHAPE)
+    chunk, other = SEGMENT.chunks(4)[0], ReconstructionStore.open(store.url)
+    store.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 1.0))
+    other.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 2.0))
+    other.commit_chunk(SEGMENT, chunk, {"key": "key"})
+    with pytest.raises(CommitExists):
+        store.commit_chunk(SEGMENT, chunk, {"key": "key"})
+    assert store.read(SEGMENT, "depth", chunk.start, chunk.stop).max() == 2.0
+
+
+def test_claim_given_up_and_taken_anew_while_it_was_watched_is_not_taken_from_its_holder(
+    store, monkeypatch
+):
+    third = ReconstructionStore.open(store.url)
+    late = ReconstructionStore.open(store.url)
+    with store.claim("drive") as first:
+        dead = store._folder.read(first._object)
+    store._folder.write("claims/drive/000001.json", dead)  # as a killed holder leaves it
+    seen = late._folder.write_new
+    held = []
+
+    def slow_write(name, data):
+        with third.claim("drive"), third.claim("other"):  # takes it over and gives it up
+            pass
+        held.append(third.claim("drive"))
+        held[0].__enter__()
+        monkeypatch.undo()
+        seen(name, data)
+
+    monkeypatch.setattr(late._folder, "write_new", slow_write)
+    with pytest.raises(Claimed), late.claim("drive"):
+        pass
+    third._claims["drive"].check()
+    held[0].__exit__(None, None, None)
+
+
 def test_two_writers_of_one_chunk_without_claims_leave_it_unfinished_rather_than_mixed(store):
     store.create_segment(SEGMENT, 4, **SHAPE)
     chunk, other = SEGMENT.chunks(4)[0], ReconstructionStore.open(store.url)
