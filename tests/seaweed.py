@@ -65,36 +65,66 @@ class Seaweed:
         )
 
 
+class SeaweedProcess:
+    """A server that can be killed and started again on the same data and ports."""
+
+    def __init__(self, folder: Path, bucket: str = "drives") -> None:
+        """`folder` takes all that the server writes; nothing is started yet."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._ports = dict(zip(PORT_FLAGS, free_ports(len(PORT_FLAGS)), strict=True))
+        endpoint = f"http://127.0.0.1:{self._ports['s3.port']}"
+        self.access = Seaweed(endpoint, bucket, "testkey", "testsecret")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Number of the running process."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Start the server and wait until it stores.
+
+        Raises:
+            RuntimeError: no `weed` program, or the server is not ready after 90 s; the message
+                ends with the last lines of its log.
+        """
+        log = self._folder / "weed.log"
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                _command(self._folder, self._ports, self.access),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=self._folder,
+                env={**os.environ, "HOME": str(self._folder), "TMPDIR": str(self._folder)},
+            )
+        _wait_until_ready(self.access, self._process, log)
+
+    def kill(self) -> None:
+        """Kill the server (-9), if it runs; what it has acknowledged stays in the folder."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+        for kind in ("master", "volume", "filer", "s3"):  # the server has no option for these
+            socket_name = f"seaweedfs-{kind}-grpc-{self._ports[f'{kind}.port.grpc']}.sock"
+            Path("/tmp", socket_name).unlink(missing_ok=True)
+
+
 @contextmanager
 def running_seaweed(folder: Path, bucket: str = "drives") -> Iterator[Seaweed]:
     """Start a server that keeps all it writes in `folder`; stop it on leaving.
 
     Raises:
-        RuntimeError: no `weed` program, or the server is not ready after 90 s; the message
-            ends with the last lines of its log.
+        RuntimeError: as `SeaweedProcess.start`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    ports = dict(zip(PORT_FLAGS, free_ports(len(PORT_FLAGS)), strict=True))
-    server = Seaweed(f"http://127.0.0.1:{ports['s3.port']}", bucket, "testkey", "testsecret")
-    log = folder / "weed.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            _command(folder, ports, server),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            env={**os.environ, "HOME": str(folder), "TMPDIR": str(folder)},
-        )
+    server = SeaweedProcess(folder, bucket)
     try:
-        _wait_until_ready(server, process, log)
-        yield server
+        server.start()
+        yield server.access
     finally:
         # What it stored goes with the folder; a polite end takes it ten seconds.
-        process.kill()
-        process.wait()
-        for kind in ("master", "volume", "filer", "s3"):  # the server has no option for these
-            socket_name = f"seaweedfs-{kind}-grpc-{ports[f'{kind}.port.grpc']}.sock"
-            Path("/tmp", socket_name).unlink(missing_ok=True)
+        server.kill()
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,0 +1,339 @@
+"""Kill runs of a small drive at random moments, run again, and compare all that is stored.
+
+    python tests/campaigns/kills.py --runs 200 [--s3 40] [--at-once 2] [--seed N]
+        [--json FILE] [--keep FOLDER]
+
+Each run is killed once to three times with signal 9, then run until it has finished. Killed is
+one of: the process of `ttt3r reconstruct`; its process group, as when a machine is lost; with
+`--s3 N` for that many of the runs the S3 server, which is started again. After each kill
+
+- a reader is given the uninterrupted run's bytes or an error, for every chunk, state and file;
+- nothing of what is committed is damaged.
+
+After the last run
+
+- all stored arrays and meshes equal those of the uninterrupted run byte for byte;
+- each chunk that was committed before a kill has the same commit as then: it was not done again.
+
+Exit code 1 where any of this does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from campaigns.small_runs import (
+    CUT,
+    Launcher,
+    commit_objects,
+    prefect_server,
+    readable,
+    stored_objects,
+    working_folder,
+    write_drive,
+    write_tiny_weights,
+)
+from seaweed import SeaweedProcess
+
+from storage.objects import Folder, open_folder
+from storage.reconstruction import ReconstructionStore
+
+# Where the kill shall hit, and how often; inference is what costs.
+STAGES = {"probe": 2, "plan": 1, "infer": 12, "align": 3, "fuse": 4, "report": 3}
+# What is committed when a stage has ended.
+ENDS = {
+    "probe": "commits/probe.json",
+    "plan": "commits/plan.json",
+    "align": "commits/align.json",
+    "fuse": "commits/fuse/merged.json",
+    "report": "commits/report.json",
+}
+LONGEST_RUN_S = 600.0
+MOST_RUNS = 6  # of one drive; a run may fail while the S3 server is away
+NAME = "drive.zarr"
+
+
+@dataclass
+class Outcome:
+    """What became of one drive that was killed."""
+
+    where: str  # "local" or "s3"
+    kills: list[tuple[str, str]] = field(default_factory=list)  # (victim, stage it was in)
+    runs: int = 0
+    kept: int = 0  # chunks that were committed before the last kill
+    beside: int = 0  # of these, in a lane beside one that lacked the chunk of that round
+    recovery_s: float = 0.0  # longest time from a kill to the end of the next run
+    faults: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An uninterrupted run."""
+
+    objects: dict[str, str]  # digests of stored bytes, by object
+    readable: dict[str, str]  # digests of values, by what is read
+    seconds: dict[str, float]  # of each stage
+    chunks: int
+
+
+class Campaign:
+    """Drives that are killed, in one place: a local folder or a bucket."""
+
+    def __init__(
+        self,
+        root: str,
+        video: Path,
+        weights: Path,
+        launcher: Launcher,
+        server: SeaweedProcess | None = None,
+    ) -> None:
+        self._root, self._video, self._launcher = root, video, launcher
+        self._options = ("--weights", str(weights), *CUT)
+        self._server = server
+        self._where = "s3" if server else "local"
+        self.reference = self._uninterrupted()
+
+    def _start(self, name: str) -> ForkServerProcess:
+        access = self._server.access.environment if self._server else {}
+        output = f"{self._root}/{name}"
+        return self._launcher.reconstruct(self._video, output, *self._options, environment=access)
+
+    def _uninterrupted(self) -> Reference:
+        process, url, ends = self._start("whole"), f"{self._root}/whole/{NAME}", {}
+        began = time.monotonic()
+        while process.is_alive():
+            there = {n for n in commit_objects(url) if n not in ends}
+            ends |= dict.fromkeys(there, time.monotonic() - began)
+            process.join(0.01)
+        if process.exitcode != 0:
+            raise RuntimeError(f"the uninterrupted run ended with exit code {process.exitcode}")
+        chunks = [seconds for name, seconds in ends.items() if name.startswith("commits/infer/")]
+        stops = {"start": 0.0, **{stage: ends[name] for stage, name in ENDS.items()}}
+        stops["infer"] = max(chunks)
+        order = ("start", *STAGES)
+        spent = {b: stops[b] - stops[a] for a, b in pairwise(order)}
+        return Reference(stored_objects(url), readable(url), spent, len(chunks))
+
+    def run(self, number: int, rng: random.Random) -> Outcome:
+        """Kill one drive's runs, run it to its end, and judge what is stored."""
+        outcome, name = Outcome(self._where), f"{number:04d}"
+        url = f"{self._root}/{name}/{NAME}"
+        kept: dict[str, bytes] = {}
+        try:
+            for _ in range(rng.choice([1] * 8 + [2, 3])):
+                if not self._kill_one(name, url, rng, outcome):
+                    break
+                kept = self._judge_committed(url, kept, outcome)
+            self._finish(name, url, kept, outcome)
+        except Exception:
+            outcome.faults.append(traceback.format_exc(limit=5))
+        return outcome
+
+    def _kill_one(self, name: str, url: str, rng: random.Random, outcome: Outcome) -> bool:
+        """Start a run and kill; False if it ended before."""
+        process, began = self._start(name), time.monotonic()
+        outcome.runs += 1
+        self._await_moment(process, open_folder(url), rng)
+        victim = self._choose_victim(rng)
+        if not process.is_alive():
+            process.join()
+            if process.exitcode != 0:
+                outcome.faults.append(f"a run that nobody killed: exit code {process.exitcode}")
+            return False
+        if victim == "s3 server":
+            outcome.kills.append(
+                (victim, stage_of(url, self.reference.chunks))
+            )  # read before: afterwards it is away
+            self._server.kill()
+            self._server.start()
+            process.join(LONGEST_RUN_S)
+            outcome.recovery_s = max(outcome.recovery_s, time.monotonic() - began)
+        else:
+            with suppress(ProcessLookupError):  # it ended this very moment
+                (os.killpg if victim == "process group" else os.kill)(process.pid, signal.SIGKILL)
+            process.join()
+            if process.exitcode != -signal.SIGKILL:
+                return False
+            outcome.kills.append((victim, stage_of(url, self.reference.chunks)))
+        return True
+
+    def _choose_victim(self, rng: random.Random) -> str:
+        if self._server and rng.random() < 0.6:
+            return "s3 server"
+        return rng.choice(["process", "process group"])
+
+    def _await_moment(self, process: ForkServerProcess, folder: Folder, rng: random.Random) -> None:
+        """Wait until a random moment of a random stage; a stage that is over is passed by."""
+        stage = rng.choices(list(STAGES), list(STAGES.values()))[0]
+        seconds = self.reference.seconds
+        if stage == "infer" and rng.random() < 0.75:  # else anywhere, the loading of weights too
+            count = rng.randrange(self.reference.chunks)
+            pause = rng.uniform(0, 0.08)
+            reached = lambda: len(folder.sizes("commits/infer")) >= count  # noqa: E731
+        else:
+            before = [None, *STAGES][list(STAGES).index(stage)]
+            pause = rng.uniform(0, seconds[stage])
+            count = self.reference.chunks
+            reached = {
+                None: lambda: True,
+                "infer": lambda: len(folder.sizes("commits/infer")) >= count,
+            }.get(before, lambda: folder.read(ENDS[before]) is not None)
+        while process.is_alive() and not reached():
+            process.join(0.03 if self._server else 0.002)
+        process.join(pause)
+
+    def _judge_committed(
+        self, url: str, kept: dict[str, bytes], outcome: Outcome
+    ) -> dict[str, bytes]:
+        """Compare what a reader is given; return the commits of all finished chunks."""
+        for name, found in readable(url).items():
+            if found != self.reference.readable.get(name):
+                outcome.faults.append(f"after {outcome.kills[-1]}: {name} reads otherwise")
+        commits = commit_objects(url)
+        outcome.faults += _changed(kept, commits, f"before {outcome.kills[-1]}")
+        chunks = {n: data for n, data in commits.items() if n.startswith("commits/infer/")}
+        outcome.kept, outcome.beside = len(chunks), beside_unfinished(chunks)
+        if commits and (damaged := ReconstructionStore.open(url).verify()):
+            outcome.faults.append(f"after {outcome.kills[-1]}: damaged: {damaged}")
+        return chunks
+
+    def _finish(self, name: str, url: str, kept: dict[str, bytes], outcome: Outcome) -> None:
+        code: int | None = None
+        while code != 0 and outcome.runs < MOST_RUNS:
+            process, began = self._start(name), time.monotonic()
+            outcome.runs += 1
+            process.join(LONGEST_RUN_S)
+            code = process.exitcode
+            if not self._server and code != 0:
+                break
+            outcome.recovery_s = max(outcome.recovery_s, time.monotonic() - began)
+        if code != 0:
+            outcome.faults.append(f"the last of {outcome.runs} runs ended with exit code {code}")
+            return
+        outcome.faults += _changed(kept, commit_objects(url), "done again")
+        found, expected = stored_objects(url), self.reference.objects
+        for object_name in sorted(found.keys() | expected.keys()):
+            if found.get(object_name) != expected.get(object_name):
+                outcome.faults.append(f"{object_name} differs from the uninterrupted run")
+        if not outcome.faults:
+            folder = open_folder(url)
+            folder.delete_tree("")
+
+
+def _changed(kept: dict[str, bytes], now: dict[str, bytes], when: str) -> list[str]:
+    return [f"{name}: {when}" for name, data in kept.items() if now.get(name) != data]
+
+
+def stage_of(url: str, chunks: int) -> str:
+    """The stage that was in progress, from what is committed; `chunks` are all of the drive."""
+    commits = commit_objects(url)
+    done = [stage for stage, name in ENDS.items() if name in commits]
+    if done == ["probe", "plan"]:
+        found = sum(name.startswith("commits/infer/") for name in commits)
+        return "infer" if found < chunks else "align"
+    following = {None: "probe", "probe": "plan", "align": "fuse", "fuse": "report"}
+    return following.get(done[-1] if done else None, "after the report")
+
+
+def beside_unfinished(chunks: dict[str, bytes]) -> int:
+    """Committed chunks whose round the other lane has not finished: it is computed again with it.
+
+    Lanes resume together, so that batches have the shapes of an uninterrupted run. What comes
+    out for the lane that had finished is not written.
+    """
+    parts = [name.removesuffix(".json").split("/")[2:] for name in chunks]
+    done = {(int(segment), int(chunk)) for segment, chunk in parts}
+    return sum((segment ^ 1, chunk) not in done for segment, chunk in done if segment ^ 1 < 5)
+
+
+def run_all(campaign: Campaign, runs: int, seed: int, at_once: int) -> list[Outcome]:
+    """Kill and finish `runs` drives, so many at a time."""
+
+    def run_one(number: int) -> Outcome:
+        outcome = campaign.run(number, random.Random(seed * 10_000 + number))
+        mark = "FAIL" if outcome.faults else "ok  "
+        killed = ", ".join(f"{victim} in {stage}" for victim, stage in outcome.kills)
+        lines = [f"{mark} {outcome.where} {number}: {killed or 'ended first'}", *outcome.faults]
+        print("\n      ".join(lines), flush=True)
+        return outcome
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(run_one, range(runs)))
+
+
+def summary(outcomes: list[Outcome], seconds: float) -> dict[str, object]:
+    """Figures of all drives together."""
+    kills = [kill for outcome in outcomes for kill in outcome.kills]
+    killed = [outcome for outcome in outcomes if outcome.kills]
+    return {
+        "drives_killed": len(killed),
+        "drives_that_ended_first": len(outcomes) - len(killed),
+        "on_s3": sum(outcome.where == "s3" for outcome in killed),
+        "kills": len(kills),
+        "victims": dict(Counter(victim for victim, _ in kills)),
+        "stages": dict(Counter(stage for _, stage in kills)),
+        "finished_chunks_kept": sum(outcome.kept for outcome in outcomes),
+        "of_these_in_a_round_computed_again": sum(outcome.beside for outcome in outcomes),
+        "longest_run_after_a_kill_s": max((o.recovery_s for o in outcomes), default=0.0),
+        "drives_with_faults": sum(bool(outcome.faults) for outcome in outcomes),
+        "seconds": seconds,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=200, help="drives to kill")
+    parser.add_argument("--s3", type=int, default=0, help="how many of them on S3")
+    parser.add_argument("--at-once", type=int, default=2, help="local drives at the same time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="file to write the outcomes to")
+    parser.add_argument("--keep", type=Path, help="folder to work in, left as it is")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    with (
+        working_folder(arguments.keep) as folder,
+        prefect_server(folder),
+        ThreadPoolExecutor(2) as places,
+        ExitStack() as stack,
+    ):
+        video = write_drive(folder / "drive.mp4")
+        weights = write_tiny_weights(folder / "tiny.safetensors")
+        launcher = Launcher(folder / "runs.log")
+        campaign = Campaign(str(folder / "local"), video, weights, launcher)
+        local = arguments.runs - arguments.s3
+        tasks = [places.submit(run_all, campaign, local, arguments.seed, arguments.at_once)]
+        if arguments.s3:
+            server = SeaweedProcess(folder / "seaweed")
+            stack.callback(server.kill)
+            server.start()
+            os.environ |= server.access.environment
+            campaign = Campaign(server.access.url, video, weights, launcher, server)
+            # One at a time: a kill of the server hits them all.
+            tasks.append(places.submit(run_all, campaign, arguments.s3, arguments.seed + 1, 1))
+        outcomes = [outcome for task in tasks for outcome in task.result()]
+    found = summary(outcomes, time.monotonic() - began)
+    print(json.dumps(found, indent=1))
+    if arguments.json:
+        results = {**found, "outcomes": [asdict(outcome) for outcome in outcomes]}
+        arguments.json.write_text(json.dumps(results, indent=1))
+    return 1 if any(outcome.faults for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
