@@ -36,6 +36,8 @@ class ModelConfig:
             (self.dec_embed_dim, self.dec_num_heads),
             (self.dec_embed_dim, self.state_dec_num_heads),
         ):
+            if heads < 1:
+                raise ValueError(f"{heads} attention heads; expected one or more")
             if width % heads or (width // heads) % 4:
                 raise ValueError(
                     f"a width of {width} over {heads} heads gives a head of {width / heads:g} "
