@@ -24,6 +24,7 @@ from storage.media import (
     natural_key,
     qualified,
 )
+from storage.objects import explaining
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,10 @@ def list_drives(collection: str) -> list[DriveLocation]:
 
     Raises:
         ValueError: nothing is found; says what was looked for.
+        StoreUnavailable: the location cannot be read.
     """
-    found = [location for root in _roots(collection) for location in _drives_in(root, 0)]
+    with explaining(collection):
+        found = [location for root in _roots(collection) for location in _drives_in(root, 0)]
     if not found:
         raise ValueError(
             f"{collection}: no drive is found; expected a video file "

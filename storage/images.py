@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from fsspec.core import split_protocol
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -53,7 +54,8 @@ def is_picture(location: str) -> bool:
     try:
         with open_bytes(location) as file, Image.open(file) as image:
             return image.mode in PICTURE_MODES
-    except (UnidentifiedImageError, OSError):
+    except (UnidentifiedImageError, OSError) as error:
+        _raise_if_servers(error, location)
         return True  # probing says what is wrong with it
 
 
@@ -132,6 +134,7 @@ def _common_size(images: Sequence[str], lost: dict[int, str]) -> tuple[int, int]
             with open_bytes(location) as file, Image.open(file) as image:
                 sizes[position] = _upright_size(image)
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            _raise_if_servers(error, location)
             lost[position] = _reason(error)
     common = Counter(sizes.values()).most_common(1)[0][0] if sizes else (0, 0)
     for position, size in sizes.items():
@@ -165,7 +168,20 @@ def _load(location: str) -> tuple[Image.Image, int, str]:
             upright = ImageOps.exif_transpose(image)
             return upright.convert("RGB"), rotation, (image.format or "").lower()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        _raise_if_servers(error, location)
         raise UnreadableVideo(f"{location}: {_reason(error)}") from error
+
+
+def _raise_if_servers(error: Exception, location: str) -> None:
+    """Raise an error of a server again: an image that does not arrive is no bad image.
+
+    Pillow's own errors are OSErrors without a number.
+    """
+    is_remote = split_protocol(location)[0] not in (None, "file", "local")
+    kinds = ConnectionError | TimeoutError | PermissionError
+    is_servers = isinstance(error, kinds) or getattr(error, "errno", None) is not None
+    if is_remote and is_servers and not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:

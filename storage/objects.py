@@ -14,23 +14,32 @@ import shutil
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import wraps
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import fsspec
 from fsspec.core import split_protocol
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore
 
-from storage.errors import CommitExists, StoreRefused, StoreUnavailable
+from storage.errors import CommitExists, DataDamaged, StoreError, StoreRefused, StoreUnavailable
 
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
+# Classes by name, as not every file system brings these libraries.
+LOST_CONNECTION = ("HTTPClientError", "ClientConnectionError", "ClientPayloadError")
+EXPIRED_CODES = ("ExpiredToken", "ExpiredTokenException", "RequestTimeTooSkewed")
+FULL_CODES = ("XMinioStorageFull", "InsufficientStorage", "507")
 # A listing that a connection remembers would hide what other writers add.
-REMOTE_OPTIONS = {"use_listings_cache": False}
+REMOTE_OPTIONS: dict[str, Any] = {"use_listings_cache": False}
+S3_OPTIONS: dict[str, Any] = {"max_concurrency": 1}  # else s3fs asks for the size before it reads
+MOST_DOCUMENT_BYTES = 32 * 2**20  # of a JSON object; a day of video has a tenth of it
+MOST_FILE_BYTES = 2**32  # of a mesh or picture that is read into memory
 WRITERS = 4  # objects that are written at the same time
 PUT_ATTEMPTS = 4
 PUT_PATIENCE = 4  # times the client's read timeout, for each attempt to put an object
@@ -40,6 +49,7 @@ READ_TIMEOUT_S = 15.0  # that of s3fs
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -85,14 +95,48 @@ def redacted(url: str) -> str:
     return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}" if separator else url
 
 
+def explained(act: Callable[P, T]) -> Callable[P, T]:
+    """Make a folder's method raise errors of the disk or server as one line of a StoreError."""
+
+    @wraps(act)
+    def explained_act(*arguments: P.args, **options: P.kwargs) -> T:
+        folder: Any = arguments[0]
+        with explaining(folder.url):
+            return act(*arguments, **options)
+
+    return explained_act
+
+
+@contextmanager
+def explaining(url: str) -> Iterator[None]:
+    """Turn errors of a disk, a server or its login into one clear line of a StoreError."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:
+        told = explain(error, url)
+        if told is None:
+            raise
+        raise told from None
+
+
 class Folder(ABC):
-    """Objects by name below one location."""
+    """Objects by name below one location.
+
+    Methods raise StoreUnavailable where the disk or server fails, StoreRefused where it would
+    fail again.
+    """
 
     url: str
 
     @abstractmethod
-    def read(self, name: str) -> bytes | None:
-        """Content of the object, or None where there is none."""
+    def read(self, name: str, most: int = MOST_DOCUMENT_BYTES) -> bytes | None:
+        """Content of the object, or None where there is none.
+
+        Raises:
+            DataDamaged: it has more than `most` bytes.
+        """
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
@@ -160,7 +204,7 @@ class Folder(ABC):
         """The same folder for zarr."""
 
     def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
-        """Contents of those of the objects that are there."""
+        """Contents of those of the objects that are there; as `read`."""
         found = {name: self.read(name) for name in names}
         return {name: data for name, data in found.items() if data is not None}
 
@@ -176,15 +220,19 @@ class LocalFolder(Folder):
         self.root = root
         self.url = url
 
-    def read(self, name: str) -> bytes | None:
+    @explained
+    def read(self, name: str, most: int = MOST_DOCUMENT_BYTES) -> bytes | None:
         try:
+            _check_size(name, (self.root / name).stat().st_size, most)
             return (self.root / name).read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
 
+    @explained
     def write(self, name: str, data: bytes) -> None:
         self._put(name, lambda temporary: temporary.write_bytes(data), os.replace)
 
+    @explained
     def write_many(self, objects: Mapping[str, bytes]) -> None:
         self._put_many(objects, os.replace)
 
@@ -222,12 +270,14 @@ class LocalFolder(Folder):
                 temporary.unlink(missing_ok=True)
         in_parallel(_fsync, changed)
 
+    @explained
     def write_new(self, name: str, data: bytes) -> None:
         try:
             self._put(name, lambda temporary: temporary.write_bytes(data), os.link)
         except FileExistsError as error:
             raise CommitExists(f"{self.object_url(name)} exists already") from error
 
+    @explained
     def upload(self, name: str, source: Path) -> None:
         self._put(name, lambda temporary: shutil.copyfile(source, temporary), os.replace)
 
@@ -251,6 +301,7 @@ class LocalFolder(Folder):
     def download(self, name: str, target: Path) -> None:
         shutil.copyfile(self.root / name, target)
 
+    @explained
     def delete(self, name: str) -> None:
         target = self.root / name
         try:
@@ -259,16 +310,19 @@ class LocalFolder(Folder):
             return
         _fsync(target.parent)
 
+    @explained
     def delete_tree(self, prefix: str) -> None:
         target = self.root / prefix
         if target.is_dir():
             shutil.rmtree(target)
             _fsync(target.parent)
 
+    @explained
     def sizes(self, prefix: str = "") -> dict[str, int]:
         found = self._walk(prefix)
         return {name: info.size for name, info in found.items() if not is_unfinished(name)}
 
+    @explained
     def objects(self) -> dict[str, ObjectInfo]:
         return self._walk("")
 
@@ -280,6 +334,7 @@ class LocalFolder(Folder):
                 found[path.relative_to(self.root).as_posix()] = _info(path)
         return {name: info for name, info in sorted(found.items()) if info is not None}
 
+    @explained
     def is_file(self) -> bool:
         return self.root.is_file()
 
@@ -292,31 +347,48 @@ class RemoteFolder(Folder):
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.filesystem, root = fsspec.core.url_to_fs(url, **REMOTE_OPTIONS)
+        is_s3 = split_protocol(url)[0] in ("s3", "s3a")
+        self._options = {**REMOTE_OPTIONS, **(S3_OPTIONS if is_s3 else {})}
+        self.filesystem, root = fsspec.core.url_to_fs(url, **self._options)
         self.root = root.rstrip("/")
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
-    def read(self, name: str) -> bytes | None:
+    @explained
+    def read(self, name: str, most: int = MOST_DOCUMENT_BYTES) -> bytes | None:
         try:
-            return self.filesystem.cat_file(self._path(name))
+            data = self.filesystem.cat_file(self._path(name), start=0, end=most + 1)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if not _is_empty(error):
+                raise
+            return b""
+        _check_size(name, len(data), most)
+        return data
 
+    @explained
     def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
-        wanted = {self._path(name): name for name in names}
+        wanted = list(names)
         if not wanted:
             return {}
-        found = self.filesystem.cat(list(wanted), on_error="return")
-        for content in found.values():
+        paths, stop = [self._path(name) for name in wanted], MOST_DOCUMENT_BYTES + 1
+        found = self.filesystem.cat_ranges(paths, 0, stop, on_error="return")
+        found = [b"" if _is_empty(content) else content for content in found]
+        for content in found:
             if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
                 raise content
-        return {wanted[p]: data for p, data in found.items() if isinstance(data, bytes)}
+        there = {n: d for n, d in zip(wanted, found, strict=True) if isinstance(d, bytes)}
+        for name, data in there.items():
+            _check_size(name, len(data), MOST_DOCUMENT_BYTES)
+        return there
 
+    @explained
     def write(self, name: str, data: bytes) -> None:
         self._put(self.filesystem.pipe_file, len(data), self._path(name), data)
 
+    @explained
     def write_new(self, name: str, data: bytes) -> None:
         try:
             self._put(self.filesystem.pipe_file, len(data), self._path(name), data, mode="create")
@@ -328,6 +400,7 @@ class RemoteFolder(Folder):
                 return
             raise CommitExists(f"{self.object_url(name)} exists already") from error
 
+    @explained
     def upload(self, name: str, source: Path) -> None:
         size = source.stat().st_size
         self._put(self.filesystem.put_file, size, str(source), self._path(name))
@@ -352,21 +425,25 @@ class RemoteFolder(Folder):
     def download(self, name: str, target: Path) -> None:
         self.filesystem.get_file(self._path(name), str(target))
 
+    @explained
     def delete(self, name: str) -> None:
         try:
             self.filesystem.rm_file(self._path(name))
         except FileNotFoundError:
             return
 
+    @explained
     def delete_tree(self, prefix: str) -> None:
         try:
             self.filesystem.rm(self._path(prefix), recursive=True)
         except FileNotFoundError:
             return
 
+    @explained
     def sizes(self, prefix: str = "") -> dict[str, int]:
         return {name: int(info["size"]) for name, info in self._find(prefix).items()}
 
+    @explained
     def objects(self) -> dict[str, ObjectInfo]:
         # Without a date an object counts as new: nobody takes it for a leftover.
         return {
@@ -380,11 +457,12 @@ class RemoteFolder(Folder):
         names = {path[start:]: info for path, info in sorted(found.items())}
         return {name: info for name, info in names.items() if name and name[-1] != "/"}
 
+    @explained
     def is_file(self) -> bool:
         return False  # S3 lets an object and a folder share a name
 
     def zarr_store(self) -> Store:
-        return FsspecStore.from_url(self.url, storage_options=dict(REMOTE_OPTIONS))
+        return FsspecStore.from_url(self.url, storage_options=dict(self._options))
 
 
 def explain(error: Exception, url: str) -> StoreUnavailable | None:
@@ -396,10 +474,16 @@ def explain(error: Exception, url: str) -> StoreUnavailable | None:
     return kind(f"{redacted(url)}: {reason}")
 
 
+def is_expired(error: BaseException) -> bool:
+    """Whether the server refused credentials only for their age: others may come in time."""
+    return _code(error) in EXPIRED_CODES
+
+
 def _is_refusal(error: Exception) -> bool:
     """Whether the same attempt would fail again, unlike a lost connection or a full disk."""
     final = PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError
-    return isinstance(error, final) or type(error).__name__ in NO_CREDENTIALS
+    is_final = isinstance(error, final) and not is_expired(error)
+    return is_final or type(error).__name__ in NO_CREDENTIALS
 
 
 def _reason(error: Exception) -> str | None:
@@ -410,6 +494,12 @@ def _reason(error: Exception) -> str | None:
         )
     if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError"):
         return "the server does not answer; check AWS_ENDPOINT_URL and the network"
+    if any(base.__name__ in LOST_CONNECTION for base in type(error).__mro__):
+        return f"the connection to the server failed ({kind}); check the network, run again"
+    if is_expired(error):
+        return "the credentials have expired; renew them and run again, what is finished is kept"
+    if _is_full(error):
+        return "no space is left; make room and run again, what is finished is kept"
     if isinstance(error, PermissionError):
         return "access denied; check the permissions, or the credentials and their rights"
     if isinstance(error, FileNotFoundError):
@@ -417,6 +507,24 @@ def _reason(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return f"cannot be used: {error.strerror or kind}"
     return None
+
+
+def _is_empty(found: Any) -> bool:
+    """Whether a read failed as there is no first byte to read."""
+    return isinstance(found, OSError) and _code(found) == "InvalidRange"
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return _code(error) in FULL_CODES
+
+
+def _code(error: BaseException) -> str | None:
+    """What an S3 server called the error, as s3fs passes it on."""
+    response = getattr(error.__cause__, "response", None) or {}
+    code = response.get("Error", {}).get("Code")
+    return None if code is None else str(code)
 
 
 def _read_timeout(filesystem: fsspec.AbstractFileSystem) -> float:
@@ -429,8 +537,7 @@ def _is_lost_race(error: OSError) -> bool:
     """Whether a conditional put was refused as the object exists (errors differ by server)."""
     if isinstance(error, FileExistsError):
         return True
-    response = getattr(error.__cause__, "response", None) or {}
-    return response.get("Error", {}).get("Code") == "PreconditionFailed"
+    return _code(error) == "PreconditionFailed"
 
 
 def _timestamp(date: datetime | None) -> float:
@@ -450,6 +557,11 @@ def in_parallel(act: Callable[[T], object], items: Iterable[T]) -> None:
     with ThreadPoolExecutor(WRITERS) as pool:
         for _ in pool.map(act, items):
             pass
+
+
+def _check_size(name: str, size: int, most: int) -> None:
+    if size > most:
+        raise DataDamaged(f"{name} is larger than {most >> 20} MiB: nothing of ours is")
 
 
 def _temporary(target: Path) -> Path:

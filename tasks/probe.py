@@ -12,6 +12,7 @@ from prefect import task
 
 from storage.drives import drive_files
 from storage.media import file_name
+from storage.objects import explaining
 from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord
 from storage.video import probe_drive
@@ -41,13 +42,15 @@ def fingerprint(location: str) -> list[list[Any]]:
     output of this pipeline included, changes nothing.
 
     Raises:
-        FileNotFoundError: there is nothing at `location`.
+        ValueError: there is nothing at `location`.
+        StoreUnavailable: it cannot be read.
     """
-    fs, path = fsspec.core.url_to_fs(location)
-    if not fs.exists(path):
-        raise FileNotFoundError(f"there is no video or folder at {location}; check the path")
-    videos, images = ([location], []) if fs.isfile(path) else drive_files(location)
-    found = {file: fs.info(file) for file in videos or images}
+    with explaining(location):
+        fs, path = fsspec.core.url_to_fs(location)
+        if not fs.exists(path):
+            raise ValueError(f"there is no video or folder at {location}; check the path")
+        videos, images = ([location], []) if fs.isfile(path) else drive_files(location)
+        found = {file: fs.info(file) for file in videos or images}
     return [
         [file_name(name) if name != location else "", info["size"], _modification_mark(info)]
         for name, info in found.items()

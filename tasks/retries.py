@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.settings import PREFECT_TASK_DEFAULT_RETRY_DELAY_SECONDS
 
 from storage.errors import (
     Claimed,
@@ -18,6 +20,9 @@ from storage.errors import (
     StoreTooNew,
     StoreUnavailable,
 )
+from storage.objects import is_expired
+
+log = logging.getLogger(__name__)
 
 # A mistake of the user or of the input stays what it is, however often it is tried.
 FINAL_ERRORS = (
@@ -45,20 +50,25 @@ DRIVE_ERRORS = (
     ImportError,
     MemoryError,
 )
-RETRY_DELAYS_S = [10, 60, 300]
+RETRIES = 3
+# Others where PREFECT_TASKS_DEFAULT_RETRY_DELAY_SECONDS is set.
+RETRY_DELAYS_S = PREFECT_TASK_DEFAULT_RETRY_DELAY_SECONDS.value() or [10, 60, 300]
 
 
 def is_worth_retrying(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
     """Whether the failure may be the network's, the store's or the machine's."""
     error = state.result(raise_on_failure=False)
-    return not isinstance(error, FINAL_ERRORS)
+    is_worth_it = is_expired(error) or not isinstance(error, FINAL_ERRORS)
+    if is_worth_it:
+        log.warning("%s failed; at most %d attempts are made: %s", task.name, RETRIES + 1, error)
+    return is_worth_it
 
 
 # The store decides what is finished: Prefect caches no result.
 STAGE_OPTIONS: dict[str, Any] = {
     "cache_policy": NO_CACHE,
     "persist_result": False,
-    "retries": len(RETRY_DELAYS_S),
+    "retries": RETRIES,
     "retry_delay_seconds": RETRY_DELAYS_S,
     "retry_condition_fn": is_worth_retrying,
 }

@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from io import BytesIO
 from typing import Any
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, DummyCookieJar, TCPConnector, web
@@ -61,11 +62,15 @@ SPELLS = (Fault.FULL, Fault.EXPIRED)  # these stay for a while
 NEED_REQUEST_BODY = (Fault.RESET_IN_REQUEST,)
 NEED_WRITE = (Fault.FULL, Fault.LOST_ANSWER, Fault.LATE)
 NEED_ANSWER_BODY = (Fault.RESET_IN_ANSWER, Fault.TRUNCATED, Fault.TRUNCATED_CHUNKED)
+# Writes and listings are fewer than reads, and spells break many requests.
 DEFAULT_WEIGHTS = dict.fromkeys(Fault, 1.0) | {
-    Fault.FULL: 0.05,
+    Fault.FULL: 0.1,
     Fault.EXPIRED: 0.05,
     Fault.TIMEOUT: 0.3,
-    Fault.LATE: 0.3,
+    Fault.LATE: 1.0,
+    Fault.LOST_ANSWER: 3.0,
+    Fault.RESET_IN_REQUEST: 2.0,
+    Fault.STALE_LISTING: 5.0,
 }
 
 
@@ -175,11 +180,11 @@ class FaultProxy:
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if fault in ERRORS:
-            await request.read()
+            await request.content.read()
             return _error(fault, request.path)
         if fault is Fault.RESET_IN_REQUEST:
             return await self._cut_request(request)
-        body = await request.read()
+        body = await request.content.read()
         if fault is Fault.LATE:
             await self._be_silent()
             late = asyncio.create_task(self._forward_late(request, body))
@@ -196,12 +201,15 @@ class FaultProxy:
             return await _cut_answer(request, answer, fault)
         return _whole(answer, request.method)
 
-    async def _forward(self, request: web.BaseRequest, body: object) -> Answer:
+    async def _forward(
+        self, request: web.BaseRequest, body: bytes | AsyncIterator[bytes]
+    ) -> Answer:
         """Let the server do it; headers stay as signed, but for those of the connection."""
         headers = {k: v for k, v in request.headers.items() if k.lower() not in HOP_BY_HOP}
+        data = BytesIO(body) if isinstance(body, bytes) else body
         url = URL(self._upstream + request.raw_path, encoded=True)
         async with self._session.request(
-            request.method, url, headers=headers, data=body or None, allow_redirects=False
+            request.method, url, headers=headers, data=data if body else None, allow_redirects=False
         ) as got:
             kept = {k: v for k, v in got.headers.items() if k.lower() not in HOP_BY_HOP}
             answer = Answer(got.status, kept, await got.read())
@@ -214,7 +222,7 @@ class FaultProxy:
 
     async def _cut_request(self, request: web.BaseRequest) -> web.StreamResponse:
         """Half of the body reaches the server, then both connections end."""
-        body = await request.read()
+        body = await request.content.read()
 
         async def half() -> AsyncIterator[bytes]:
             yield body[: len(body) // 2]
