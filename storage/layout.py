@@ -19,6 +19,7 @@ exact.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,7 @@ HALF_ABSOLUTE_ERROR = 2.0**-23  # where float16 runs out of exponents, below 6.1
 FRAMES_PER_READ = 4  # images that are decoded together: the least that a read costs
 ROWS_PER_OBJECT = 65536  # arrays that are written as a whole
 GATE_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+FIXED_SIZES = {"row3": 3, "col3": 3, "row4": 4, "col4": 4}  # dimensions of one length always
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ FRAME_ARRAYS = (
         "1",
         "what is special about the frame",
         notes=(
-            ("flag_masks", [KEYFRAME, DAMAGED, DUPLICATE]),
+            ("flag_masks", (KEYFRAME, DAMAGED, DUPLICATE)),
             ("flag_meanings", "keyframe damaged duplicate"),
         ),
     ),
@@ -177,7 +179,7 @@ SEGMENT_ARRAYS = (
         "float32",
         "1",
         "quantiles over the state tokens of the learning rate applied at the frame",
-        notes=(("quantiles", list(GATE_QUANTILES)),),
+        notes=(("quantiles", GATE_QUANTILES),),
     ),
 )
 
@@ -245,6 +247,21 @@ def by_name(specs: Iterable[ArraySpec]) -> dict[str, ArraySpec]:
     return {spec.name: spec for spec in specs}
 
 
+def spec_at(path: str) -> ArraySpec:
+    """The array that lies at a path of the store, such as "segments/0003/depth".
+
+    Raises:
+        KeyError: none does.
+    """
+    group, _, name = path.rpartition("/")
+    if group in (FRAMES, TRAJECTORY):
+        return by_name(FRAME_ARRAYS if group == FRAMES else TRAJECTORY_ARRAYS)[name]
+    if re.fullmatch(rf"{SEGMENTS}/\d+(/state)?", group) is None:
+        raise KeyError(path)
+    is_state = group.endswith("/state")
+    return by_name(STATE_ARRAYS if is_state else SEGMENT_ARRAYS)[name]
+
+
 def segment_name(index: int) -> str:
     """Group of a segment inside the store."""
     return f"{SEGMENTS}/{index:04d}"
@@ -272,7 +289,7 @@ def dimension_sizes(specs: Iterable[ArraySpec], arrays: Mapping[str, np.ndarray]
         ValueError: an array has another number of dimensions than declared, or two arrays
             disagree on a length.
     """
-    sizes = {"row3": 3, "col3": 3, "row4": 4, "col4": 4}
+    sizes = dict(FIXED_SIZES)
     for spec in specs:
         shape = np.shape(arrays[spec.name])
         expected = [sizes.get(dim, n) for dim, n in zip(spec.dims, shape, strict=False)]

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from zarr.core.array import Array
+from zarr.storage import StorePath
 
 from storage import layout
+from storage.bounds import check_array, check_whole
 from storage.claims import Claim, claimed_names
 from storage.commits import Commits, plain
 from storage.encoding import (
@@ -42,7 +43,7 @@ from storage.errors import (
 )
 from storage.garbage import find_garbage
 from storage.layout import ArraySpec, by_name, chunk_commit, segment_claim, segment_name
-from storage.objects import Folder, check_name, explain, open_folder, redacted
+from storage.objects import MOST_FILE_BYTES, Folder, check_name, explaining, open_folder, redacted
 from storage.records import Chunk, Segment
 
 __all__ = [
@@ -118,7 +119,7 @@ class ReconstructionStore:
             StoreTooNew: a store of a newer schema is there.
             StoreUnavailable: no credentials, no such bucket, not writable, no answer.
         """
-        with _explained(url):
+        with explaining(str(url)):
             folder = open_folder(str(url).rstrip("/"))
             found = _root_attributes(folder)
             if found is None:
@@ -136,7 +137,7 @@ class ReconstructionStore:
             StoreMissing: nothing is there.
             NotAStore, StoreTooNew, StoreUnavailable: as for `create`.
         """
-        with _explained(url):
+        with explaining(str(url)):
             folder = open_folder(str(url).rstrip("/"))
             if _root_attributes(folder) is None:
                 raise StoreMissing(
@@ -278,7 +279,7 @@ class ReconstructionStore:
         written = {path.rpartition("/")[2] for path in record.get("digests", ())}
         names = [spec.name for spec in specs if spec.name in written]
         with self._damage_named(f"{group}; drop commit {stage!r} and run the stage again"):
-            arrays = {name: np.asarray(self._array(f"{group}/{name}")[...]) for name in names}
+            arrays = {name: self._whole(f"{group}/{name}") for name in names}
         if self._commits.read(stage) != record:
             raise ChunkMissing(f"{group} of {redacted(self.url)} changed while being read; retry")
         return arrays
@@ -311,8 +312,8 @@ class ReconstructionStore:
             state_tokens: (S, D) of the state after each chunk.
             pose_memory: (M, 2D) of the state after each chunk.
         """
-        common = {"y": height, "x": width, "embed": embed, "row4": 4, "col4": 4, "row3": 3}
-        common |= {"col3": 3, "quantile": len(layout.GATE_QUANTILES)}
+        common = {**layout.FIXED_SIZES, "y": height, "x": width, "embed": embed}
+        common["quantile"] = len(layout.GATE_QUANTILES)
         common["token"], common["channel"] = state_tokens
         common["slot"], common["pair"] = pose_memory
         missing = []
@@ -537,6 +538,9 @@ class ReconstructionStore:
         Read whole and decoded here they cost a tenth of what Zarr takes to find its way.
         """
         documents = self._folder.read_many([f"{path}/zarr.json" for path in paths])
+        for name, document in documents.items():
+            path = name.removesuffix("/zarr.json")
+            check_array(path, document, layout.spec_at(path))
         found = {
             name.removesuffix("/zarr.json"): small
             for name, document in documents.items()
@@ -608,7 +612,7 @@ class ReconstructionStore:
 
     def get_file(self, name: str) -> bytes:
         """Content of a stored file; FileNotFoundError where there is none."""
-        data = self._folder.read(_check_file_name(name))
+        data = self._folder.read(_check_file_name(name), MOST_FILE_BYTES)
         if data is None:
             raise FileNotFoundError(f"no file {name!r} in {redacted(self.url)}")
         return data
@@ -703,9 +707,9 @@ class ReconstructionStore:
         commits = self.commits()
         layouts: dict[int, dict[str, Any]] = {}
         for name in {n.split("/")[1] for n in self._folder.sizes(layout.SEGMENTS) if "/" in n}:
-            data = self._folder.read(f"{layout.SEGMENTS}/{name}/zarr.json")
-            if name.isdigit() and data:
-                layouts[int(name)] = json.loads(data)["attributes"]
+            found = _attributes(self._folder.read(f"{layout.SEGMENTS}/{name}/zarr.json"))
+            if name.isdigit() and found:
+                layouts[int(name)] = found
         valid = {n: record for n, record in commits.items() if _is_valid(n, record, layouts)}
         planned = {s["index"] for s in self.attributes.get("plan", {}).get("segments", ())}
         vouched = {int(n.split("/")[1]) for n in valid if n.startswith("infer/")}
@@ -755,47 +759,48 @@ class ReconstructionStore:
 
     def _stored_digest(self, path: str, record: dict[str, Any], chunk: str | None) -> str | None:
         try:
-            array = self._array(path)
-            if chunk is None:
-                return _digest(np.asarray(array[...]))
-            if "/state/" in path:
-                return _digest(np.asarray(array[int(chunk) : int(chunk) + 1]))
-            frames = record["frames"]
-            rows = array.shards or array.chunks
-            start = int(chunk) * rows[0]
-            return _digest(np.asarray(array[start : start + frames[1] - frames[0]]))
-        except UNDECODABLE:  # not OSError: a lost connection is no damage
+            with explaining(self.url):
+                return self._array_digest(path, record, chunk)
+        except UNDECODABLE:  # not StoreUnavailable: a lost connection is no damage
             return None
+
+    def _array_digest(self, path: str, record: dict[str, Any], chunk: str | None) -> str:
+        if chunk is None:
+            return _digest(self._whole(path))
+        array = self._array(path)
+        if "/state/" in path:
+            return _digest(np.asarray(array[int(chunk) : int(chunk) + 1]))
+        frames = record["frames"]
+        rows = array.shards or array.chunks
+        start = int(chunk) * rows[0]
+        return _digest(np.asarray(array[start : start + min(frames[1] - frames[0], rows[0])]))
 
     # ---- zarr
 
     def _array(self, path: str) -> Array[Any]:
+        """An array of the layout, found to be one before anything is allocated for it."""
+        document = self._folder.read(f"{path}/zarr.json")
+        if document is None:
+            raise DataDamaged(f"array {path} of {redacted(self.url)} is gone")
         try:
-            return zarr.open_array(self._zarr, path=path, mode="r", zarr_format=3)
-        except FileNotFoundError as error:
-            raise DataDamaged(f"array {path} of {redacted(self.url)} is gone") from error
+            check_array(path, document, layout.spec_at(path))
+            return Array.from_dict(StorePath(self._zarr, path), json.loads(document))
+        except UNDECODABLE as error:
+            raise DataDamaged(f"{redacted(self.url)}: {error}") from error
+
+    def _whole(self, path: str) -> np.ndarray:
+        array = self._array(path)
+        check_whole(path, array)
+        return np.asarray(array[...])
 
     @contextmanager
     def _damage_named(self, what: str) -> Iterator[None]:
         """Turn a decoder's error into one that says which data are damaged."""
         try:
-            yield
+            with explaining(self.url):
+                yield
         except (ValueError, RuntimeError) as error:
             raise DataDamaged(f"{redacted(self.url)}: cannot decode {what} ({error})") from error
-
-
-@contextmanager
-def _explained(url: str | Path) -> Iterator[None]:
-    """Turn errors of the file system or its login into one clear line."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except Exception as error:
-        explained = explain(error, str(url))
-        if explained is None:
-            raise
-        raise explained from None
 
 
 def _write_root(
@@ -813,10 +818,7 @@ def _root_attributes(folder: Folder) -> dict[str, Any] | None:
     data = folder.read("zarr.json")
     if data is None:
         return None
-    try:
-        found = json.loads(data).get("attributes") or {}
-    except (ValueError, AttributeError):
-        found = {}
+    found = _attributes(data)
     if found.get("schema") != layout.SCHEMA:
         raise NotAStore(
             f"{redacted(folder.url)} holds a Zarr node that is not a reconstruction; it is left "
@@ -828,6 +830,15 @@ def _root_attributes(folder: Folder) -> dict[str, Any] | None:
             f"knows up to {layout.SCHEMA_VERSION}: update it, or choose another location"
         )
     return found
+
+
+def _attributes(document: bytes | None) -> dict[str, Any]:
+    """Attributes of a group; none where it is not there or not one."""
+    try:
+        found = json.loads(document or b"{}")["attributes"]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _refuse_other_content(folder: Folder) -> None:
@@ -842,7 +853,7 @@ def _refuse_other_content(folder: Folder) -> None:
 
 def _layout_in(data: bytes | None) -> dict[str, Any] | None:
     """What a segment's group says of it; None where it is not there or not finished."""
-    found = json.loads(data)["attributes"] if data else {}
+    found = _attributes(data)
     return found if "creation" in found else None
 
 

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 KEYFRAME = 1  # FrameTable.flags: decoding can start at this frame
 DAMAGED = 2  # FrameTable.flags: decodes, but the decoder had to patch the picture
 DUPLICATE = 4  # FrameTable.flags: no visible change from the frame before
+MOST_FRAMES = 2**24  # of a drive: a day at 190 frames a second
+MOST_COVERS = 3  # segments that hold a frame; plans have at most two, but for roundings
 NOWHERE = -1  # part of a segment, and part and segment of a frame, that has no result
 
 
@@ -221,6 +223,24 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
-        """Inverse of `to_json`."""
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: no drive has such a plan; it would fill the memory, or lead nowhere.
+        """
         segments = tuple(Segment(**segment) for segment in data["segments"])
-        return cls(data["frames"], data["chunk_frames"], segments)
+        plan = cls(data["frames"], data["chunk_frames"], segments)
+        if not plan._is_possible():
+            raise ValueError(
+                f"the plan of {plan.frames} frames in {len(segments)} segments and chunks of "
+                f"{plan.chunk_frames} frames is that of no drive"
+            )
+        return plan
+
+    def _is_possible(self) -> bool:
+        if not 0 <= self.frames <= MOST_FRAMES or self.chunk_frames < 1:
+            return False
+        for index, segment in enumerate(self.segments):
+            if segment.index != index or not 0 <= segment.start < segment.stop <= self.frames:
+                return False
+        return sum(s.frames for s in self.segments) <= MOST_COVERS * self.frames

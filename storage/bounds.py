@@ -1,0 +1,120 @@
+"""Bounds of what is read from a store that somebody else may have written.
+
+A document or an array that is none of ours is refused before anything is allocated for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec
+from zarr.core.array import Array
+from zarr.core.array_spec import ArraySpec as ChunkSpec
+from zarr.core.buffer import Buffer
+from zarr.registry import register_codec
+
+from storage.errors import DataDamaged
+from storage.layout import FIXED_SIZES, ArraySpec
+from storage.records import MOST_FRAMES
+
+MOST_OBJECT_BYTES = 2**30  # of an object, before compression
+MOST_WHOLE_BYTES = 2**32  # of an array that is read as a whole
+MOST_PARTS = 2**16  # of an object that are compressed each by itself
+CODECS = frozenset({"bytes", "blosc", "crc32c", "sharding_indexed"})
+BLOSC_HEADER = 16  # bytes; 4 to 7 hold the size before compression
+
+
+def check_array(path: str, document: bytes, spec: ArraySpec) -> None:
+    """Make sure that zarr.json is that of an array that is laid out as `spec` says.
+
+    Raises:
+        DataDamaged: it is not, or it is so large that reading it would fill the memory.
+    """
+    fault = _fault(document, spec)
+    if fault:
+        raise DataDamaged(f"array {path} is none of this software's: {fault}")
+
+
+@lru_cache(maxsize=256)
+def _fault(document: bytes, spec: ArraySpec) -> str | None:
+    """What is not as in the layout."""
+    try:
+        node = json.loads(document)
+        return _fault_of_shape(node, spec)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        return f"its metadata cannot be understood ({type(error).__name__}: {error})"
+
+
+def _fault_of_shape(node: Mapping[str, Any], spec: ArraySpec) -> str | None:
+    shape = _lengths(node["shape"])
+    cut = _lengths(node["chunk_grid"]["configuration"]["chunk_shape"])
+    fixed = [FIXED_SIZES.get(dim) for dim in spec.dims]
+    found = node["node_type"], node["data_type"], node.get("storage_transformers", [])
+    if found != ("array", spec.dtype, []):
+        return f"{found} instead of an array of {spec.dtype}"
+    if len(shape) != len(fixed) or any(
+        f not in (None, n) for f, n in zip(fixed, shape, strict=True)
+    ):
+        return f"shape {shape} instead of {spec.dims}"
+    row_bytes = math.prod(shape[1:]) * np.dtype(spec.dtype).itemsize
+    if shape[0] > MOST_FRAMES or cut[0] * row_bytes > MOST_OBJECT_BYTES:
+        return f"shape {shape} in objects of {cut} is larger than anything that fits"
+    return _fault_of_codecs(node["codecs"], cut, shape)
+
+
+def _fault_of_codecs(codecs: Sequence[Any], cut: list[int], shape: list[int]) -> str | None:
+    """What is unknown of codecs, or cut otherwise than along the first axis."""
+    if min(cut, default=0) < 1 or cut[1:] != shape[1:]:
+        return f"objects of {cut} of an array of {shape}"
+    names = [codec["name"] for codec in codecs]
+    if not CODECS.issuperset(names):
+        return f"codecs {names}"
+    inner = [codec["configuration"] for codec in codecs if codec["name"] == "sharding_indexed"]
+    for settings in inner:
+        parts = _lengths(settings["chunk_shape"])
+        if cut[0] > parts[0] * MOST_PARTS:
+            return f"objects of {cut} in parts of {parts}"
+        fault = _fault_of_codecs(settings["index_codecs"], cut, shape) or _fault_of_codecs(
+            settings["codecs"], parts, shape
+        )
+        if fault:
+            return fault
+    return None
+
+
+def _lengths(values: Any) -> list[int]:
+    lengths = list(values)
+    if not all(type(n) is int and n >= 0 for n in lengths):
+        raise ValueError(f"lengths {lengths}")
+    return lengths
+
+
+def check_whole(path: str, array: Array[Any]) -> None:
+    """Refuse an array that does not fit into memory as a whole.
+
+    Raises:
+        DataDamaged: it does not; none of those that are read so is as large.
+    """
+    if array.nbytes > MOST_WHOLE_BYTES:
+        raise DataDamaged(f"array {path} has {array.nbytes} bytes; it is not read as a whole")
+
+
+class BoundedBlosc(BloscCodec):
+    """Blosc that decompresses to the size of the chunk or not at all."""
+
+    def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ChunkSpec) -> Buffer:
+        header = chunk_bytes.to_bytes()[:BLOSC_HEADER]
+        wanted = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize
+        if len(header) < BLOSC_HEADER or int.from_bytes(header[4:8], "little") != wanted:
+            raise ValueError(f"a compressed chunk does not hold {wanted} bytes")
+        return super()._decode_sync(chunk_bytes, chunk_spec)
+
+
+register_codec("blosc", BoundedBlosc)
+zarr.config.set({"codecs.blosc": f"{BoundedBlosc.__module__}.{BoundedBlosc.__qualname__}"})

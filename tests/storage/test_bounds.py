@@ -1,0 +1,151 @@
+"""Stores that somebody else wrote: what is none of ours costs one line, not the memory."""
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+from numcodecs.blosc import Blosc
+from small_segment import SEGMENT, SHAPE, chunk_arrays
+
+from storage.reconstruction import DataDamaged, NotAStore, ReconstructionStore
+from storage.records import Plan
+
+LARGE = 33 * 2**20
+DEPTH = "segments/0000/depth"
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store with one chunk and a table of frames."""
+    made = ReconstructionStore.create(tmp_path / "drive.zarr", {})
+    made.create_segment(SEGMENT, 8, **SHAPE)
+    chunk = SEGMENT.chunks(8)[0]
+    made.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 1.0))
+    made.commit_chunk(SEGMENT, chunk, {"key": "k"})
+    made.write_frames(*(np.zeros(100, t) for t in ("f8", "i4", "i4", "u1")))
+    made.commit("probe", {"key": "k"})
+    return made
+
+
+def path_of(store: ReconstructionStore, name: str) -> Path:
+    return Path(store.url, name)
+
+
+def grow(path: Path) -> None:
+    """Make a file larger than any record; it takes no space on the disk."""
+    with path.open("r+b") as file:
+        file.truncate(LARGE)
+
+
+def test_records_of_gigabytes_are_not_read(store):
+    grow(path_of(store, "commits/probe.json"))
+    with pytest.raises(DataDamaged, match=r"commits/probe.json is larger than 32 MiB"):
+        store.read_commit("probe")
+    with pytest.raises(DataDamaged, match="larger"):
+        store.commits()
+    grow(path_of(store, f"{DEPTH}/zarr.json"))
+    with pytest.raises(DataDamaged, match="larger"):
+        store.read(SEGMENT, "depth", 0, 8)
+    grow(path_of(store, "zarr.json"))
+    with pytest.raises(DataDamaged, match="larger"):
+        ReconstructionStore.open(store.url)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"data_type": "float64"}, "float64"),
+        ({"data_type": {"name": "numpy.datetime64"}}, "datetime64"),
+        ({"shape": [46, 48]}, "shape"),
+        ({"shape": [2**40, 48, 64]}, "larger than anything"),
+        ({"shape": [46, 2**20, 2**20]}, "larger than anything"),
+        ({"shape": [-1, 48, 64]}, "lengths"),
+        ({"shape": ["46", 48, 64]}, "lengths"),
+        ({"codecs": [{"name": "bytes"}, {"name": "gzip", "configuration": {"level": 1}}]}, "gzip"),
+        ({"codecs": "zstd"}, "cannot be understood"),
+        ({"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [0, 48, 64]}}}, "of"),
+        ({"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [8, 1, 1]}}}, "of"),
+        ({"chunk_grid": None}, "cannot be understood"),
+        ({"storage_transformers": [{"name": "other"}]}, "other"),
+    ],
+)
+def test_array_of_another_layout_is_refused(store, change, said):
+    document = path_of(store, f"{DEPTH}/zarr.json")
+    document.write_text(json.dumps({**json.loads(document.read_text()), **change}))
+    with pytest.raises(DataDamaged, match=said):
+        store.read(SEGMENT, "depth", 0, 8)
+    assert store.verify() == [f"{DEPTH} chunk 0"]
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "null", "[" * 100_000, '{"shape": {}}', "\x00"])
+def test_metadata_that_is_no_metadata_is_refused(store, content):
+    path_of(store, f"{DEPTH}/zarr.json").write_text(content)
+    with pytest.raises(DataDamaged):
+        store.read(SEGMENT, "depth", 0, 8)
+    path_of(store, "zarr.json").write_text(content)
+    with pytest.raises(NotAStore):
+        ReconstructionStore.open(store.url)
+
+
+def test_shard_of_millions_of_parts_is_refused(store):
+    document = path_of(store, f"{DEPTH}/zarr.json")
+    node = json.loads(document.read_text())
+    node["shape"] = [2**24, 1, 1]
+    node["chunk_grid"]["configuration"]["chunk_shape"] = [2**24, 1, 1]
+    node["codecs"][0]["configuration"]["chunk_shape"] = [1, 1, 1]
+    document.write_text(json.dumps(node))
+    with pytest.raises(DataDamaged, match="parts"):
+        store.read(SEGMENT, "depth", 0, 8)
+
+
+def test_chunk_that_expands_is_not_decompressed(store):
+    expands = Blosc("zstd", 3, Blosc.BITSHUFFLE).encode(np.zeros(2**28, np.uint8))
+    (place,) = path_of(store, "frames/timestamp/c").iterdir()
+    place.write_bytes(expands + google_crc32c.value(expands).to_bytes(4, "little"))
+    assert place.stat().st_size < 2**20
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataDamaged, match="800 bytes"):
+            store.read_frames()
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+
+
+def test_whole_array_larger_than_memory_is_not_read(store):
+    document = path_of(store, "frames/timestamp/zarr.json")
+    node = json.loads(document.read_text())
+    node["shape"] = [2**30]
+    document.write_text(json.dumps(node))
+    with pytest.raises(DataDamaged, match="larger than anything"):
+        store.read_frames()
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"frames": 10, "chunk_frames": 0, "segments": []},
+        {"frames": 2**40, "chunk_frames": 1, "segments": []},
+        {
+            "frames": 2**20,
+            "chunk_frames": 1,
+            "segments": [{"index": i, "start": 0, "stop": 2**20, "part": 0} for i in range(100)],
+        },
+        {
+            "frames": 10,
+            "chunk_frames": 1,
+            "segments": [{"index": 0, "start": 0, "stop": 2**40, "part": 0}],
+        },
+        {
+            "frames": 10,
+            "chunk_frames": 1,
+            "segments": [{"index": 7, "start": 0, "stop": 9, "part": 0}],
+        },
+    ],
+)
+def test_plan_that_no_drive_has_is_refused(plan):
+    with pytest.raises(ValueError, match="plan"):
+        Plan.from_json(plan)
