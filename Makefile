@@ -61,8 +61,8 @@ check: setup
 lock: setup
 	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip compile pyproject.toml deploy/lock-additions.txt \
-	  --extra dev --extra open3d-cpu --override deploy/lock-overrides.txt \
-	  --python-version 3.11 --generate-hashes --upgrade --quiet --no-header \
+	  --extra dev --extra docker --extra kubernetes --extra open3d-cpu \
+	  --override deploy/lock-overrides.txt --python-version 3.11 --generate-hashes --upgrade --quiet --no-header \
 	  --no-emit-index-url --no-emit-find-links -o requirements.lock
 
 clean:

@@ -1,0 +1,225 @@
+"""Base job templates: rendered as Prefect's workers do, and checked as their targets do."""
+
+import asyncio
+import json
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from docker import DockerClient
+from docker.models.containers import _create_container_args
+from prefect import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import FlowRun
+from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
+from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+POOLS = ("cpu", "gpu")
+VERSIONS = ("1.30", "1.37")  # the oldest and the newest that are checked
+
+
+def template(kind: str, pool: str) -> dict[str, Any]:
+    return json.loads((DEPLOY / "pools" / f"{kind}-{pool}.json").read_text())
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((DEPLOY / "kubernetes" / f"{name}.yaml").read_text()))
+
+
+def configured(cls: Any, base: dict[str, Any], **values: Any) -> Any:
+    """What the worker hands to its infrastructure for a flow run with these job variables."""
+
+    async def render() -> Any:
+        async with get_client() as client:
+            kind = "docker" if cls is DockerWorkerJobConfiguration else "kubernetes"
+            pool = WorkPoolCreate(
+                name=f"pool-{uuid.uuid4()}", type=kind, base_job_template=base
+            )  # the server checks the template
+            await client.create_work_pool(pool)
+            configuration = await cls.from_template_and_values(base, values, client=client)
+        run = FlowRun(id=uuid.uuid4(), name="infer (0, 1) s3://a/b.zarr", flow_id=uuid.uuid4())
+        configuration.prepare_for_flow_run(run)
+        return configuration
+
+    return asyncio.run(render())
+
+
+def kubernetes_job(base: dict[str, Any], **values: Any) -> dict[str, Any]:
+    return configured(KubernetesWorkerJobConfiguration, base, **values).job_manifest
+
+
+@pytest.fixture(params=POOLS)
+def pool(request: pytest.FixtureRequest, prefect_server: None) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_kubernetes_accepts_the_jobs_to_the_letter(pool, version):
+    job = kubernetes_job(template("kubernetes", pool), image="i:1")
+    kubernetes_validate.validate(job, version, strict=True)
+    assert re.fullmatch("[a-z][a-z0-9-]*-", job["metadata"]["generateName"])
+
+
+@pytest.mark.parametrize(("where", "key"), [("spec", "toleration"), ("securityContext", "sudo")])
+def test_a_mistake_in_a_template_is_found(pool, where, key):
+    base = template("kubernetes", pool)
+    spec = base["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+    (spec if where == "spec" else spec[where])[key] = True
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(kubernetes_job(base), VERSIONS[-1], strict=True)
+
+
+@pytest.mark.parametrize("kind", ["docker", "kubernetes"])
+def test_every_variable_is_used_and_every_placeholder_is_a_variable(kind, pool):
+    base = template(kind, pool)
+    used = set(re.findall(r"{{ (\w+) }}", json.dumps(base["job_configuration"])))
+    assert used == set(base["variables"]["properties"])
+    worker = KubernetesWorker if kind == "kubernetes" else DockerWorker
+    known = worker.get_default_base_job_template()["job_configuration"]
+    assert set(base["job_configuration"]) <= set(known)
+
+
+def test_pods_may_do_nothing_but_compute(pool):
+    pod = kubernetes_job(template("kubernetes", pool))["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["runAsUser"] > 0
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "readOnlyRootFilesystem": True,
+    }
+    assert pod["automountServiceAccountToken"] is False
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/cache", "/tmp"}
+    assert all(volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"])
+
+
+def test_disk_that_a_pod_asks_for_holds_its_volumes(pool):
+    pod = kubernetes_job(template("kubernetes", pool))["spec"]["template"]["spec"]
+    sizes = [int(v["emptyDir"]["sizeLimit"].removesuffix("Gi")) for v in pod["volumes"]]
+    asked = pod["containers"][0]["resources"]["requests"]["ephemeral-storage"]
+    assert int(asked.removesuffix("Gi")) > sum(sizes)
+
+
+def test_a_job_that_is_told_to_go_has_two_minutes_and_is_scheduled_again(pool):
+    job = kubernetes_job(template("kubernetes", pool))
+    pod = job["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] == 120  # the notice of a spot machine
+    environment = {e["name"]: e["value"] for e in pod["containers"][0]["env"]}
+    assert environment["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
+    assert job["spec"]["backoffLimit"] == 0
+    notes = job["spec"]["template"]["metadata"]["annotations"]
+    assert notes["karpenter.sh/do-not-disrupt"] == "true"
+
+
+def test_job_variables_of_a_deployment_keep_the_settings_of_the_pool(pool):
+    job = kubernetes_job(template("kubernetes", pool), image="mine:2", env={"A": "b"}, cpu="7")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "mine:2"
+    assert container["resources"]["requests"]["cpu"] == "7"
+    names = {e["name"] for e in container["env"]}
+    assert {"A", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "PREFECT_API_URL"} <= names
+
+
+def test_only_the_gpu_pool_asks_for_a_gpu(prefect_server):
+    limits = {
+        pool: kubernetes_job(template("kubernetes", pool))["spec"]["template"]["spec"][
+            "containers"
+        ][0]["resources"]["limits"].get("nvidia.com/gpu")
+        for pool in POOLS
+    }
+    assert limits == {"cpu": None, "gpu": "1"}
+
+
+def node_pools() -> dict[str, tuple[dict[str, str], list[dict[str, str]]]]:
+    """Labels and taints of the nodes that Karpenter and the cluster-autoscaler would start."""
+    found = {}
+    for document in documents("karpenter"):
+        if document["kind"] == "NodePool":
+            node = document["spec"]["template"]
+            found["karpenter " + document["metadata"]["name"]] = (
+                node["metadata"]["labels"],
+                node["spec"]["taints"],
+            )
+    (cluster,) = documents("eks-node-groups")
+    for group in cluster["managedNodeGroups"]:
+        found["eks " + group["name"]] = (group["labels"], group["taints"])
+    return found
+
+
+def runs_on(pod: dict[str, Any], labels: dict[str, str], taints: list[dict[str, str]]) -> bool:
+    """Whether Kubernetes' scheduler would put the pod on such a node."""
+    tolerated = all(
+        any(
+            t["key"] == taint["key"]
+            and t["effect"] == taint["effect"]
+            and (t["operator"] == "Exists" or t["value"] == taint["value"])
+            for t in pod["tolerations"]
+        )
+        for taint in taints
+    )
+    return tolerated and pod["nodeSelector"].items() <= labels.items()
+
+
+@pytest.mark.parametrize("mechanism", ["karpenter", "eks"])
+def test_each_pool_has_nodes_of_its_own_from_either_mechanism(pool, mechanism):
+    pod = kubernetes_job(template("kubernetes", pool))["spec"]["template"]["spec"]
+    homes = [
+        name
+        for name, (labels, taints) in node_pools().items()
+        if name.startswith(mechanism) and runs_on(pod, labels, taints)
+    ]
+    assert homes == [f"{mechanism} ttt3r-{pool}"]
+
+
+def test_nodes_come_and_go_with_the_work_and_never_exceed_a_limit():
+    for document in documents("karpenter"):
+        if document["kind"] == "NodePool":
+            spec = document["spec"]
+            assert document["apiVersion"] == "karpenter.sh/v1"
+            assert spec["disruption"]["consolidationPolicy"] == "WhenEmpty"
+            assert spec["limits"]
+            assert spec["template"]["spec"]["nodeClassRef"]["name"] == "ttt3r"
+            keys = [r["key"] for r in spec["template"]["spec"]["requirements"]]
+            assert "karpenter.sh/capacity-type" in keys
+    (cluster,) = documents("eks-node-groups")
+    for group in cluster["managedNodeGroups"]:
+        assert group["minSize"] == group["desiredCapacity"] == 0 < group["maxSize"]
+        assert group["propagateASGTags"]  # else an empty group's labels are unknown
+        assert group["spot"]
+
+
+def container_settings(pool: str) -> dict[str, Any]:
+    """What docker-py would send to the engine; no engine is asked."""
+    elsewhere = {"PREFECT_API_URL": "http://prefect:4200/api"}  # else the engine is asked
+    base = template("docker", pool)
+    configuration = configured(DockerWorkerJobConfiguration, base, env=elsewhere)
+    client = DockerClient(base_url="tcp://127.0.0.1:1", version="1.43")
+    try:
+        settings = DockerWorker._build_container_settings(None, client, configuration)
+    finally:
+        client.close()
+    return _create_container_args(
+        {**settings, "detach": True, "version": "1.43", "network_mode": None}
+    )
+
+
+def test_docker_containers_are_as_locked_down(pool):
+    settings = container_settings(pool)
+    host = settings["host_config"]
+    assert settings["user"] == "10001:10001"
+    assert host["ReadonlyRootfs"]
+    assert host["CapDrop"] == ["ALL"]
+    assert host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert host["Tmpfs"] == {"/tmp": "size=8g,mode=1777"}
+    assert host["Memory"] == host["MemorySwap"]
+    assert "/etc/ttt3r:/run/ttt3r:ro" in host["Binds"]
+    assert settings["environment"]["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
+    gpus = host.get("DeviceRequests")
+    assert (gpus[0]["Capabilities"] == [["gpu"]]) if pool == "gpu" else gpus is None
