@@ -7,6 +7,7 @@ from dataclasses import asdict
 from prefect import flow
 
 from flows.children import Child, ChildrenLost, Spread, run_children, work_key
+from flows.telemetry import observed
 from storage.credentials import refuse_credentials
 from storage.reconstruction import ReconstructionStore
 from tasks.config import FuseConfig, InferConfig
@@ -34,8 +35,9 @@ def fuse_tiles(
     """
     for given in (url, infer.weights):
         refuse_credentials(given)
-    for batch in batches:
-        fuse_tiles_stage(url, batch, config, infer)
+    with observed():
+        for batch in batches:
+            fuse_tiles_stage(url, batch, config, infer)
 
 
 def fuse_drive(url: str, name: str, config: FuseConfig, infer: InferConfig, spread: Spread) -> None:

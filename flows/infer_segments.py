@@ -11,9 +11,11 @@ from prefect import flow
 
 from flows.artifacts import progress_of
 from flows.children import Child, ChildrenLost, Spread, run_children, work_key
+from flows.telemetry import observed
 from storage.credentials import refuse_credentials
 from storage.reconstruction import ReconstructionStore
 from storage.records import Plan
+from tasks import metrics
 from tasks.config import InferConfig
 from tasks.infer import infer_stage, unfinished_segments
 from tasks.plan import aside_commit, read_aside, read_plan, require_key
@@ -46,12 +48,13 @@ def infer_segments(
     for given in (url, config.weights):
         refuse_credentials(given)
     size = 1 if alone else config.segments_per_task
-    for first in range(0, len(indices), size):
-        group = indices[first : first + size]
-        if alone:
-            infer_alone(url, group[0], config)
-        else:
-            infer_group(url, group, config)
+    with observed():
+        for first in range(0, len(indices), size):
+            group = indices[first : first + size]
+            if alone:
+                infer_alone(url, group[0], config)
+            else:
+                infer_group(url, group, config)
 
 
 def infer_drive(
@@ -183,6 +186,7 @@ def infer_alone(url: str, index: int, config: InferConfig) -> Exception | None:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         store.commit(name, {**started, "is_running": False, "reason": reason})
+        metrics.segment_set_aside()
         log.warning("%s: segment %d is set aside: %s", url, index, reason)
         return error
     store.drop_commits(name)

@@ -17,6 +17,7 @@ from pydantic import Field
 from flows.artifacts import publish_collection
 from flows.children import Child, Spread, cancel_children, run_children, work_key
 from flows.reconstruct_drive import check_config, reconstruct_drive, store_url
+from flows.telemetry import observed
 from storage.credentials import refuse_credentials
 from storage.reconstruction import ReconstructionStore, StoreMissing
 from storage.video import DriveLocation, list_drives
@@ -85,10 +86,11 @@ def reconstruct_collection(
         refuse_credentials(given or "")
     check_config(config, spread)
     drives = list_drives(collection)
-    if spread == "deployments":
-        outcomes = reconstruct_elsewhere(drives, output, config, drives_at_once, budget)
-    else:
-        outcomes = reconstruct_here(drives, output, config, budget)
+    with observed():
+        if spread == "deployments":
+            outcomes = reconstruct_elsewhere(drives, output, config, drives_at_once, budget)
+        else:
+            outcomes = reconstruct_here(drives, output, config, budget)
     write_summary(output, outcomes)
     publish_collection(outcomes)
     if any(outcome["error"] for outcome in outcomes):

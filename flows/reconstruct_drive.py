@@ -13,9 +13,11 @@ from flows.artifacts import publish_drive, publish_ledger
 from flows.children import Spread, cancel_children
 from flows.fuse_tiles import fuse_drive
 from flows.infer_segments import infer_drive
+from flows.telemetry import observed
 from storage.credentials import refuse_credentials
 from storage.reconstruction import Claimed, ReconstructionStore, StoreError
 from storage.video import drive_name
+from tasks import metrics
 from tasks.align import align_stage
 from tasks.config import ReconstructionConfig
 from tasks.finished import drop_outdated, write_finished
@@ -84,14 +86,15 @@ def reconstruct_drive(
     url = store_url(output, name or drive_name(location))
     check_config(config, spread)
     table = read_prices(prices) if prices else None
-    try:
-        with ReconstructionStore.create(url, {}).claim("drive"):
-            run_stages(location, name or drive_name(location), url, config, spread, table)
-    except (AnotherDrive, Claimed):  # no failure of the drive that the store is about
-        raise
-    except Exception as error:
-        record_failure(url, error)
-        raise
+    with observed():
+        try:
+            with ReconstructionStore.create(url, {}).claim("drive"):
+                run_stages(location, name or drive_name(location), url, config, spread, table)
+        except (AnotherDrive, Claimed):  # no failure of the drive that the store is about
+            raise
+        except Exception as error:
+            record_failure(url, error)
+            raise
     return url
 
 
@@ -133,6 +136,7 @@ def run_stages(
 
 def record_failure(url: str, error: Exception) -> None:
     """Say in the drive's store that the last attempt failed, and why."""
+    metrics.drive_failed()
     record = {"error": f"{type(error).__name__}: {error}", "time": datetime.now(UTC).isoformat()}
     try:
         ReconstructionStore.create(url, {}).commit("failed", record)

@@ -18,6 +18,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from storage.reconstruction import ReconstructionStore, StoreError
+from tasks import metrics
 
 ATTEMPTS = "attempts"
 HEARTBEAT_S = 15.0
@@ -38,6 +39,7 @@ class Attempt:
         self.is_used = False  # something is committed by it
         self.notes: dict[str, Any] = {}
         self._url, self._name = url, f"{ATTEMPTS}/{stage}-{self.id}"
+        self._stage = stage
         self._began, self._cpu = time.perf_counter(), time.process_time()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=self._name, daemon=True)
@@ -54,6 +56,7 @@ class Attempt:
         is_failure = outcome != "done" and self._seconds() > SHORTEST_FAILURE_S
         if self.is_used or is_failure:
             self._write(outcome)
+            metrics.attempt_ended(self._stage, outcome, self._seconds())
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._began

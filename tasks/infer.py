@@ -20,6 +20,7 @@ from torch import Tensor
 from storage.layout import GATE_QUANTILES, chunk_commit, segment_claim
 from storage.reconstruction import ReconstructionStore
 from storage.records import Chunk, Plan, Segment
+from tasks import metrics
 from tasks.attempts import attempt_id, counted, note
 from tasks.config import InferConfig
 from tasks.frames import DriveInput, Lanes, Round, read_rounds
@@ -366,6 +367,9 @@ def _write(store: ReconstructionStore, result: RoundResult) -> None:
             **shares,
         }
         store.commit_chunk(segment, chunk, record)
+        metrics.chunk_stored(record, ends_segment=chunk.stop == segment.stop)
+        names = {"drive": store.url, "segment": segment.index, "chunk": chunk.index}
+        log.info("frames %d..%d stored", chunk.start, chunk.stop, extra=names | shares)
 
 
 def _resume(

@@ -8,6 +8,7 @@ from typing import Any
 
 from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord, Plan
+from tasks import metrics
 from tasks.attempts import ATTEMPTS
 from tasks.keys import stage_key
 from tasks.plan import require_key
@@ -92,6 +93,7 @@ def write_ledger(url: str, prices: Prices | None = None) -> dict[str, Any]:
         return known
     record = {"key": key, **_figures(store, prices)}
     store.commit(LEDGER, record)
+    metrics.drive_finished(record)
     return record
 
 

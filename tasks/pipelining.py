@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import queue
 import threading
 import time
@@ -42,7 +43,8 @@ def prefetch(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
         except BaseException as error:
             put(error)
 
-    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    context = contextvars.copy_context()  # logs say which run they are of
+    thread = threading.Thread(target=context.run, args=(produce,), name="prefetch", daemon=True)
     thread.start()
     try:
         while (item := box.get()) is not end:
@@ -71,7 +73,7 @@ class BackgroundWriter:
         """Queue `write`, after waiting until no other one waits."""
         while len(self._pending) > 1:
             self._pending.popleft().result()
-        self._pending.append(self._pool.submit(write))
+        self._pending.append(self._pool.submit(contextvars.copy_context().run, write))
 
     def _wait(self) -> None:
         while self._pending:

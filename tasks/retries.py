@@ -21,6 +21,7 @@ from storage.errors import (
     StoreUnavailable,
 )
 from storage.objects import is_expired
+from tasks import metrics
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def is_worth_retrying(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> 
     error = state.result(raise_on_failure=False)
     is_worth_it = is_expired(error) or not isinstance(error, FINAL_ERRORS)
     if is_worth_it:
+        metrics.retried(task.name)
         log.warning("%s failed; at most %d attempts are made: %s", task.name, RETRIES + 1, error)
     return is_worth_it
 

@@ -1,0 +1,57 @@
+"""Export of metrics by the processes of flows, where the environment names whom to send them to.
+
+`OTEL_EXPORTER_OTLP_METRICS_ENDPOINT` (or the other variables of OpenTelemetry) names an endpoint
+that takes OTLP over HTTP: a collector, or Prometheus itself. Without it nothing is started.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+from opentelemetry.metrics import set_meter_provider
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME, Resource
+from prefect.runtime import flow_run
+
+from tasks import metrics
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+FLUSH_MS = 5000  # a receiver that is away must not keep a machine
+
+
+@contextmanager
+def observed() -> Iterator[None]:
+    """Count the flow run at hand while the block runs; send what it counted before it ends."""
+    provider = start_export()
+    due = flow_run.scheduled_start_time
+    queued_s = (datetime.now(UTC) - due).total_seconds() if due else 0.0
+    try:
+        with metrics.run_active(flow_run.flow_name or "none", max(0.0, queued_s)):
+            if provider:
+                provider.force_flush(FLUSH_MS)
+            yield
+    finally:
+        if provider:
+            provider.force_flush(FLUSH_MS)
+
+
+def start_export() -> MeterProvider | None:
+    """Begin to send metrics, once a process; None where nobody is named to send them to."""
+    return _started() if any(os.environ.get(name) for name in ENDPOINTS) else None
+
+
+@functools.cache
+def _started() -> MeterProvider:
+    """The process's exporter; its series are told apart by the flow run that it was begun for."""
+    names = {SERVICE_NAME: "ttt3r", SERVICE_INSTANCE_ID: str(flow_run.id or os.getpid())}
+    reader = PeriodicExportingMetricReader(OTLPMetricExporter())
+    provider = MeterProvider([reader], Resource.create(names))
+    set_meter_provider(provider)
+    metrics.start_at_zero()
+    return provider

@@ -1,0 +1,101 @@
+"""Dashboard and alerts name metrics and labels that exist, in PromQL that parses."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import promql_parser
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+OBSERVABILITY = Path(__file__).resolve().parents[2] / "deploy" / "observability"
+
+# Prints all metrics as Prometheus names them. In a process of its own: the provider is global.
+EXPORT = """
+from unittest.mock import patch
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.metrics import set_meter_provider
+from opentelemetry.sdk.metrics import MeterProvider
+from prometheus_client import generate_latest
+set_meter_provider(MeterProvider([PrometheusMetricReader()]))
+from tasks import metrics
+metrics.start_at_zero()
+metrics.retried("infer")
+metrics.segment_set_aside()
+metrics.drive_failed()
+metrics.attempt_ended("infer", "failed", 2.0)
+metrics.drive_finished({"used": {"stored_bytes": 1}})
+metrics.chunk_stored({"frames_inferred": 4, "infer_seconds": 1.0}, ends_segment=True)
+# No GPU is here: its gauge is read as if there were one.
+with (
+    metrics.run_active("infer-segments", 3.0),
+    patch("torch.cuda.is_initialized", lambda: True),
+    patch("torch.cuda.device_count", lambda: 1),
+    patch("torch.cuda.max_memory_allocated", lambda device: 5),
+):
+    print(generate_latest().decode())
+"""
+
+
+@pytest.fixture(scope="module")
+def exported() -> dict[str, set[str]]:
+    """Labels of each metric."""
+    run = subprocess.run([sys.executable, "-c", EXPORT], capture_output=True, text=True, check=True)
+    labels: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(run.stdout):
+        for sample in family.samples:
+            if sample.name.startswith("ttt3r_"):
+                labels.setdefault(sample.name, set()).update(sample.labels)
+    return labels
+
+
+def queries() -> Iterator[tuple[str, str]]:
+    """Where a query stands, and the query."""
+    dashboard = json.loads((OBSERVABILITY / "dashboard.json").read_text())
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            yield f"panel {panel['title']}", target["expr"]
+    for group in yaml.safe_load((OBSERVABILITY / "alerts.yaml").read_text())["groups"]:
+        for rule in group["rules"]:
+            yield f"alert {rule['alert']}", rule["expr"]
+
+
+QUERIES = dict(queries())
+
+
+@pytest.mark.parametrize("where", QUERIES)
+def test_queries_parse_and_name_metrics_and_labels_that_exist(where, exported):
+    query = QUERIES[where]
+    promql_parser.parse(query)
+    named = re.findall(r"(ttt3r_\w+)(?:{([^}]*)})?", query)
+    assert named
+    for metric, matchers in named:
+        assert metric in exported
+        assert set(re.findall(r"(\w+)=", matchers)) <= exported[metric]
+    # Prometheus makes `instance` of the resource's service.instance.id.
+    known = set().union(*(exported[metric] for metric, _ in named)) | {"instance"}
+    for names in re.findall(r"\b(?:by|on) \(([^)]*)\)", query):
+        assert {name.strip() for name in names.split(",") if name} <= known
+
+
+def test_every_metric_is_shown(exported):
+    shown = set(re.findall(r"ttt3r_\w+", " ".join(QUERIES.values())))
+    histogram = {"ttt3r_run_queued_seconds_count", "ttt3r_run_queued_seconds_sum"}
+    assert set(exported) - histogram == shown
+
+
+def test_a_query_that_does_not_parse_is_found():
+    with pytest.raises(ValueError, match=r"."):
+        promql_parser.parse("sum(rate(ttt3r_frames_total[5m])")
+
+
+def test_alerts_say_how_bad_and_what_it_is_about():
+    for group in yaml.safe_load((OBSERVABILITY / "alerts.yaml").read_text())["groups"]:
+        for rule in group["rules"]:
+            assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
+            assert rule["labels"]["severity"] in {"info", "warning", "critical"}
+            assert rule["annotations"]["summary"]
