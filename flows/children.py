@@ -30,6 +30,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
+from storage.errors import Claimed, ClaimLost
 from tasks.keys import stage_key
 
 FIRST_POLL_S, LONGEST_POLL_S, POLL_GROWTH = 1.0, 15.0, 1.3
@@ -95,7 +96,8 @@ def run_children(
     """Run each child as a run of `deployment`, wait for all; `error` of each says how it ended.
 
     A child whose run crashes (its machine is lost) runs again, until it crashes `MOST_CRASHES`
-    times in a row without getting on. One that fails does not: its tasks have been retried.
+    times in a row without getting on. One that fails does not: its tasks have been retried; but
+    if another run holds the claim on its work, it waits as after a crash.
 
     Args:
         deployment: as "flow/deployment".
@@ -193,22 +195,36 @@ def is_ended(run: FlowRun) -> bool:
 
 def settle(child: Child, run: FlowRun | None) -> bool:
     """Whether an ended child needs no further run; `None`: the server has forgotten its run."""
-    if run is not None and run.state is not None and not run.state.is_crashed():
-        state = run.state
-        message = (state.message or "").removeprefix("Flow run encountered an exception: ")
-        child.error = None if state.is_completed() else message or state.name
+    message = said_by(run)
+    if run is not None and run.state is not None and not is_worth_another(run):
+        child.error = None if run.state.is_completed() else message or run.state.name
         return True
-    reason = "is gone" if run is None or run.state is None else run.state.message
     reached = child.progress()
     got_on, child.reached = reached != child.reached, reached
     child.crashes = 1 if got_on else child.crashes + 1
     child.attempt += 1
-    log.warning("%s crashed (%s), %d in a row", child.name, reason, child.crashes)
+    log.warning("%s was lost (%s), %d times in a row", child.name, message, child.crashes)
     if child.crashes >= MOST_CRASHES:
-        child.error = f"crashed {child.crashes} times in a row, the last time: {reason}"
+        child.error = f"lost {child.crashes} times in a row, the last time: {message}"
         return True
-    child.due = time.monotonic() + (0 if got_on else min(5.0 * 2**child.crashes, 300.0))
+    is_free = run is None or run.state is None or run.state.is_crashed()
+    waits = 0.0 if got_on and is_free else min(5.0 * 2**child.crashes, 300.0)
+    child.due = time.monotonic() + waits
     return False
+
+
+def said_by(run: FlowRun | None) -> str:
+    """Why a run ended."""
+    if run is None or run.state is None:
+        return "the server knows it no more"
+    return (run.state.message or "").removeprefix("Flow run encountered an exception: ")
+
+
+def is_worth_another(run: FlowRun) -> bool:
+    """Whether the run was lost, or refused since another one, taken for lost, is still at work."""
+    state = run.state
+    refused = said_by(run).startswith((f"{Claimed.__name__}:", f"{ClaimLost.__name__}:"))
+    return state is None or state.is_crashed() or (state.is_failed() and refused)
 
 
 def read_runs(ids: Sequence[UUID]) -> dict[UUID, FlowRun]:
@@ -251,8 +267,10 @@ def cancel_children(family: str) -> None:
         tags=FlowRunFilterTags(all_=[family_tag(family)]),
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED)),
     )
-    while runs := query(wanted):
+    asked: set[UUID] = set()
+    while runs := [run for run in query(wanted) if run.id not in asked]:
         with get_client(sync_client=True) as client:
             for run in runs:
                 message = "the run that it works for was cancelled"
                 client.set_flow_run_state(run.id, Cancelling(message=message))
+                asked.add(run.id)

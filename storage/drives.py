@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import has_magic
@@ -164,7 +165,8 @@ def _named(locations: Sequence[str]) -> list[DriveLocation]:
 def _clashing(names: Sequence[str]) -> list[int]:
     """Positions of names that another name equals, upper and lower case being the same."""
     folded = [name.casefold() for name in names]
-    return [i for i, name in enumerate(folded) if folded.count(name) > 1]
+    counts = Counter(folded)
+    return [i for i, name in enumerate(folded) if counts[name] > 1]
 
 
 def _parts(location: str) -> list[str]:

@@ -59,7 +59,9 @@ class LocalFleet:
 
     def start_server(self) -> None:
         """Start the server and wait until it answers."""
-        self._server = self._start("server", "server", "start", "--port", str(self._port))
+        self._server = self._start(
+            "server", "server", "start", "--no-ui", "--port", str(self._port)
+        )
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not self._is_healthy():
             if self._server.poll() is not None or time.monotonic() > deadline:
@@ -176,6 +178,7 @@ class LocalFleet:
                 cwd=self._folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches the demo, which ends them in order
             )
 
 
@@ -212,7 +215,9 @@ def running_postgres() -> Iterator[str]:
         with Path(folder, "log").open("wb") as log:
             command = [_postgres("postgres"), "-D", data, "-p", str(port), "-h", "127.0.0.1"]
             settings = ["-c", "unix_socket_directories=", "-c", "max_connections=200"]
-            process = subprocess.Popen([*command, *settings], stderr=log, **common)
+            process = subprocess.Popen(
+                [*command, *settings], stderr=log, start_new_session=True, **common
+            )
         stack.callback(process.wait)
         stack.callback(process.send_signal, signal.SIGQUIT)
         _wait_for_postgres(process, port, Path(folder, "log"))
@@ -290,7 +295,7 @@ def claims_under(output: str) -> list[dict[str, Any]]:
     fs, root = fsspec.core.url_to_fs(output)
     fs.invalidate_cache()
     found = []
-    for claim in fs.glob(f"{root}/*.zarr/claims/**.json"):
+    for claim in fs.glob(f"{root}/*.zarr/claims/**/*.json"):
         drive, _, name = claim.rpartition("/")[0].partition(".zarr/claims/")
         with suppress(FileNotFoundError):  # given up since it was listed
             record = json.loads(fs.cat(claim))
