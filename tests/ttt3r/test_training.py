@@ -36,6 +36,7 @@ from ttt3r.training.losses import (
 )
 from ttt3r.training.optimiser import build_optimisers, orthogonalise
 from ttt3r.training.settings import REFINE, read_state
+from ttt3r.training.validation import motion_gain
 from ttt3r.weights import load_model
 
 SMALL = replace(TINY, encoder_rope_fp16=False, ray_map_encoder=False)
@@ -425,8 +426,17 @@ def test_training_validates_on_held_out_worlds(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     found = [row for row in rows if "validation" in row]
     assert [row["validation"] for row in found] == ["rooms", "streets"]
+    assert all(math.isfinite(row["turn_gain"] + row["move_gain"]) for row in found)
+    assert all(row["confidence"] >= 1 for row in found)
     assert all(row["abs_rel"] > 0 and 0 <= row["gate_median"] <= 1 for row in found)
     assert all(0 < row["rendering"] < 1 for row in rows if "loss" in row)
+
+
+def test_motion_gain_tells_how_far_motions_are_understated():
+    true = torch.tensor([[4.0, 0.0, -2.0], [0.0, 1.0, 0.0]])
+    assert float(motion_gain(true, true)) == pytest.approx(1)
+    assert float(motion_gain(0.25 * true, true)) == pytest.approx(0.25)
+    assert float(motion_gain(torch.zeros(2, 3), true)) == 0
 
 
 # --- the command --------------------------------------------------------------------------------

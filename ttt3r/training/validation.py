@@ -33,7 +33,9 @@ def validate(model: Model, trial: Trial, rule: str = "cut3r") -> dict[str, float
     Keys: `abs_rel` of the depth, `point` (relative error), `moved` (error of all camera
     positions over that of "has not moved"), `turned` (same for rotation), `step_moved` and
     `step_turned` (same between neighbouring frames), `constant` (error of a step over that of
-    the best constant step), `gate_median`, `gate_low`, `gate_high` (deciles of the TTT3R rate).
+    the best constant step), `turn_gain` and `move_gain` (how much of the true motion is said,
+    by least squares: below 1 understates), `confidence` (mean), `gate_median`, `gate_low`,
+    `gate_high` (deciles of the TTT3R rate).
     """
     seen = render(
         trial.world, range(_SEED, _SEED + trial.count), trial.frames, trial.height, trial.width,
@@ -58,12 +60,15 @@ def _measure(found: Predictions, truth: Targets) -> dict[str, Tensor]:
     rates = torch.sigmoid(found.trace.gate_logits[:, 1:]).flatten()
     deciles = torch.quantile(rates, torch.tensor([0.1, 0.5, 0.9], device=rates.device))
     position = true_steps[..., :3, 3]
+    eye = torch.eye(3, device=T.device)
     return {
         "abs_rel": ((depth - true_depth).abs() / true_depth)[truth.valid].mean(),
         "point": relative[truth.valid].mean(),
         "confidence": found.confidence[truth.valid].mean(),
         "moved": _ratio(T[:, 1:], truth.T_seg_cam[:, 1:]),
         "turned": _turn_ratio(T[:, 1:], truth.T_seg_cam[:, 1:]),
+        "turn_gain": motion_gain(T[..., :3, :3] - eye, truth.T_seg_cam[..., :3, :3] - eye),
+        "move_gain": motion_gain(T[..., :3, 3], truth.T_seg_cam[..., :3, 3]),
         "step_moved": _ratio(steps, true_steps),
         "step_turned": _turn_ratio(steps, true_steps),
         "constant": (steps[..., :3, 3] - position).norm(dim=-1).mean()
@@ -77,6 +82,11 @@ def _measure(found: Predictions, truth: Targets) -> dict[str, Tensor]:
 def _ratio(T: Tensor, truth: Tensor) -> Tensor:
     error = (T - truth)[..., :3, 3].norm(dim=-1).mean()
     return error / truth[..., :3, 3].norm(dim=-1).mean().clamp(min=1e-6)
+
+
+def motion_gain(said: Tensor, true: Tensor) -> Tensor:
+    """The factor that makes `said` of `true`, by least squares; any shape."""
+    return (said * true).sum() / true.square().sum().clamp(min=1e-12)
 
 
 def _turn_ratio(T: Tensor, truth: Tensor) -> Tensor:
