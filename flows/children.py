@@ -27,7 +27,8 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, TerminationSignal
+from prefect.runtime import flow_run
 from prefect.states import Cancelling
 
 from storage.errors import Claimed, ClaimLost
@@ -101,7 +102,8 @@ def run_children(
 
     Args:
         deployment: as "flow/deployment".
-        family: what the children work for; `cancel_children` finds them by it.
+        family: what the children work for. If this run is cancelled, so are all children of
+            the family, also those that a run before this one started.
         children: distinct works.
         at_once: runs that are not ended at any time; None: all.
         on_end: called for each child that has ended.
@@ -109,7 +111,24 @@ def run_children(
     Raises:
         ValueError: the server has no such deployment.
     """
-    waiting, running = list(children), dict[UUID, Child]()
+    try:
+        await_children(deployment, family, list(children), at_once, on_end)
+    except TerminationSignal:
+        # Also what a lost machine's last minutes look like: its children go on then.
+        if is_cancelled():
+            cancel_children(family)
+        raise
+
+
+def await_children(
+    deployment: str,
+    family: str,
+    waiting: list[Child],
+    at_once: int | None,
+    on_end: Callable[[Child], None],
+) -> None:
+    """The loop of `run_children`: start what is due, ask for all at once, settle what ended."""
+    running: dict[UUID, Child] = {}
     pause = FIRST_POLL_S
     while waiting or running:
         for child in [c for c in waiting if c.due <= time.monotonic()]:
@@ -259,6 +278,15 @@ def patiently(ask: Callable[[], T]) -> T:
             log.warning("the Prefect server does not answer (%s); asked again", error)
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_POLL_S)
+
+
+def is_cancelled() -> bool:
+    """Whether somebody cancelled the flow run that this is."""
+    own = flow_run.get_id()
+    if own is None:
+        return False
+    state = read_runs([UUID(own)])[UUID(own)].state
+    return state is not None and (state.is_cancelling() or state.is_cancelled())
 
 
 def cancel_children(family: str) -> None:

@@ -10,12 +10,11 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import fsspec
-from prefect import Flow, flow
-from prefect.client.schemas.objects import FlowRun, State
+from prefect import flow
 from pydantic import Field
 
 from flows.artifacts import publish_collection
-from flows.children import Child, Spread, cancel_children, run_children, work_key
+from flows.children import Child, Spread, run_children, work_key
 from flows.reconstruct_drive import check_config, reconstruct_drive, store_url
 from flows.telemetry import observed
 from storage.credentials import refuse_credentials
@@ -43,18 +42,7 @@ class CollectionIncomplete(RuntimeError):
         self.outcomes = outcomes
 
 
-def cancel_drives(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Cancel the drives that a cancelled run has going; each cancels its own parts."""
-    if flow_run.parameters.get("spread") == "deployments":
-        cancel_children(flow_run.parameters["output"])
-
-
-@flow(
-    name="reconstruct-collection",
-    flow_run_name="{collection}",
-    persist_result=False,
-    on_cancellation=[cancel_drives],
-)
+@flow(name="reconstruct-collection", flow_run_name="{collection}", persist_result=False)
 def reconstruct_collection(
     collection: str,
     output: str,

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from datetime import UTC, datetime
-from typing import Any
 
-from prefect import Flow, flow
-from prefect.client.schemas.objects import FlowRun, State
+from prefect import flow
 
 from flows.artifacts import publish_drive, publish_ledger
-from flows.children import Spread, cancel_children
+from flows.children import Spread
 from flows.fuse_tiles import fuse_drive
 from flows.infer_segments import infer_drive
 from flows.telemetry import observed
@@ -39,20 +37,7 @@ def store_url(output: str, name: str) -> str:
     return f"{output.rstrip('/')}/{name}.zarr"
 
 
-def cancel_parts(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Cancel what a cancelled run has going on other machines."""
-    given = flow_run.parameters
-    if given.get("spread") == "deployments":
-        name = given.get("name") or drive_name(given["location"])
-        cancel_children(store_url(given["output"], name))
-
-
-@flow(
-    name="reconstruct-drive",
-    flow_run_name="{location}",
-    persist_result=False,
-    on_cancellation=[cancel_parts],
-)
+@flow(name="reconstruct-drive", flow_run_name="{location}", persist_result=False)
 def reconstruct_drive(
     location: str,
     output: str,

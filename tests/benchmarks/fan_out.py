@@ -107,7 +107,7 @@ def held_seconds(fleet: LocalFleet, run: dict[str, Any]) -> float:
 def main() -> None:
     """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--frames", type=int, default=600)
+    parser.add_argument("--frames", type=int, default=582)
     parser.add_argument("--segments-per-run", type=int, default=8)
     parser.add_argument("--json", type=Path)
     settings = parser.parse_args()
