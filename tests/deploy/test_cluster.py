@@ -115,6 +115,16 @@ def test_names_agree_between_files():
     assert namespaces == {"ttt3r"}
 
 
+def test_jobs_give_signs_of_life_often_enough_for_the_automation():
+    (automation,) = yaml.safe_load((DEPLOY / "automations.yaml").read_text())["automations"]
+    for kind in ("docker", "kubernetes"):
+        for pool in POOLS:
+            base = json.loads((DEPLOY / "pools" / f"{kind}-{pool}.json").read_text())
+            settings = base["variables"]["properties"]["env"]["default"]
+            every = int(settings["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+            assert 3 * every <= automation["trigger"]["within"]
+
+
 def test_server_and_workers_run_the_pinned_prefect():
     version = importlib.metadata.version("prefect")
     images = [helm("prefect-server")["global"]["prefect"]["image"]]
