@@ -236,6 +236,7 @@ class LocalFolder(Folder):
     def write_many(self, objects: Mapping[str, bytes]) -> None:
         self._put_many(objects, os.replace)
 
+    @explained
     def create_many(self, objects: Mapping[str, bytes]) -> list[str]:
         there: list[str] = []
 
@@ -247,7 +248,7 @@ class LocalFolder(Folder):
             temporary.unlink()
 
         self._put_many(objects, create)
-        return sorted(name for name in there if self.read(name) != objects[name])
+        return sorted(n for n in there if self.read(n, MOST_FILE_BYTES) != objects[n])
 
     def _put_many(
         self, objects: Mapping[str, bytes], publish: Callable[[Path, Path], object]
@@ -396,7 +397,7 @@ class RemoteFolder(Folder):
             if not _is_lost_race(error):
                 raise
             # A put that was retried because its answer got lost meets its own object.
-            if self.read(name) == data:
+            if self.read(name, MOST_FILE_BYTES) == data:
                 return
             raise CommitExists(f"{self.object_url(name)} exists already") from error
 
