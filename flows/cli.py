@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -160,6 +161,11 @@ def one_line(error: BaseException) -> str:
     return text if text and known else f"{type(error).__name__}: {text}"
 
 
+def prefect_cache() -> Path:
+    """Home of Prefect where the user has none."""
+    return Path.home() / ".cache" / "ttt3r" / "prefect"
+
+
 def quiet_prefect() -> None:
     """Keep Prefect's home in the cache directory and its log off the terminal.
 
@@ -167,7 +173,9 @@ def quiet_prefect() -> None:
     """
     home = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect"))
     if not home.exists():
-        os.environ.setdefault("PREFECT_HOME", str(Path.home() / ".cache" / "ttt3r" / "prefect"))
+        os.environ.setdefault("PREFECT_HOME", str(prefect_cache()))
+        with suppress(OSError):  # Prefect says what is wrong when it is needed
+            Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
@@ -407,6 +415,7 @@ def _gb(usage: Usage) -> float | None:
 
 def run_reconstruction(source: str, output: str, config: Any, budget: Any) -> None:
     """Run the flow that fits the input, show its progress, print what came out."""
+    from flows.prefect_home import use_home
     from flows.progress import progress_of
     from flows.reconstruct_drive import check_config, store_url
     from storage.credentials import refuse_credentials
@@ -414,6 +423,8 @@ def run_reconstruction(source: str, output: str, config: Any, budget: Any) -> No
 
     for location in (source, output, config.infer.weights, budget.prices, budget.rates):
         refuse_credentials(location or "")
+    if os.environ.get("PREFECT_HOME") == str(prefect_cache()):
+        use_home(prefect_cache())
     check_config(config)
     drives = list_drives(source)
     with progress_of([store_url(output, drive.name) for drive in drives]):

@@ -31,7 +31,7 @@ from yarl import URL
 HOP_BY_HOP = frozenset({"connection", "expect", "keep-alive", "transfer-encoding"})
 REMEMBERED = 20  # older answers of each listing
 # What fsspec is told about S3, so that a client gives up in tests before its user does.
-IMPATIENCE = {"config_kwargs": {"read_timeout": 1.0, "connect_timeout": 1.0}}
+IMPATIENCE = {"config_kwargs": {"read_timeout": 2.0, "connect_timeout": 2.0}}
 
 
 class Fault(StrEnum):
@@ -64,8 +64,8 @@ NEED_WRITE = (Fault.FULL, Fault.LOST_ANSWER, Fault.LATE)
 NEED_ANSWER_BODY = (Fault.RESET_IN_ANSWER, Fault.TRUNCATED, Fault.TRUNCATED_CHUNKED)
 # Writes and listings are fewer than reads, and spells break many requests.
 DEFAULT_WEIGHTS = dict.fromkeys(Fault, 1.0) | {
-    Fault.FULL: 0.1,
-    Fault.EXPIRED: 0.05,
+    Fault.FULL: 0.05,
+    Fault.EXPIRED: 0.02,
     Fault.TIMEOUT: 0.3,
     Fault.LATE: 1.0,
     Fault.LOST_ANSWER: 3.0,
@@ -82,7 +82,7 @@ class FaultPlan:
     rate: float = 0.1  # share of the requests
     weights: Mapping[Fault, float] = field(default_factory=lambda: DEFAULT_WEIGHTS)
     limit: int | None = None  # of faults in all
-    silence_s: float = 1.5  # before a late request is applied: longer than the client waits
+    silence_s: float = 2.5  # before a late request is applied: longer than the client waits
     spell_s: float = 0.5  # how long an expired credential or a full store stays so
 
     def __post_init__(self) -> None:

@@ -1,0 +1,37 @@
+"""The database of Prefect's own server in the cache: a history of runs that may be forgotten.
+
+What is finished is recorded in the drives' stores; a run needs nothing of earlier runs' history.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+MOST_BYTES = 500_000_000  # of the database; a drive takes some 0.4 MB
+LOCK = "ttt3r.lock"  # held, shared, by every process whose server uses the folder
+DATABASE = ("prefect.db", "prefect.db-wal", "prefect.db-shm")
+
+
+def use_home(home: Path, most_bytes: int = MOST_BYTES) -> int:
+    """Say that this process uses the folder; begin a new history where the old one is large.
+
+    A history that another process uses is left as it is.
+
+    Returns:
+        The lock that says so; it is free again when this process has ended.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    lock = os.open(home / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pass
+    else:
+        files = [home / name for name in DATABASE if (home / name).exists()]
+        if sum(file.stat().st_size for file in files) > most_bytes:
+            for file in files:
+                file.unlink()
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return lock
