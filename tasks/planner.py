@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from storage.drives import DriveLocation
 from storage.glance import glance_at
@@ -235,17 +236,11 @@ def shares_left(
     store: ReconstructionStore, config: ReconstructionConfig, plan: Plan
 ) -> dict[str, float]:
     """Share of every stage of a probed drive that is to be done under these settings."""
-    attributes = store.attributes
+    attributes, wanted = store.attributes, asdict(config)
     made_with = attributes.get("configuration", {})
-    wanted = asdict(config)
     is_planned = store.read_commit("plan") is not None and read_plan(store) == plan
-    is_same_network = attributes.get("weights", {}).get("sha256") == weights_info(
-        config.infer.weights
-    ).sha256 and all(
-        made_with.get("infer", {}).get(name) == wanted["infer"][name]
-        for name in ("rule", "precision")
-    )
-    chunks, done = count_chunks(store) if is_planned and is_same_network else (1, 0)
+    counts = is_planned and _is_of_network(attributes, config)
+    chunks, done = count_chunks(store) if counts else (1, 0)
     left = {"probe": 0.0, "plan": float(not is_planned), "infer": 1 - done / chunks}
     is_current = left["infer"] == 0
     for stage in ("align", "fuse", "report"):
@@ -253,6 +248,14 @@ def shares_left(
         is_current = is_current and is_same and store.read_commit(COMMIT_OF[stage]) is not None
         left[stage] = float(not is_current)
     return left | {BYTES: left["infer"]}
+
+
+def _is_of_network(attributes: Mapping[str, Any], config: ReconstructionConfig) -> bool:
+    """Whether a drive was last run with the network and arithmetic that are asked for."""
+    asked = (weights_info(config.infer.weights).sha256, config.infer.rule, config.infer.precision)
+    infer = attributes.get("configuration", {}).get("infer", {})
+    had = (attributes.get("weights", {}).get("sha256"), infer.get("rule"), infer.get("precision"))
+    return had == asked
 
 
 def total(estimates: Sequence[DriveEstimate]) -> tuple[Usage | None, float | None]:

@@ -44,9 +44,16 @@ def drive_at(text: str, folder: Path) -> str:
     return str(make_drive(folder / f"street_{frames}_{size}.mp4", int(frames), parsed_size(size)))
 
 
-def reconstruct(location: str, output: Path) -> tuple[dict[str, Any], dict[str, float]]:
+def reconstruct(
+    location: str, output: Path, is_bare: bool
+) -> tuple[dict[str, Any], dict[str, float]]:
     """The ledger of a drive, and what its whole process took: seconds and processor seconds."""
     command = [sys.executable, "-m", "flows.cli", "reconstruct", location, "--output", str(output)]
+    if is_bare:
+        here = str(Path(__file__).resolve().parent)
+        code = f"import sys; sys.path[:0] = [{here!r}, '.']; import prediction; "
+        code += "prediction.run_stages(*sys.argv[1:])"
+        command = [sys.executable, "-c", code, location, f"{output}/{Path(location).stem}.zarr"]
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ)
     after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - began
@@ -58,6 +65,29 @@ def reconstruct(location: str, output: Path) -> tuple[dict[str, Any], dict[str, 
     if ledger is None:
         raise RuntimeError(f"{location}: no ledger was written")
     return ledger, {"wall": seconds, "cpu": cpu}
+
+
+def run_stages(location: str, url: str) -> None:
+    """The stages of `reconstruct_drive`, one after the other, without Prefect around them."""
+    from tasks.align import align_stage
+    from tasks.config import ReconstructionConfig
+    from tasks.fuse import fuse_tiles_stage, merge_tiles_stage, plan_tiles_stage
+    from tasks.infer import infer_stage
+    from tasks.ledger import write_ledger
+    from tasks.plan import plan_stage
+    from tasks.probe import probe_stage
+    from tasks.report import report_stage
+
+    config = ReconstructionConfig()
+    probe_stage.fn(location, Path(location).stem, url)
+    for group in plan_stage.fn(url, config):
+        infer_stage.fn(url, group, config.infer)
+    align_stage.fn(url, config.align, config.infer)
+    for batch in range(plan_tiles_stage.fn(url, config.fuse)):
+        fuse_tiles_stage.fn(url, batch, config.fuse, config.infer)
+    merge_tiles_stage.fn(url, config.fuse)
+    report_stage.fn(url)
+    write_ledger(url)
 
 
 def observation(ledger: dict[str, Any], clock: str) -> Observation:
@@ -102,15 +132,17 @@ def main() -> None:
     parser.add_argument("--learn", nargs="+", default=LEARN)
     parser.add_argument("--ask", nargs="+", default=ASK)
     parser.add_argument("--clock", choices=FIELDS, default="cpu")
+    parser.add_argument("--bare", action="store_true", help="run the stages without Prefect")
     parser.add_argument("--output", type=Path, help="keep the reconstructions here")
     parser.add_argument("--json", type=Path)
     settings = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         output = settings.output or Path(scratch) / "out"
-        ledgers = [reconstruct(drive_at(d, Path(scratch)), output)[0] for d in settings.learn]
+        bare = settings.bare
+        ledgers = [reconstruct(drive_at(d, Path(scratch)), output, bare)[0] for d in settings.learn]
         rows = []
         for text in settings.ask:
-            ledger, process = reconstruct(drive_at(text, Path(scratch)), output)
+            ledger, process = reconstruct(drive_at(text, Path(scratch)), output, bare)
             for clock in FIELDS:
                 seen = [observation(one, clock) for one in ledgers]
                 rows.append(compare(seen, observation(ledger, clock), process, clock))
