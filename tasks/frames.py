@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,27 +108,38 @@ class Lanes:
 class Round:
     """What all lanes see of one chunk each."""
 
+    group: int  # position among the groups that are read
     number: int
     images: NDArray[np.uint8]  # [L, T, h, w, 3]
     present: NDArray[np.bool_]  # [L, T]; lanes that end early are padded by black frames
     seconds: dict[str, float]  # that reading it took, by stage
 
 
-def read_rounds(drive: DriveInput, groups: Sequence[Lanes]) -> Iterator[Round]:
-    """The rounds of all groups, one after the other; neighbouring groups share a decoder."""
+def read_rounds(
+    drive: DriveInput, groups: Sequence[Sequence[Segment]], open_group: Callable[[int], Lanes]
+) -> Iterator[Round]:
+    """The rounds of all groups, one after the other; neighbouring groups share a decoder.
+
+    Args:
+        drive: what is read.
+        groups: segments that run in lock step.
+        open_group: says, just before the group at a position is read, which of its rounds are
+            wanted.
+    """
     clock, frames = Clock(), drive.plan.chunk_frames
-    one_window = max((g.span for g in groups), default=0) * _frame_bytes(drive) <= WINDOW_BYTES
+    longest = max((Lanes(tuple(g), range(0)).span for g in groups), default=0)
     shared = FrameWindow(drive, drive.plan.frames, clock)
-    for position, lanes in enumerate(groups):
-        after = min((s.start for g in groups[position + 1 :] for s in g.segments), default=None)
-        windows = [
-            shared if one_window else FrameWindow(drive, s.stop, clock) for s in lanes.segments
-        ]
+    one_window = longest * _frame_bytes(drive) <= WINDOW_BYTES
+    for position, segments in enumerate(groups):
+        after = min((s.start for g in groups[position + 1 :] for s in g), default=None)
+        windows = [shared if one_window else FrameWindow(drive, s.stop, clock) for s in segments]
+        with clock.measure("prepare"):
+            lanes = open_group(position)
         for number in lanes.rounds:
             chunks = lanes.chunks(number, frames)
             images, present = _stack(drive, windows, chunks)
             _forget(windows, chunks, after)
-            yield Round(number, images, present, clock.take())
+            yield Round(position, number, images, present, clock.take())
 
 
 def _frame_bytes(drive: DriveInput) -> int:

@@ -6,7 +6,7 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -18,6 +18,7 @@ from prefect import task
 from torch import Tensor
 
 from storage.layout import GATE_QUANTILES, chunk_commit, segment_claim
+from storage.objects import in_parallel
 from storage.reconstruction import ReconstructionStore
 from storage.records import Chunk, Plan, Segment
 from tasks import metrics
@@ -100,10 +101,12 @@ def resolve_precision(config: InferConfig) -> str:
 
 
 @lru_cache(maxsize=1)
-def _cached_model(weights: str, sha256: str, device: str) -> tuple[Model, WeightsInfo]:
+def _cached_model(
+    weights: str, sha256: str, device: str, precision: str
+) -> tuple[Model, WeightsInfo]:
     """The network; `sha256` only tells weights apart that have replaced others of their name."""
     began = time.perf_counter()
-    model, info = load_model(weights, device=device)
+    model, info = load_model(weights, device=device, dtype=getattr(torch, precision))
     note(load_seconds=time.perf_counter() - began)
     if info.sha256 != sha256:
         raise ValueError(f"the weights {weights!r} changed while they were loaded; run again")
@@ -125,41 +128,27 @@ def infer_stage(url: str, indices: Sequence[int], config: InferConfig) -> int:
     if _all_done(store, plan, segments, keys):
         return 0
     note(device_kind=device_kind(resolve_device(config)), weights_sha256=info.sha256)
-    model, info = _cached_model(config.weights, info.sha256, resolve_device(config))
-    drive = DriveInput.from_store(store, info.config)
-    return _infer_claimed(store, drive, segments, keys, model, config, info)
+    model, info = _cached_model(
+        config.weights, info.sha256, resolve_device(config), resolve_precision(config)
+    )
+    work = Work(store, DriveInput.from_store(store, info.config), keys, model, config, info)
+    return run_until_stopped(lambda stop: _infer_in_lanes(work, segments, stop))
 
 
-def _infer_claimed(
-    store: ReconstructionStore,
-    drive: DriveInput,
-    segments: Sequence[Segment],
-    keys: dict[int, str],
-    model: Model,
-    config: InferConfig,
-    info: WeightsInfo,
-) -> int:
-    """Infer `segments` as the only worker at them; an interruption waits for their round."""
-    is_idle = True
-    with ExitStack() as claims:
-        for segment in segments:
-            if is_segment_done(store, drive.plan, segment, keys[segment.index]):
-                continue
-            done = len(store.commit_names(f"infer/{segment.index:04d}"))
-            claim = claims.enter_context(store.claim(segment_claim(segment.index), done))
-            if claim.deaths >= MOST_DEATHS:
-                raise DeadlySegment(
-                    f"the process that computed segment {segment.index} (frames {segment.start}.."
-                    f"{segment.stop}) died {claim.deaths} times in a row at chunk {done}"
-                )
-            _drop_stale(store, drive.plan, segment, keys[segment.index])
-            is_idle = False
-        if is_idle:  # another worker has finished them since they were looked at
-            return 0
-        drop_later(store, "infer")
-        return run_until_stopped(
-            lambda stop: _infer_in_lanes(store, drive, segments, keys, model, config, info, stop)
-        )
+@dataclass(frozen=True)
+class Work:
+    """What all segments of a task share."""
+
+    store: ReconstructionStore
+    drive: DriveInput
+    keys: dict[int, str]  # by segment
+    model: Model
+    config: InferConfig
+    info: WeightsInfo
+
+    def is_done(self, segment: Segment) -> bool:
+        """Whether every chunk of the segment is committed under its key."""
+        return is_segment_done(self.store, self.drive.plan, segment, self.keys[segment.index])
 
 
 def unfinished_segments(url: str, indices: Sequence[int], config: InferConfig) -> list[int]:
@@ -178,24 +167,16 @@ def unfinished_segments(url: str, indices: Sequence[int], config: InferConfig) -
     return [segment.index for segment in segments if not is_done(segment)]
 
 
-def _infer_in_lanes(
-    store: ReconstructionStore,
-    drive: DriveInput,
-    segments: Sequence[Segment],
-    keys: dict[int, str],
-    model: Model,
-    config: InferConfig,
-    info: WeightsInfo,
-    stop: threading.Event,
-) -> int:
+def _infer_in_lanes(work: Work, segments: Sequence[Segment], stop: threading.Event) -> int:
     """Infer what is not finished, in fewer lanes where memory does not suffice."""
-    lanes = settled_lanes(store, drive, config, info, model.device)
+    store, config, info = work.store, work.config, work.info
+    lanes = settled_lanes(store, work.drive, config, info, work.model.device)
     while True:
         # Always the same lanes together, so that an interrupted run repeats the same batches.
         groups = [segments[i : i + lanes] for i in range(0, len(segments), lanes)]
-        todo = [g for g in groups if not _all_done(store, drive.plan, g, keys)]
+        todo = [group for group in groups if not all(map(work.is_done, group))]
         try:
-            return infer_groups(store, drive, todo, keys, model, config, stop)
+            return infer_groups(work, todo, stop)
         except (RuntimeError, MemoryError) as error:
             if lanes == 1 or not is_out_of_memory(error):
                 raise
@@ -222,36 +203,35 @@ def _drop_stale(store: ReconstructionStore, plan: Plan, segment: Segment, key: s
             store.drop_commits(name)
 
 
-def infer_groups(
-    store: ReconstructionStore,
-    drive: DriveInput,
-    groups: Sequence[Sequence[Segment]],
-    keys: dict[int, str],
-    model: Model,
-    config: InferConfig,
-    stop: threading.Event,
-) -> int:
+def infer_groups(work: Work, groups: Sequence[Sequence[Segment]], stop: threading.Event) -> int:
     """Run groups of segments, each in lock step, one a lane, until `stop`.
 
     Returns the frames computed.
 
-    Reading, the network, and compressing and writing run beside each other, across groups:
-    the network waits for neither as long as they keep up.
+    Claiming and reading, the network, and compressing and writing run beside each other, across
+    groups: the network waits for neither as long as they keep up.
     """
-    runs = [LaneRun(store, drive, group, keys, model, config) for group in groups]
-    reader = prefetch(read_rounds(drive, [run.lanes for run in runs]), READ_AHEAD_ROUNDS)
-    with closing(reader) as rounds, BackgroundWriter() as writer:
+    runs = [LaneRun(work, group) for group in groups]
+    rounds = read_rounds(work.drive, groups, lambda position: runs[position].open())
+    with (
+        ExitStack() as claims,
+        closing(prefetch(rounds, READ_AHEAD_ROUNDS)) as reader,
+        BackgroundWriter() as writer,
+    ):
         for run in runs:
-            stream = run.start()
-            for _ in run.lanes.rounds:
-                if stop.is_set():
-                    return sum(run.computed for run in runs)
-                clock = Clock()
-                with clock.measure("wait"):
-                    now = next(rounds)
-                result = run.step(stream, now, clock)
-                with clock.measure("stall"):
-                    writer.submit(partial(_write, store, result))
+            claims.callback(run.close)
+        clock = Clock()
+        while not stop.is_set():
+            with clock.measure("wait"):
+                now = next(reader, None)
+            if now is None:
+                break
+            run = runs[now.group]
+            result = run.step(now, clock)
+            is_last = now.number == run.lanes.rounds.stop - 1
+            with clock.measure("stall"):
+                writer.submit(partial(_write, work, result, run.close if is_last else None))
+            clock = Clock()
     return sum(run.computed for run in runs)
 
 
@@ -262,21 +242,25 @@ class LaneRun:
     of an uninterrupted run and its bytes come out again.
     """
 
-    def __init__(
-        self,
-        store: ReconstructionStore,
-        drive: DriveInput,
-        segments: Sequence[Segment],
-        keys: dict[int, str],
-        model: Model,
-        config: InferConfig,
-    ) -> None:
-        self._store, self._drive, self._keys = store, drive, keys
-        self._model, self._config = model, config
-        chunk_frames, network, (height, width) = drive.plan.chunk_frames, drive.config, drive.size
-        store.create_segments(
-            segments,
-            chunk_frames,
+    def __init__(self, work: Work, segments: Sequence[Segment]) -> None:
+        self._work, self._segments = work, tuple(segments)
+        self._claims = ExitStack()
+        self._done: dict[tuple[int, int], bool] = {}
+        self._stream: Stream | None = None
+        self.lanes = Lanes(self._segments, range(0))
+        self.computed = 0
+
+    def open(self) -> Lanes:
+        """Become the only worker at what is not done, and make room for it in the store."""
+        work, plan = self._work, self._work.drive.plan
+        network, (height, width) = work.drive.config, work.drive.size
+        wanted = [segment for segment in self._segments if not work.is_done(segment)]
+        in_parallel(self._claim, wanted)
+        if wanted:  # else another worker has finished them since they were looked at
+            drop_later(work.store, "infer")
+        work.store.create_segments(
+            self._segments,
+            plan.chunk_frames,
             height,
             width,
             network.enc_embed_dim,
@@ -284,41 +268,56 @@ class LaneRun:
             (network.local_mem_size, 2 * network.dec_embed_dim),
         )
         self._done = {
-            (s.index, chunk.index): store.is_chunk_done(s, chunk, keys[s.index])
-            for s in segments
-            for chunk in s.chunks(chunk_frames)
+            (s.index, c.index): work.store.is_chunk_done(s, c, work.keys[s.index])
+            for s in self._segments
+            for c in s.chunks(plan.chunk_frames)
         }
         missing = [number for (_, number), done in self._done.items() if not done]
-        rounds = max(len(s.chunks(chunk_frames)) for s in segments)
-        self.lanes = Lanes(tuple(segments), range(min(missing, default=rounds), rounds))
-        self.computed = 0
+        rounds = max(len(s.chunks(plan.chunk_frames)) for s in self._segments)
+        self.lanes = Lanes(self._segments, range(min(missing, default=rounds), rounds))
+        return self.lanes
 
-    def start(self) -> Stream:
-        """Begin, or go on from the state that is stored with the last finished chunk."""
-        segments, first = self.lanes.segments, self.lanes.rounds.start
-        chunks = [segment.chunks(self._drive.plan.chunk_frames) for segment in segments]
-        state = _resume(self._store, segments, chunks, first, self._model)
-        return Stream(self._model, len(segments), self._config.rule, state=state)
+    def _claim(self, segment: Segment) -> None:
+        """Claim a segment; take back what of it is out of date."""
+        store = self._work.store
+        done = len(store.commit_names(f"infer/{segment.index:04d}"))
+        claim = self._claims.enter_context(store.claim(segment_claim(segment.index), done))
+        if claim.deaths >= MOST_DEATHS:
+            raise DeadlySegment(
+                f"the process that computed segment {segment.index} (frames {segment.start}.."
+                f"{segment.stop}) died {claim.deaths} times in a row at chunk {done}"
+            )
+        _drop_stale(store, self._work.drive.plan, segment, self._work.keys[segment.index])
 
-    def step(self, stream: Stream, now: Round, clock: Clock) -> RoundResult:
+    def close(self) -> None:
+        """Give the claims up."""
+        self._claims.close()
+
+    def step(self, now: Round, clock: Clock) -> RoundResult:
         """Let all lanes see their next chunk; the result is on its way to the host."""
-        device = self._model.device
-        began = mark(device)
-        enabled = resolve_precision(self._config) == "bfloat16"
-        with clock.measure("infer"), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-            images = to_device(now.images, device)
-            predictions = stream.feed(images, update=torch.from_numpy(now.present))
-            tensors = chunk_tensors(predictions, stream.state)
+        model = self._work.model
+        if self._stream is None:
+            self._stream = self._start()
+        began = mark(model.device)
+        with clock.measure("infer"):
+            images = to_device(now.images, model.device)
+            predictions = self._stream.feed(images, update=torch.from_numpy(now.present))
+            tensors = chunk_tensors(predictions, self._stream.state)
         chunks = self._unfinished(now.number)
         self.computed += sum(chunk.stop - chunk.start for _, _, chunk in chunks)
         download = Download(tensors, began)
-        return RoundResult(
-            len(self.lanes.segments), chunks, self._keys, download, now.seconds, clock
-        )
+        return RoundResult(len(self._segments), chunks, download, now.seconds, clock)
+
+    def _start(self) -> Stream:
+        """Begin, or go on from the state that is stored with the last finished chunk."""
+        work, first = self._work, self.lanes.rounds.start
+        chunks = [segment.chunks(work.drive.plan.chunk_frames) for segment in self._segments]
+        state = _resume(work.store, self._segments, chunks, first, work.model)
+        return Stream(work.model, len(self._segments), work.config.rule, state=state)
 
     def _unfinished(self, number: int) -> list[tuple[int, Segment, Chunk]]:
         """Lanes, segments and chunks of a round that the store lacks."""
-        chunks = self.lanes.chunks(number, self._drive.plan.chunk_frames)
+        chunks = self.lanes.chunks(number, self._work.drive.plan.chunk_frames)
         found = zip(self.lanes.segments, chunks, strict=True)
         return [
             (lane, segment, chunk)
@@ -333,16 +332,15 @@ class RoundResult:
 
     lanes: int
     chunks: list[tuple[int, Segment, Chunk]]  # lane, segment and chunk
-    keys: dict[int, str]  # by segment
     download: Download
     read_seconds: dict[str, float]
     clock: Clock
     attempt: str | None = field(default_factory=attempt_id)
 
 
-def _write(store: ReconstructionStore, result: RoundResult) -> None:
-    """Compress and write all chunks of a round together, then commit each."""
-    clock = result.clock
+def _write(work: Work, result: RoundResult, after: Callable[[], None] | None) -> None:
+    """Compress and write all chunks of a round together, commit each, then do `after`."""
+    clock, store = result.clock, work.store
     result.download.wait()
     with clock.measure("download"):
         arrays = result.download.arrays()
@@ -354,22 +352,27 @@ def _write(store: ReconstructionStore, result: RoundResult) -> None:
     with clock.measure("write"):
         store.write_encoded(encoded)
     seconds = result.read_seconds | clock.take() | result.download.seconds()
-    shares = {name: value / result.lanes for name, value in seconds.items()}
-    for _, segment, chunk in result.chunks:
-        record = {
-            "key": result.keys[segment.index],
-            "attempt": result.attempt,
-            "frames_inferred": chunk.stop - chunk.start,
-            "lanes": result.lanes,
-            "host": platform.node(),
-            "device": result.download.device,
-            "device_kind": device_kind(result.download.device),
-            **shares,
-        }
-        store.commit_chunk(segment, chunk, record)
-        metrics.chunk_stored(record, ends_segment=chunk.stop == segment.stop)
+    spent = {name: value / result.lanes for name, value in seconds.items()}
+    shared = {
+        "attempt": result.attempt,
+        "lanes": result.lanes,
+        "host": platform.node(),
+        "device": result.download.device,
+        "device_kind": device_kind(result.download.device),
+        **spent,
+    }
+
+    def commit(what: tuple[int, Segment, Chunk]) -> None:
+        _, segment, chunk = what
+        own = {"key": work.keys[segment.index], "frames_inferred": chunk.stop - chunk.start}
+        store.commit_chunk(segment, chunk, own | shared)
+        metrics.chunk_stored(own | shared, ends_segment=chunk.stop == segment.stop)
         names = {"drive": store.url, "segment": segment.index, "chunk": chunk.index}
-        log.info("frames %d..%d stored", chunk.start, chunk.stop, extra=names | shares)
+        log.info("frames %d..%d stored", chunk.start, chunk.stop, extra=names | spent)
+
+    in_parallel(commit, result.chunks)
+    if after is not None:
+        after()
 
 
 def _resume(

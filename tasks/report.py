@@ -33,6 +33,7 @@ LARGE_FOCAL_SPREAD = 0.2
 PASSING = ("stage", "error", "chunks_done")  # figures of a summary that are soon out of date
 # What the seconds in the chunks' commits were spent on: `<name>_seconds`.
 BUSY_WITH = {
+    "prepare": "claiming segments and sizing their arrays",
     "decode": "decoding",
     "preprocess": "resizing",
     "wait": "network waiting for frames",

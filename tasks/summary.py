@@ -14,7 +14,7 @@ from tasks.plan import read_aside
 
 # What one thread each is busy with during inference, by the seconds in the chunks' commits.
 BUSY = {
-    "reading": ("decode", "preprocess"),
+    "reading": ("prepare", "decode", "preprocess"),
     "network": ("infer",),
     "writing": ("download", "encode", "write"),
 }
