@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from storage.reconstruction import ReconstructionStore
@@ -13,10 +16,12 @@ from storage.records import Chunk, DriveRecord, Plan, Segment
 from storage.video import FrameTable, read_frames
 from tasks.pipelining import Clock, timed
 from tasks.plan import read_plan
+from tasks.transfer import to_device
 from ttt3r.config import ModelConfig
-from ttt3r.images import fit, preprocess_fast
+from ttt3r.images import fit, preprocess_fast, preprocess_on_device
 
 WINDOW_BYTES = 256 * 2**20  # preprocessed frames that lanes may share
+DEVICE_FRAMES = 8  # that a GPU resizes at once
 LONGEST_GAP = 50  # frames that nobody wants are decoded up to here; beyond, sought over
 
 Image = NDArray[np.uint8]  # [h, w, 3] RGB
@@ -30,12 +35,16 @@ class DriveInput:
     frames: FrameTable
     plan: Plan
     config: ModelConfig
+    device: torch.device | None = None  # that resizes frames; None: the CPU, one by one
 
     @classmethod
-    def from_store(cls, store: ReconstructionStore, config: ModelConfig) -> DriveInput:
+    def from_store(
+        cls, store: ReconstructionStore, config: ModelConfig, device: torch.device | None = None
+    ) -> DriveInput:
         """What the store knows of its drive."""
         record = DriveRecord.from_json(store.attributes["drive"])
-        return cls(record, FrameTable.from_arrays(store.read_frames()), read_plan(store), config)
+        frames = FrameTable.from_arrays(store.read_frames())
+        return cls(record, frames, read_plan(store), config, device)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -49,10 +58,27 @@ class DriveInput:
         """Preprocessed RGB frames [h, w, 3] of the drive from `start` to `stop`."""
         clock = Clock() if clock is None else clock
         decoded = read_frames(self.record, self.frames, start, stop)
-        for frame in timed(decoded, clock, "decode"):
+        decoded = timed(decoded, clock, "decode")
+        if self.device is not None:
+            yield from self._resized_on_device(decoded, clock)
+            return
+        for frame in decoded:
             with clock.measure("preprocess"):
                 image = preprocess_fast(frame, self.config.image_size, self.config.patch_size)
             yield image
+
+    def _resized_on_device(self, frames: Iterator[Image], clock: Clock) -> Iterator[Image]:
+        """Some frames at a time, in a stream of the device's work of their own."""
+        assert self.device is not None
+        with ExitStack() as beside:
+            if self.device.type == "cuda":  # not behind what the network has queued
+                beside.enter_context(torch.cuda.stream(torch.cuda.Stream(self.device)))
+            while batch := list(islice(frames, DEVICE_FRAMES)):
+                with clock.measure("preprocess"):
+                    sent = to_device(np.stack(batch), self.device)
+                    size, patch = self.config.image_size, self.config.patch_size
+                    images = preprocess_on_device(sent, size, patch).cpu().numpy()
+                yield from images
 
 
 class FrameWindow:

@@ -131,7 +131,9 @@ def infer_stage(url: str, indices: Sequence[int], config: InferConfig) -> int:
     model, info = _cached_model(
         config.weights, info.sha256, resolve_device(config), resolve_precision(config)
     )
-    work = Work(store, DriveInput.from_store(store, info.config), keys, model, config, info)
+    resizer = model.device if model.device.type == "cuda" else None
+    drive = DriveInput.from_store(store, info.config, resizer)
+    work = Work(store, drive, keys, model, config, info)
     return run_until_stopped(lambda stop: _infer_in_lanes(work, segments, stop))
 
 
