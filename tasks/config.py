@@ -49,7 +49,7 @@ class InferConfig:
     """auto: float32 on a CPU, bfloat16 on a GPU."""
     lanes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Segments that run in lock step on one device; auto: as memory allows, up to what helps."""
-    segments_per_task: Annotated[int, Field(ge=1)] = 64
+    segments_per_task: Annotated[int, Field(ge=1)] = 128
     """Segments of one GPU task."""
     frames_per_run: Annotated[int, Field(ge=1)] = 10_000
     """On a fleet: frames, at least, of one run of a GPU worker, which does several tasks."""

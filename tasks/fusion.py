@@ -42,7 +42,8 @@ class FusionSettings:
     confidence_quantile: float = 0.1  # share of the measurements to drop, least confident first
     edge_jump: float = 0.1  # relative kink in inverse depth that marks a depth edge
     max_incidence_deg: float = 86.0  # surfaces seen more obliquely are dropped
-    max_volume_bytes: int = 1_000_000_000  # bound on the volumes held at once
+    max_volume_bytes: int = 1_000_000_000  # bound on the volume of a tile
+    batch_bytes: int = 150_000_000  # volumes of smaller tiles are held together up to this
 
     def __post_init__(self) -> None:
         for name in ("voxel_m", "depth_limit_m", "tile_m"):
@@ -346,7 +347,8 @@ class TileVolume:
 def group_tiles(tiles: list[Tile], grid: FusionGrid) -> list[list[Tile]]:
     """Cut tiles, in the order in which the drive enters them, into groups for `fuse_tiles`.
 
-    A group fits into `max_volume_bytes`. Fewer groups read fewer frames twice.
+    A group of several tiles fits into `batch_bytes`, so that a long drive takes no more memory
+    than a short one. Fewer groups read fewer frames twice.
     """
     groups: list[list[Tile]] = []
     room = 0
@@ -354,7 +356,7 @@ def group_tiles(tiles: list[Tile], grid: FusionGrid) -> list[list[Tile]]:
         size = tile.blocks * grid.block_voxels**3 * _BYTES_PER_VOXEL
         if not groups or size > room:
             groups.append([])
-            room = grid.settings.max_volume_bytes
+            room = min(grid.settings.max_volume_bytes, grid.settings.batch_bytes)
         groups[-1].append(tile)
         room -= size
     return groups

@@ -73,7 +73,9 @@ class Stopwatch:
         return timed
 
 
-def run_flow(video: str, output: str, weights: str, threads: int) -> dict[str, Any]:
+def run_flow(
+    video: str, output: str, weights: str, threads: int, device: str = "cpu"
+) -> dict[str, Any]:
     """Run the flow on a Prefect server of its own; what each part took."""
     import torch
 
@@ -105,7 +107,7 @@ def run_flow(video: str, output: str, weights: str, threads: int) -> dict[str, A
     with prefect_test_harness(server_startup_timeout=None):
         server = time.perf_counter() - started
         began, cpu = time.perf_counter(), time.process_time()
-        config = ReconstructionConfig(infer=InferConfig(weights=weights))
+        config = ReconstructionConfig(infer=InferConfig(weights=weights, device=device))
         url = reconstruct_drive(video, output, config)
         seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     records = list(ReconstructionStore.open(url).commits("infer").values())
@@ -127,12 +129,14 @@ def run_flow(video: str, output: str, weights: str, threads: int) -> dict[str, A
         "orchestration_share": orchestration / seconds,
         "inference_busy_seconds": {n: sum(r.get(n, 0.0) for r in records) for n in sorted(names)},
         "inference_busy": busy_seconds(records),
+        # On a GPU by its own clock: the share of the task in which it computes.
+        "network_busy_share": busy_seconds(records)["network"] / watch.seconds["infer"],
         "lanes": max(record["lanes"] for record in records),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
-def run_model(url: str, weights: str, threads: int) -> dict[str, Any]:
+def run_model(url: str, weights: str, threads: int, device: str = "cpu") -> dict[str, Any]:
     """The network alone on the frames of a finished store, in the same segments and lanes."""
     import torch
 
@@ -143,7 +147,8 @@ def run_model(url: str, weights: str, threads: int) -> dict[str, Any]:
     from ttt3r.weights import load_model
 
     store = ReconstructionStore.open(url)
-    model, info = load_model(weights, device="cpu")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16  # what `auto` means
+    model, info = load_model(weights, device=device, dtype=dtype)
     drive = DriveInput.from_store(store, info.config)
     frames = np.stack(list(drive.read(0, drive.plan.frames)))
     lanes = max(record["lanes"] for record in store.commits("infer").values())
@@ -156,6 +161,8 @@ def run_model(url: str, weights: str, threads: int) -> dict[str, Any]:
             images, present = stack(frames, chunks)
             stream.feed(images, update=present)
             seen += int(present.sum())
+    if device != "cpu":
+        torch.cuda.synchronize(device)
     return {
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - cpu,
@@ -208,12 +215,16 @@ def result_of(process: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
-def measure(frames: int, size: tuple[int, int], weights: str, threads: int) -> dict[str, Any]:
+def measure(
+    frames: int, size: tuple[int, int], weights: str, threads: int, device: str
+) -> dict[str, Any]:
     """One length: the whole run, and the network alone on the same frames."""
     with tempfile.TemporaryDirectory() as folder:
         video = make_drive(Path(folder) / "drive.mp4", frames, size)
-        run = result_of(in_process("run_flow", str(video), f"{folder}/out", weights, threads))
-        model = result_of(in_process("run_model", run["url"], weights, threads))
+        run = result_of(
+            in_process("run_flow", str(video), f"{folder}/out", weights, threads, device)
+        )
+        model = result_of(in_process("run_model", run["url"], weights, threads, device))
     return {
         "frames": frames,
         "video_size": f"{size[0]}x{size[1]}",
@@ -247,6 +258,7 @@ def show(row: dict[str, Any]) -> None:
         f"{run['orchestration_share']:.2%} of the run; server start, not in it, "
         f"{run['server_start_seconds']:.1f} s"
     )
+    print(f"  network busy {run['network_busy_share']:.1%} of the inference task")
     print(f"  peak memory {row['peak_memory_bytes'] / 2**20:.0f} MiB", flush=True)
 
 
@@ -262,11 +274,14 @@ def main() -> None:
     parser.add_argument("--size", type=parsed_size, default=(1280, 720))
     parser.add_argument("--weights", default="compact")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each process")
+    parser.add_argument("--device", default="cpu", help="of the network: cpu, cuda")
     parser.add_argument("--json", type=Path)
     settings = parser.parse_args()
     rows = []
     for frames in settings.frames:
-        rows.append(measure(frames, settings.size, settings.weights, settings.threads))
+        rows.append(
+            measure(frames, settings.size, settings.weights, settings.threads, settings.device)
+        )
         show(rows[-1])
     for row in rows[1:]:
         ratio = row["peak_memory_bytes"] / rows[0]["peak_memory_bytes"]
