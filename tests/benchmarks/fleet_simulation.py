@@ -72,7 +72,7 @@ class Services:
     run_s: float = 0.0  # for the states, task and events of a run of infer-segments, fuse-tiles
     drive_s: float = 0.0  # the same of reconstruct-drive, with its eight tasks
     poll_s: float = 0.0  # for one poll of a worker
-    poll_interval_s: float = 15.0
+    poll_interval_s: float = 10.0  # PREFECT_WORKER_QUERY_SECONDS
     pollers: int = 0  # workers: one a machine in a process pool, one a pool in Kubernetes
     heartbeat_s: float = 0.0  # for one heartbeat of a run
     heartbeat_interval_s: float = 30.0
@@ -524,7 +524,7 @@ def steady(name: str, case: Case, gpus: int, api: dict[str, float]) -> dict[str,
         "runs_per_s": runs + fusions + drives,
         "heartbeats_per_s": beats,
         "prefect_cores": of_prefect + beats * api["heartbeat_s"],
-        "prefect_cores_if_each_machine_polls": (gpus + cpus) / 15 * api["poll_s"],
+        "prefect_cores_if_each_machine_polls": (gpus + cpus) / 10 * api["poll_s"],
         "database_gb_per_day": (runs + fusions + 3 * drives) * DATABASE_BYTES_A_RUN * 86400 / 1e9,
         "puts_per_s": gpus * working * case.puts_per_s,
         "store_partitions": gpus * working * case.puts_per_s / S3_PUTS_PER_S,
