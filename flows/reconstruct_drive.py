@@ -12,8 +12,9 @@ from flows.children import Spread
 from flows.fuse_tiles import fuse_drive
 from flows.infer_segments import infer_drive
 from flows.telemetry import observed
+from storage.claims import Claim
 from storage.credentials import refuse_credentials
-from storage.reconstruction import Claimed, ReconstructionStore, StoreError
+from storage.reconstruction import Claimed, ClaimLost, ReconstructionStore, StoreError
 from storage.video import drive_name
 from tasks import metrics
 from tasks.align import align_stage
@@ -73,9 +74,10 @@ def reconstruct_drive(
     table = read_prices(prices) if prices else None
     with observed():
         try:
-            with ReconstructionStore.create(url, {}).claim("drive"):
-                run_stages(location, name or drive_name(location), url, config, spread, table)
-        except (AnotherDrive, Claimed):  # no failure of the drive that the store is about
+            with ReconstructionStore.create(url, {}).claim("drive") as claim:
+                name = name or drive_name(location)
+                run_stages(location, name, url, config, spread, table, claim)
+        except (AnotherDrive, Claimed, ClaimLost):  # no failure of the drive that the store is about
             raise
         except Exception as error:
             record_failure(url, error)
@@ -103,16 +105,24 @@ def run_stages(
     config: ReconstructionConfig,
     spread: Spread,
     prices: Prices | None,
+    claim: Claim,
 ) -> None:
-    """All stages of one drive, in order."""
+    """All stages of one drive, in order, as long as this run has its claim on the drive.
+
+    Raises:
+        ClaimLost: another run has taken the drive over.
+    """
     probe_stage(location, name, url)
     drop_outdated(location, url, config)
     ReconstructionStore.open(url).drop_commits("failed")
     groups = plan_stage(url, config)
     record_prediction(url, config)
     infer_drive(url, name, groups, config.infer, spread)
+    claim.check()
     align_stage(url, config.align, config.infer)
+    claim.check()
     fuse_drive(url, name, config.fuse, config.infer, spread)
+    claim.check()
     report_stage(url)
     publish_drive(url)
     publish_ledger(write_ledger(url, prices))

@@ -5,7 +5,8 @@ A claim is the newest of the objects `claims/<name>/<number>.json`. Its holder r
 from this machine, or, for a holder elsewhere, the claim was not renewed for `LEASE_S` while
 being watched, so that no two clocks are compared. The next number is created exclusively: of
 several that find a dead holder exactly one takes over. A holder that could not renew for half
-of the lease stops by itself, well before anybody takes its place.
+of the lease stops by itself, well before anybody takes its place, and goes on only after it has
+taken its own claim over in the same way.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Claim:
         self._object = ""
         self._renewed = 0.0
         self._is_lost = False
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"claim {name}", daemon=True)
 
@@ -92,10 +94,13 @@ class Claim:
         """Make sure, before writing, that the claim is still held.
 
         Raises:
-            ClaimLost: it may be somebody else's by now.
+            ClaimLost: it is somebody else's by now.
         """
-        if self._is_late() or not self._is_mine():
-            self._is_lost = True
+        with self._lock:
+            if self._is_late():
+                self._retake()
+            elif not self._is_mine():
+                self._is_lost = True
         if self._is_lost:
             raise ClaimLost(
                 f"{self._url}: the claim on {self.name!r} was lost, as it could not be renewed for "
@@ -125,8 +130,25 @@ class Claim:
         self.check()
         self._folder.write(self._object, self._document())
         # A write that took so long may have landed in a claim that was taken over meanwhile.
-        self._is_lost = time.monotonic() - began > LEASE_S / 2
-        self._renewed = began
+        if time.monotonic() - began <= LEASE_S / 2:
+            self._renewed = began
+
+    def _retake(self) -> None:
+        """Take over the claim that was not renewed in time, unless somebody else has."""
+        began, numbers = time.monotonic(), self._numbers()
+        newest = self._object_of(numbers[-1]) if numbers else ""
+        if newest != self._object or not self._is_mine():
+            self._is_lost = True
+            return
+        following = self._object_of(numbers[-1] + 1)
+        try:
+            self._folder.write_new(following, self._document())
+        except CommitExists:
+            self._is_lost = True
+            return
+        self._object, self._renewed = following, began
+        for older in numbers:
+            self._folder.delete(self._object_of(older))
 
     def _document(self) -> bytes:
         record = {

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -91,18 +90,38 @@ def test_claim_of_another_machine_is_taken_over_when_it_is_not_renewed(store, mo
         pass  # the loser left the winner's claim alone, and the winner gave it up
 
 
-def test_chunk_is_not_written_after_the_claim_on_its_segment_is_lost(store, monkeypatch):
+def test_chunk_is_not_written_after_the_claim_on_its_segment_is_lost(store):
     store.create_segment(SEGMENT, 4, **SHAPE)
     chunk = SEGMENT.chunks(4)[0]
     with store.claim("infer/0000"):
         store.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 1.0))
-        monkeypatch.setattr(claims, "LEASE_S", 0.02)
-        time.sleep(0.05)
+        store._folder.delete_tree("claims/infer/0000")
         with pytest.raises(ClaimLost):
             store.commit_chunk(SEGMENT, chunk, {"key": "key"})
         with pytest.raises(ClaimLost):
             store.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 2.0))
     assert store.commit_names("infer") == []
+
+
+def test_claim_that_could_not_be_renewed_is_taken_again_unless_another_worker_has(
+    store, monkeypatch
+):
+    monkeypatch.setattr(claims, "WATCH_S", 0.1)
+    monkeypatch.setattr(claims, "_machine", lambda: "elsewhere")
+    there = ReconstructionStore.open(store.url)
+    with there.claim("drive") as claim:
+        claim._renewed -= claims.LEASE_S  # the store was away
+        claim.check()
+        claim._renewed -= claims.LEASE_S
+        claim._renew()  # as its thread does when the store is back
+        assert there._folder.sizes("claims/drive").keys() == {"claims/drive/000003.json"}
+        monkeypatch.setattr(claims, "LEASE_S", 0.5)
+        monkeypatch.setattr(claims, "_machine", lambda: "here")
+        with store.claim("drive") as other:
+            claim._renewed -= claims.LEASE_S
+            with pytest.raises(ClaimLost):
+                claim.check()
+            other.check()
 
 
 @pytest.fixture
