@@ -26,11 +26,13 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from multiprocessing.context import ForkServerProcess
@@ -66,6 +68,7 @@ ENDS = {
 }
 LONGEST_RUN_S = 600.0
 MOST_RUNS = 6  # of one drive; a run may fail while the S3 server is away
+S3_AT_ONCE = 6
 NAME = "drive.zarr"
 
 
@@ -107,6 +110,8 @@ class Campaign:
         self._options = ("--weights", str(weights), *CUT)
         self._server = server
         self._where = "s3" if server else "local"
+        self._at_work: dict[str, Outcome] = {}  # drives whose runs a kill of the server meets
+        self._there = threading.RLock()  # held while the server must be, or is not, there
         self.reference = self._uninterrupted()
 
     def _start(self, name: str) -> ForkServerProcess:
@@ -139,42 +144,56 @@ class Campaign:
             for _ in range(rng.choice([1] * 8 + [2, 3])):
                 if not self._kill_one(name, url, rng, outcome):
                     break
-                kept = self._judge_committed(url, kept, outcome)
-            self._finish(name, url, kept, outcome)
+                with self._there:
+                    kept = self._judge_committed(url, kept, outcome)
+            self._finish(name, outcome)
+            if not outcome.faults:
+                with self._there:
+                    self._judge_finished(url, kept, outcome)
         except Exception:
             outcome.faults.append(traceback.format_exc(limit=5))
         return outcome
 
     def _kill_one(self, name: str, url: str, rng: random.Random, outcome: Outcome) -> bool:
         """Start a run and kill; False if it ended before."""
+        before = len(outcome.kills)
+        with self._run_of(name, outcome) as process:
+            self._await_moment(process, open_folder(url), rng)
+            if process.is_alive():
+                self._kill(self._choose_victim(rng), process, url, outcome)
+            process.join(LONGEST_RUN_S)
+        if len(outcome.kills) == before and process.exitcode != 0:
+            outcome.faults.append(f"a run that nobody killed: exit code {process.exitcode}")
+        return len(outcome.kills) > before
+
+    @contextmanager
+    def _run_of(self, name: str, outcome: Outcome) -> Iterator[ForkServerProcess]:
+        """A run of a drive, which the block sees to its end."""
         process, began = self._start(name), time.monotonic()
         outcome.runs += 1
-        self._await_moment(process, open_folder(url), rng)
-        victim = self._choose_victim(rng)
-        if not process.is_alive():
-            process.join()
-            if process.exitcode != 0:
-                outcome.faults.append(f"a run that nobody killed: exit code {process.exitcode}")
-            return False
-        if victim == "s3 server":
-            outcome.kills.append(
-                (victim, stage_of(url, self.reference.chunks))
-            )  # read before: afterwards it is away
-            self._server.kill()
-            self._server.start()
-            process.join(LONGEST_RUN_S)
+        self._at_work[f"{self._root}/{name}/{NAME}"] = outcome
+        yield process
+        del self._at_work[f"{self._root}/{name}/{NAME}"]
+        if process.exitcode != -signal.SIGKILL:
             outcome.recovery_s = max(outcome.recovery_s, time.monotonic() - began)
-        else:
-            with suppress(ProcessLookupError):  # it ended this very moment
-                (os.killpg if victim == "process group" else os.kill)(process.pid, signal.SIGKILL)
-            process.join()
-            if process.exitcode != -signal.SIGKILL:
-                return False
-            outcome.kills.append((victim, stage_of(url, self.reference.chunks)))
-        return True
+
+    def _kill(self, victim: str, process: ForkServerProcess, url: str, outcome: Outcome) -> None:
+        if victim == "s3 server":
+            with self._there:
+                for other, met in list(self._at_work.items()):
+                    met.kills.append((victim, stage_of(other, self.reference.chunks)))
+                self._server.kill()
+                self._server.start()
+            return
+        with suppress(ProcessLookupError):  # it ended this very moment
+            (os.killpg if victim == "process group" else os.kill)(process.pid, signal.SIGKILL)
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            with self._there:
+                outcome.kills.append((victim, stage_of(url, self.reference.chunks)))
 
     def _choose_victim(self, rng: random.Random) -> str:
-        if self._server and rng.random() < 0.6:
+        if self._server and rng.random() < 0.3:
             return "s3 server"
         return rng.choice(["process", "process group"])
 
@@ -194,8 +213,11 @@ class Campaign:
                 None: lambda: True,
                 "infer": lambda: len(folder.sizes("commits/infer")) >= count,
             }.get(before, lambda: folder.read(ENDS[before]) is not None)
-        while process.is_alive() and not reached():
-            process.join(0.03 if self._server else 0.002)
+        while process.is_alive():
+            with self._there:
+                if reached():
+                    break
+            process.join(0.05 if self._server else 0.002)
         process.join(pause)
 
     def _judge_committed(
@@ -213,27 +235,26 @@ class Campaign:
             outcome.faults.append(f"after {outcome.kills[-1]}: damaged: {damaged}")
         return chunks
 
-    def _finish(self, name: str, url: str, kept: dict[str, bytes], outcome: Outcome) -> None:
-        code: int | None = None
-        while code != 0 and outcome.runs < MOST_RUNS:
-            process, began = self._start(name), time.monotonic()
-            outcome.runs += 1
-            process.join(LONGEST_RUN_S)
-            code = process.exitcode
-            if not self._server and code != 0:
+    def _finish(self, name: str, outcome: Outcome) -> None:
+        """Run until it finishes: with a server that is killed, a run may fail."""
+        while outcome.runs < MOST_RUNS:
+            before = len(outcome.kills)
+            with self._run_of(name, outcome) as process:
+                process.join(LONGEST_RUN_S)
+            if process.exitcode == 0:
+                return
+            if len(outcome.kills) == before and not self._server:
                 break
-            outcome.recovery_s = max(outcome.recovery_s, time.monotonic() - began)
-        if code != 0:
-            outcome.faults.append(f"the last of {outcome.runs} runs ended with exit code {code}")
-            return
+        outcome.faults.append(f"run {outcome.runs} ended with exit code {process.exitcode}")
+
+    def _judge_finished(self, url: str, kept: dict[str, bytes], outcome: Outcome) -> None:
         outcome.faults += _changed(kept, commit_objects(url), "done again")
         found, expected = stored_objects(url), self.reference.objects
-        for object_name in sorted(found.keys() | expected.keys()):
-            if found.get(object_name) != expected.get(object_name):
-                outcome.faults.append(f"{object_name} differs from the uninterrupted run")
+        for name in sorted(found.keys() | expected.keys()):
+            if found.get(name) != expected.get(name):
+                outcome.faults.append(f"{name} differs from the uninterrupted run")
         if not outcome.faults:
-            folder = open_folder(url)
-            folder.delete_tree("")
+            open_folder(url).delete_tree("")
 
 
 def _changed(kept: dict[str, bytes], now: dict[str, bytes], when: str) -> list[str]:
@@ -315,17 +336,20 @@ def main() -> int:
         video = write_drive(folder / "drive.mp4")
         weights = write_tiny_weights(folder / "tiny.safetensors")
         launcher = Launcher(folder / "runs.log")
-        campaign = Campaign(str(folder / "local"), video, weights, launcher)
-        local = arguments.runs - arguments.s3
-        tasks = [places.submit(run_all, campaign, local, arguments.seed, arguments.at_once)]
+        local, tasks = arguments.runs - arguments.s3, []
+        if local:
+            campaign = Campaign(str(folder / "local"), video, weights, launcher)
+            task = (campaign, local, arguments.seed, arguments.at_once)
+            tasks.append(places.submit(run_all, *task))
         if arguments.s3:
             server = SeaweedProcess(folder / "seaweed")
             stack.callback(server.kill)
             server.start()
             os.environ |= server.access.environment
             campaign = Campaign(server.access.url, video, weights, launcher, server)
-            # One at a time: a kill of the server hits them all.
-            tasks.append(places.submit(run_all, campaign, arguments.s3, arguments.seed + 1, 1))
+            # Many at a time: they wait most of the time, and a kill of the server meets them all.
+            task = (campaign, arguments.s3, arguments.seed + 1, S3_AT_ONCE)
+            tasks.append(places.submit(run_all, *task))
         outcomes = [outcome for task in tasks for outcome in task.result()]
     found = summary(outcomes, time.monotonic() - began)
     print(json.dumps(found, indent=1))

@@ -61,7 +61,7 @@ from tasks.probe import probe_stage
 KINDS = {"one machine": 1, "two machines": 1, "frozen": 3, "no claims": 1}
 POINTS = ("before the writes", "amid the writes", "before the commit")
 DOCUMENTED = {"Claimed", "ClaimLost", "CommitExists"}
-LEASE_S, RENEW_S, WATCH_S = 8.0, 1.0, 0.2  # instead of 90, 15 and 1
+LEASE_S, RENEW_S, WATCH_S = 20.0, 2.0, 0.5  # instead of 90, 15 and 1
 LIMIT_S = 240.0
 
 
@@ -93,8 +93,8 @@ class Outcome:
 
 def work(worker: Worker, url: str, config: ReconstructionConfig, result: str) -> None:
     """Infer all segments as `worker`; write how it ended."""
-    claims.LEASE_S, claims.RENEW_S, claims.WATCH_S = LEASE_S, RENEW_S, WATCH_S
     if worker.machine:
+        claims.LEASE_S, claims.RENEW_S, claims.WATCH_S = LEASE_S, RENEW_S, WATCH_S
         claims._machine = lambda: worker.machine
     if not worker.has_claims:
         ReconstructionStore.claim = lambda self, name, progress=0: nullcontext(NoClaim())
