@@ -77,7 +77,7 @@ def reconstruct_drive(
             with ReconstructionStore.create(url, {}).claim("drive") as claim:
                 name = name or drive_name(location)
                 run_stages(location, name, url, config, spread, table, claim)
-        except (AnotherDrive, Claimed, ClaimLost):  # no failure of the drive that the store is about
+        except (AnotherDrive, Claimed, ClaimLost):  # no failure of the drive of this store
             raise
         except Exception as error:
             record_failure(url, error)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import httpx
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.settings import PREFECT_TASK_DEFAULT_RETRY_DELAY_SECONDS
 
 from storage.errors import (
@@ -39,7 +41,7 @@ FINAL_ERRORS = (
     StoreRefused,
     StoreTooNew,
 )
-# What is wrong with the store or the machine is no fault of one segment.
+# What is wrong with the store, the machine or the Prefect server is no fault of one segment.
 DRIVE_ERRORS = (
     Claimed,
     ClaimLost,
@@ -50,6 +52,8 @@ DRIVE_ERRORS = (
     PermissionError,
     ImportError,
     MemoryError,
+    httpx.HTTPError,
+    ConcurrencySlotAcquisitionError,
 )
 RETRIES = 3
 # Others where PREFECT_TASKS_DEFAULT_RETRY_DELAY_SECONDS is set.

@@ -41,7 +41,7 @@ from ttt3r.model import Model
 from ttt3r.weights import WeightsInfo, save_weights
 
 TESTS = Path(__file__).resolve().parents[1]
-SERVER_START_S = 180
+SERVER_START_S = 300
 ARRAY_FOLDERS = (layout.FRAMES, layout.SEGMENTS, layout.TRAJECTORY)
 # Five segments of twelve frames, three chunks each, two lanes: all that can resume is there.
 FRAMES = 48

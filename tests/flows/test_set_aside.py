@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from recordings import moving_squares, write_video
 
 from flows.reconstruct_drive import reconstruct_drive
@@ -81,3 +82,19 @@ def test_second_run_of_a_drive_at_work_is_refused_and_leaves_no_trace(tmp_path):
     with store.claim("drive"), pytest.raises(Claimed, match="'drive' is being worked on"):
         reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
     assert store.commits() == before
+
+
+def test_prefect_server_in_trouble_is_no_fault_of_a_segment(tmp_path, monkeypatch):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(10))
+    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    store = ReconstructionStore.open(url)
+    store.drop_commits("infer")
+    error = ConcurrencySlotAcquisitionError("Unable to acquire concurrency slots: 503")
+
+    def no_slot(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("flows.infer_segments.infer_stage", no_slot)
+    with pytest.raises(ConcurrencySlotAcquisitionError):
+        reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    assert read_aside(store) == {}
