@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -25,6 +26,7 @@ from storage.records import MOST_FRAMES
 
 MOST_OBJECT_BYTES = 2**30  # of an object, before compression
 MOST_WHOLE_BYTES = 2**32  # of an array that is read as a whole
+MOST_DIMENSIONS = 8
 MOST_PARTS = 2**16  # of an object that are compressed each by itself
 CODECS = frozenset({"bytes", "blosc", "crc32c", "sharding_indexed"})
 BLOSC_HEADER = 16  # bytes; 4 to 7 hold the size before compression
@@ -57,7 +59,7 @@ def _fault_of_shape(node: Mapping[str, Any], spec: ArraySpec) -> str | None:
     fixed = [FIXED_SIZES.get(dim) for dim in spec.dims]
     found = node["node_type"], node["data_type"], node.get("storage_transformers", [])
     if found != ("array", spec.dtype, []):
-        return f"{found} instead of an array of {spec.dtype}"
+        return f"{reprlib.repr(found)} instead of an array of {spec.dtype}"
     if len(shape) != len(fixed) or any(
         f not in (None, n) for f, n in zip(fixed, shape, strict=True)
     ):
@@ -74,7 +76,7 @@ def _fault_of_codecs(codecs: Sequence[Any], cut: list[int], shape: list[int]) ->
         return f"objects of {cut} of an array of {shape}"
     names = [codec["name"] for codec in codecs]
     if not CODECS.issuperset(names):
-        return f"codecs {names}"
+        return f"codecs {reprlib.repr(names)}"
     inner = [codec["configuration"] for codec in codecs if codec["name"] == "sharding_indexed"]
     for settings in inner:
         parts = _lengths(settings["chunk_shape"])
@@ -90,8 +92,8 @@ def _fault_of_codecs(codecs: Sequence[Any], cut: list[int], shape: list[int]) ->
 
 def _lengths(values: Any) -> list[int]:
     lengths = list(values)
-    if not all(type(n) is int and n >= 0 for n in lengths):
-        raise ValueError(f"lengths {lengths}")
+    if len(lengths) > MOST_DIMENSIONS or not all(type(n) is int and n >= 0 for n in lengths):
+        raise ValueError(f"lengths {reprlib.repr(lengths)}")
     return lengths
 
 

@@ -16,7 +16,8 @@ DATA = bytes(range(256)) * 100
 def proxy(seaweed, monkeypatch):
     """A proxy that breaks nothing yet, with this process's S3 led through it."""
     with running_proxy(seaweed, None) as running:
-        monkeypatch.setitem(fsspec.config.conf, "s3", running.settings)
+        impatient = {**running.settings, "config_kwargs": {"read_timeout": 1.0}}
+        monkeypatch.setitem(fsspec.config.conf, "s3", impatient)
         yield running
 
 
@@ -31,7 +32,7 @@ def folder(proxy, seaweed, tmp_path):
 @pytest.mark.parametrize("fault", [f for f in Fault if f not in (*SPELLS, Fault.STALE_LISTING)])
 def test_broken_requests_are_made_again_with_the_right_result(proxy, folder, fault):
     folder.write("there", DATA)
-    proxy.plan = FaultPlan(seed=1, rate=1.0, weights={fault: 1.0}, limit=2)
+    proxy.plan = FaultPlan(seed=1, rate=1.0, weights={fault: 1.0}, limit=2, silence_s=1.5)
     folder.write("written", DATA)
     folder.write_new("created", DATA)  # nobody else was first, whatever the second attempt meets
     assert folder.read("there") == DATA

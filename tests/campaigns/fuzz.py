@@ -27,20 +27,29 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import fsspec.asyn
 import fsspec.implementations
+import google_crc32c
 import numpy as np
+from zarr.core.array import Array
+from zarr.storage import MemoryStore, StorePath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from storage.bounds import check_array
 from storage.commits import Commits
 from storage.drives import drive_name
+from storage.encoding import StoredRows, whole_array
+from storage.layout import FRAME_ARRAYS, SEGMENT_ARRAYS, by_name
 from storage.media import natural_key
 from storage.objects import check_name, open_folder, redacted
+from storage.reconstruction import UNDECODABLE
 from storage.records import DriveRecord, Plan
+from storage.shards import shard_reader
 from ttt3r.checkpoint_import import model_tensors
 from ttt3r.download import without_secrets
 from ttt3r.fetch import cached_path, plain_url
@@ -49,6 +58,7 @@ from ttt3r.pickle_data import Name, RefusedPickle, read_pickle
 from ttt3r.torch_zip import TorchZip
 from ttt3r.weights_file import WeightsInfo, read_info
 
+DEPTH, TIMESTAMP = by_name(SEGMENT_ARRAYS)["depth"], by_name(FRAME_ARRAYS)["timestamp"]
 CORPUS = Path(__file__).with_name("corpus")
 LONGEST_CASE_S = 5.0
 LARGEST_GROWTH_MIB = 1024
@@ -236,7 +246,51 @@ def parsers(folder: Path) -> list[Parser]:
             (),
             4,
         ),
+        Parser("array_metadata", _array_metadata, _array_documents(), UNDECODABLE, 4),
+        Parser("object", _object, (_object_of_zeros(),), (ValueError, RuntimeError), 4),
+        Parser("shard", _shard, (_shard_of_zeros(),), (ValueError, RuntimeError), 4),
     ]
+
+
+@lru_cache(maxsize=1)
+def _array_documents() -> tuple[bytes, ...]:
+    """zarr.json of depth, in shards, and of timestamps."""
+    depth = dict.fromkeys(("y", "x"), 8) | {"frame": 8}
+    return tuple(
+        whole_array("a", spec, np.zeros(spec.shape(depth), spec.dtype))["a/zarr.json"]
+        for spec in (DEPTH, TIMESTAMP)
+    )
+
+
+def _array_metadata(data: bytes) -> object:
+    """What the store does with zarr.json before it reads a chunk."""
+    spec = TIMESTAMP if b"float64" in data else DEPTH
+    check_array("a", data, spec)
+    StoredRows.of_small(data, slice(0, 4))
+    return Array.from_dict(StorePath(MemoryStore()), json.loads(data))
+
+
+def _object_of_zeros() -> bytes:
+    return whole_array("a", TIMESTAMP, np.zeros(8))["a/c/0"][:-4]
+
+
+def _object(data: bytes) -> object:
+    """An object whose checksum is right, whatever is in it."""
+    return shard_reader(_array_documents()[1]).decode(data + _checksum(data), 0, 8)
+
+
+def _shard_of_zeros() -> bytes:
+    return whole_array("a", DEPTH, np.zeros((8, 8, 8), np.float16))["a/c/0/0/0"][:-4]
+
+
+def _shard(data: bytes) -> object:
+    """A shard whose index has the right checksum; those of its parts are in the data."""
+    index = data[-32:]  # of two parts
+    return shard_reader(_array_documents()[0]).decode(data + _checksum(index), 0, 8)
+
+
+def _checksum(data: bytes) -> bytes:
+    return google_crc32c.value(data).to_bytes(4, "little")
 
 
 def _weights_record() -> bytes:
@@ -329,6 +383,8 @@ def _load_what_is_loaded_on_first_use() -> None:
     for module in (*names, "s3fs", *(f"fsspec.implementations.{kind.name}" for kind in kinds)):
         with contextlib.suppress(ImportError):  # what it needs is not installed
             importlib.import_module(module)
+    for document in _array_documents():
+        _array_metadata(document)
     fsspec.asyn.get_loop()  # a pair of sockets within this process
 
 

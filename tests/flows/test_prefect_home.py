@@ -1,6 +1,7 @@
-"""The cache directory stays bounded."""
+"""The cache directory stays bounded, and Prefect's own server on this machine."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,64 @@ def test_history_in_use_is_left_alone(tmp_path):
         other.wait()
     os.close(use_home(home, 300))
     assert not any(file.exists() for file in files)
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses that a process or its children listen on, as hexadecimal of /proc/net."""
+    own = {pid, *(p for p in processes() if parent_of(p) == pid)}
+    sockets = {link for p in own for link in links_of(p) if link.startswith("socket:")}
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                found.add(fields[1].partition(":")[0])
+    return found
+
+
+def processes() -> list[int]:
+    return [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]
+
+
+def parent_of(pid: int) -> int | None:
+    try:
+        return int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+    except OSError:
+        return None
+
+
+def links_of(pid: int) -> list[str]:
+    try:
+        return [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:
+        return []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc of Linux")
+def test_own_server_listens_on_loopback_only(tmp_path):
+    environment = {
+        **{n: v for n, v in os.environ.items() if not n.startswith("PREFECT_")},
+        "HOME": str(tmp_path),
+    }
+    code = """if True:
+        from flows.cli import quiet_prefect
+        quiet_prefect()
+        from prefect import flow
+        @flow
+        def serve_me():
+            print("running", flush=True)
+            input()
+        serve_me()
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as running:
+        assert running.stdout.readline() == b"running\n"
+        seen = listening(running.pid)
+        running.communicate(b"\n")
+    assert seen == {"0100007F"}  # 127.0.0.1
+    assert (tmp_path / ".cache" / "ttt3r" / "prefect" / "prefect.db").exists()

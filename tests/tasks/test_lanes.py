@@ -1,10 +1,5 @@
 """How many lanes run, and what becomes of a drive when they do not fit."""
 
-import os
-import subprocess
-import sys
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -144,42 +139,3 @@ def test_every_chunk_says_how_long_each_stage_was_busy(planned):
         seconds = {stage: record[f"{stage}_seconds"] for stage in stages}
         assert all(value >= 0 for value in seconds.values())
         assert min(seconds[stage] for stage in ("infer", "encode", "write")) > 0
-
-
-LIMITED = """
-import resource, sys, threading
-from pathlib import Path
-from storage.reconstruction import ReconstructionStore
-from tasks.config import InferConfig
-from tasks.infer import infer_stage
-
-url, margin = sys.argv[1], int(sys.argv[2])
-threading.stack_size(2**20)
-store, config = ReconstructionStore.open(url), InferConfig("compact", lanes=16)
-infer_stage.fn(url, [0], config)  # all that is loaded once is loaded
-store.drop_commits("infer"), store.drop_commits("lanes")
-status = Path("/proc/self/status").read_text().split()
-used = int(status[status.index("VmSize:") + 1]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (used + margin, used + margin))
-infer_stage.fn(url, range(16), config)
-"""
-
-
-@pytest.mark.slow
-def test_process_with_too_little_memory_for_its_lanes_goes_on_with_fewer(tmp_path):
-    video = write_video(tmp_path / "squares.mp4", moving_squares(16 * 12 + 4, 240, 320))
-    url = str(tmp_path / "drive.zarr")
-    config = replace(
-        CONFIG, plan=PlanConfig(16, 4, 16), infer=InferConfig(weights="compact", lanes=16)
-    )
-    probe_stage.fn(str(video), "squares", url)
-    plan_stage.fn(url, config)
-    # Sixteen lanes take some 640 MB of addresses.
-    command = [sys.executable, "-c", LIMITED, url, str(450 * 2**20)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "16 lanes do not fit into memory" in done.stderr
-    assert max(lanes_of(url).values()) < 16
-    segments = read_plan(ReconstructionStore.open(url)).segments
-    assert len(lanes_of(url)) == sum(len(s.chunks(16)) for s in segments)
