@@ -122,7 +122,9 @@ def test_cancelled_collection_cancels_all_below_it_also_what_a_lost_run_had_begu
     fleet, logs, seaweed
 ):
     output = f"{seaweed.url}/cancelled"
-    run_id = fleet.run(COLLECTION, {"collection": str(logs), "output": output, "config": CONFIG})
+    # Many small runs: some are left when the lost parent is back.
+    config = {**CONFIG, "infer": {**INFER, "segments_per_task": 2}}
+    run_id = fleet.run(COLLECTION, {"collection": str(logs), "output": output, "config": config})
     work = wait_for_work(output)
     lost = parent_of(work, output)
     os.kill(lost, signal.SIGKILL)
