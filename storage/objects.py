@@ -7,6 +7,7 @@ with "." or ends with ".partial" are unfinished writes and never listed.
 
 from __future__ import annotations
 
+import contextvars
 import errno
 import logging
 import os
@@ -19,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path, PurePosixPath
 from typing import Any, ParamSpec, TypeVar
 
@@ -554,9 +555,13 @@ def _info(path: Path) -> ObjectInfo | None:
 
 
 def in_parallel(act: Callable[[T], object], items: Iterable[T]) -> None:
-    """Do `act` to all items, a few at a time; raises what an act raised."""
+    """Do `act` to all items, a few at a time; raises what an act raised.
+
+    Each act sees the context variables of the caller: logs and commits say which run they are of.
+    """
+    work = [partial(contextvars.copy_context().run, act, item) for item in items]
     with ThreadPoolExecutor(WRITERS) as pool:
-        for _ in pool.map(act, items):
+        for _ in pool.map(lambda do: do(), work):
             pass
 
 
