@@ -296,7 +296,7 @@ def claims_under(output: str) -> list[dict[str, Any]]:
     fs, root = fsspec.core.url_to_fs(output)
     fs.invalidate_cache()
     found = []
-    for claim in fs.glob(f"{root}/*.zarr/claims/**/*.json"):
+    for claim in fs.glob(f"{root}/*.zarr/claims/**/[0-9]*.json"):
         drive, _, name = claim.rpartition("/")[0].partition(".zarr/claims/")
         with suppress(FileNotFoundError):  # given up since it was listed
             record = json.loads(fs.cat(claim))
