@@ -45,6 +45,7 @@ WRITERS = 4  # objects that are written at the same time
 PUT_ATTEMPTS = 4
 PUT_PATIENCE = 4  # times the client's read timeout, for each attempt to put an object
 SLOWEST_PUT = 100_000  # bytes/s
+CONFLICT_PAUSE_S = 0.5
 READ_TIMEOUT_S = 15.0  # that of s3fs
 
 logger = logging.getLogger(__name__)
@@ -109,11 +110,11 @@ def explained(act: Callable[P, T]) -> Callable[P, T]:
 
 
 @contextmanager
-def explaining(url: str) -> Iterator[None]:
-    """Turn errors of a disk, a server or its login into one clear line of a StoreError."""
+def explaining(url: str, *but: type[Exception]) -> Iterator[None]:
+    """Turn errors of a disk, a server or its login, `but` some, into one line of a StoreError."""
     try:
         yield
-    except StoreError:
+    except (StoreError, *but):
         raise
     except Exception as error:
         told = explain(error, url)
@@ -408,10 +409,11 @@ class RemoteFolder(Folder):
         self._put(self.filesystem.put_file, size, str(source), self._path(name))
 
     def _put(self, put: Callable[..., object], size: int, *arguments: Any, **options: Any) -> None:
-        """Put `size` bytes, and again where that takes longer than it may.
+        """Put `size` bytes, and again where that takes longer than it may, or meets another act.
 
         The limits of the HTTP client only begin when all of the body is sent: a server that
-        falls silent before would be waited for without end.
+        falls silent before would be waited for without end. AWS answers a conditional put that
+        meets another act on the same name with 409, whichever of them counts in the end.
         """
         if self.filesystem.async_impl:
             patience = _read_timeout(self.filesystem)
@@ -422,10 +424,15 @@ class RemoteFolder(Folder):
                 return
             except TimeoutError as error:
                 logger.warning("%s: a write took too long, once more: %s", self.url, error)
+            except OSError as error:
+                if _code(error) != "ConditionalRequestConflict":
+                    raise
+                time.sleep(CONFLICT_PAUSE_S)
         put(*arguments, **options)
 
     def download(self, name: str, target: Path) -> None:
-        self.filesystem.get_file(self._path(name), str(target))
+        with explaining(self.url, FileNotFoundError):
+            self.filesystem.get_file(self._path(name), str(target))
 
     @explained
     def delete(self, name: str) -> None:

@@ -41,6 +41,7 @@ class Fault(StrEnum):
     SLOW_DOWN = "503 SlowDown"
     FULL = "507 full store, for a while"
     EXPIRED = "403 ExpiredToken, for a while"
+    CONFLICT = "409 to a conditional put, though nothing is there"
     RESET = "reset before anything is read"
     RESET_IN_REQUEST = "reset in mid request body"
     RESET_IN_ANSWER = "reset in mid answer"
@@ -57,9 +58,11 @@ ERRORS = {
     Fault.SLOW_DOWN: (503, "SlowDown", "Please reduce your request rate."),
     Fault.FULL: (507, "XMinioStorageFull", "Storage backend has reached its minimum free drive."),
     Fault.EXPIRED: (403, "ExpiredToken", "The provided token has expired."),
+    Fault.CONFLICT: (409, "ConditionalRequestConflict", "The conditional request cannot succeed."),
 }
 SPELLS = (Fault.FULL, Fault.EXPIRED)  # these stay for a while
 NEED_REQUEST_BODY = (Fault.RESET_IN_REQUEST,)
+NEED_CONDITION = (Fault.CONFLICT,)
 NEED_WRITE = (Fault.FULL, Fault.LOST_ANSWER, Fault.LATE)
 NEED_ANSWER_BODY = (Fault.RESET_IN_ANSWER, Fault.TRUNCATED, Fault.TRUNCATED_CHUNKED)
 # Writes and listings are fewer than reads, and spells break many requests.
@@ -166,6 +169,7 @@ class FaultProxy:
         unfit = {
             *(() if request.can_read_body else NEED_REQUEST_BODY),
             *(() if is_write else NEED_WRITE),
+            *(() if "If-None-Match" in request.headers and is_write else NEED_CONDITION),
             *(NEED_ANSWER_BODY if is_write or request.method == "HEAD" else ()),
         }
         if len(self._listings.get(request.path_qs, ())) < 2:
