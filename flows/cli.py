@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -194,6 +195,22 @@ def print_figures(figures: dict[str, Any]) -> None:
     for name, value in figures.items():
         shown = f"{value:.6g}" if isinstance(value, float) else "-" if value is None else value
         typer.echo(f"{name:<{width}}  {shown}")
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and end, if wanted."""
+    if wanted:
+        typer.echo(f"ttt3r {importlib.metadata.version('ttt3r-pipeline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=print_version)
+    ] = False,
+) -> None:
+    """Options of the program itself."""
 
 
 @app.command()

@@ -1,6 +1,7 @@
 import json
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,11 @@ def test_help_names_every_command(run):
         "verify", "weights", "train", "serve",
     ):  # fmt: skip
         assert command in out
+
+
+def test_version_is_that_of_the_package(run):
+    code, out, _ = run("--version")
+    assert (code, out) == (0, f"ttt3r {version('ttt3r-pipeline')}\n")
 
 
 def test_probe_json_says_what_a_recording_holds(run, tmp_path):
