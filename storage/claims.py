@@ -31,7 +31,7 @@ LEASE_S = 90.0
 WATCH_S = 1.0  # how often a claim of another machine is looked at
 
 log = logging.getLogger(__name__)
-_held: set[str] = set()  # tokens of the claims that this process holds
+_held: dict[str, Claim] = {}  # by token, the claims that this process holds
 
 
 class Claim:
@@ -71,7 +71,7 @@ class Claim:
             raise self._claimed("another worker")
         for older in numbers:
             self._folder.delete(self._object_of(older))
-        _held.add(self._token)
+        _held[self._token] = self
         self._thread.start()
         return self
 
@@ -83,7 +83,7 @@ class Claim:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        _held.discard(self._token)
+        _held.pop(self._token, None)
         try:
             if self._is_mine():
                 self._folder.delete(self._object)
@@ -106,6 +106,10 @@ class Claim:
                 f"{self._url}: the claim on {self.name!r} was lost, as it could not be renewed for "
                 f"{LEASE_S / 2:.0f} s or was removed; what is committed stays, run again"
             )
+
+    def is_on(self, folder: Folder, name: str) -> bool:
+        """Whether this is the claim on `name` of that folder."""
+        return self.name == name and self._folder.url.rstrip("/") == folder.url.rstrip("/")
 
     @property
     def _url(self) -> str:
@@ -210,6 +214,17 @@ class Claim:
             f"{self._url}: {self.name!r} is being worked on by {holder}; its work stands, "
             "run again when it has ended"
         )
+
+
+def check_held(folder: Folder, name: str) -> None:
+    """If this process holds the claim on `name`, through whatever object, make sure that it does.
+
+    Raises:
+        ClaimLost: it is somebody else's by now.
+    """
+    mine = [claim for claim in list(_held.values()) if claim.is_on(folder, name)]
+    if mine:
+        mine[-1].check()
 
 
 def claimed_names(folder: Folder) -> list[str]:

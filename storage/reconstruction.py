@@ -19,7 +19,7 @@ from zarr.storage import StorePath
 
 from storage import layout
 from storage.bounds import check_array, check_whole
-from storage.claims import Claim, claimed_names
+from storage.claims import Claim, check_held, claimed_names
 from storage.commits import Commits, plain
 from storage.encoding import (
     StoredRows,
@@ -161,6 +161,7 @@ class ReconstructionStore:
 
     def update_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Set attributes by name and keep the others; NaN and infinities become null."""
+        self._check_drive()
         _write_root(self._folder, self.attributes, attributes)
 
     # ---- commits
@@ -174,6 +175,8 @@ class ReconstructionStore:
         Raises:
             CommitExists: `exclusive`, and the name is committed already.
         """
+        if not exclusive:
+            self._check_drive()
         additions = self._pending.get(name, {})
         self._commits.write(name, {**record, **additions}, exclusive=exclusive)
         self._pending.pop(name, None)
@@ -192,13 +195,16 @@ class ReconstructionStore:
 
     def drop_commits(self, prefix: str) -> None:
         """Declare `prefix` and all below `prefix/` unfinished; "" drops everything."""
+        self._check_drive()
         self._commits.drop(prefix)
 
     @contextmanager
     def claim(self, name: str, progress: int = 0) -> Iterator[Claim]:
         """Be the only one at work on `name` ("drive", "infer/0003") while the block runs.
 
-        Chunks of a segment whose claim this object holds are written only as long as it does.
+        Chunks of a segment whose claim this object holds are written only as long as it does; all
+        that is of the whole drive only as long as this process, if it has taken the claim "drive",
+        still holds it.
 
         Args:
             name: what is worked on; claims of different names know nothing of each other.
@@ -214,6 +220,9 @@ class ReconstructionStore:
                 yield claim
             finally:
                 del self._claims[name]
+
+    def _check_drive(self) -> None:
+        check_held(self._folder, "drive")
 
     # ---- frames and trajectory: written as a whole
 
@@ -258,6 +267,7 @@ class ReconstructionStore:
         _check_names(arrays, known, set())
         sizes = layout.dimension_sizes([known[name] for name in arrays], arrays)
         encoded = {n: known[n].encode(a, known[n].shape(sizes)) for n, a in arrays.items()}
+        self._check_drive()
         self._commits.drop(stage)
         self._folder.delete_tree(group)
         objects = {f"{group}/zarr.json": group_document({})}
@@ -349,6 +359,7 @@ class ReconstructionStore:
 
     def remove_segment(self, index: int) -> None:
         """Remove a segment that a new plan does not have, its commits first."""
+        self._check_drive()
         group = segment_name(index)
         self._commits.drop(f"infer/{index:04d}")
         self._folder.delete(f"{group}/zarr.json")
@@ -604,6 +615,7 @@ class ReconstructionStore:
             name: such as "fusion/mesh.ply", under one of `storage.layout.FILE_FOLDERS`.
         """
         _check_file_name(name)
+        self._check_drive()
         if isinstance(data, bytes):
             self._folder.write(name, data)
             return hashlib.sha256(data).hexdigest()
@@ -629,6 +641,7 @@ class ReconstructionStore:
 
     def delete_files(self, prefix: str) -> None:
         """Remove the stored files whose names start with `prefix`, such as "fusion/"."""
+        self._check_drive()
         for name in self.list_files(prefix):
             self._folder.delete(name)
 

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
 from storage import claims
 from storage.errors import ChunkMissing, Claimed, ClaimLost, CommitExists
+from storage.objects import open_folder
 from storage.reconstruction import ReconstructionStore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -218,3 +220,35 @@ def test_two_writers_of_one_chunk_without_claims_leave_it_unfinished_rather_than
         other.commit_chunk(SEGMENT, chunk, {"key": "key"})
     with pytest.raises(ChunkMissing):
         store.read(SEGMENT, "depth", chunk.start, chunk.stop)
+
+
+def test_run_that_lost_its_drive_writes_nothing_of_the_whole_drive_through_any_object(store):
+    """As a probe that stood still for long: the store that it opened itself knows no claim."""
+    there = ReconstructionStore.open(store.url)
+    frames = {n: np.zeros(3, t) for n, t in (("timestamp", float), ("clip", int), ("index", int))}
+    frames["flags"] = np.zeros(3, np.uint8)
+    with store.claim("drive"):
+        there.write_frames(**frames)
+        there.commit("probe", {"key": "ours"})
+        take_over(store, "drive")
+        for write in (
+            lambda: there.write_frames(**frames),
+            lambda: there.write_trajectory({}),
+            lambda: there.commit("plan", {"key": "ours"}),
+            lambda: there.drop_commits("probe"),
+            lambda: there.update_attributes({"plan": {}}),
+            lambda: there.remove_segment(0),
+            lambda: there.put_file("report/report.html", b""),
+            lambda: there.delete_files("fusion/"),
+        ):
+            with pytest.raises(ClaimLost):
+                write()
+    assert there.read_commit("probe")["key"] == "ours"
+
+
+def take_over(store: ReconstructionStore, name: str) -> None:
+    """What a worker on another machine does that found no sign of life."""
+    folder = open_folder(store.url)
+    (mine,) = [n for n in folder.sizes(f"claims/{name}")]
+    folder.write_new(mine.replace("000001", "000002"), b'{"token": "another"}')
+    folder.delete(mine)
