@@ -16,6 +16,7 @@ from tasks.plan import require_key
 
 DEPLOYMENT = "fuse-tiles/fleet"
 BATCHES_PER_RUN = 2  # fewer are fused by the drive's own run, sooner than another one starts
+RUNS_AT_ONCE = 16  # of one drive
 
 
 @flow(name="fuse-tiles", persist_result=False)
@@ -56,9 +57,13 @@ def fuse_drive(url: str, name: str, config: FuseConfig, infer: InferConfig, spre
 
 
 def fuse_elsewhere(url: str, name: str, count: int, config: FuseConfig, infer: InferConfig) -> None:
-    """Fuse what is not finished of `count` batches, `BATCHES_PER_RUN` to a run of its own."""
+    """Fuse what is not finished of `count` batches, `BATCHES_PER_RUN` to a run of its own.
+
+    Cut the same whatever is finished, so that a parent that was run again finds the runs of the
+    one before.
+    """
     store = ReconstructionStore.open(url)
-    key, todo = require_key(store, "tiles"), unfused_batches(url, count)
+    key, todo = require_key(store, "tiles"), set(unfused_batches(url, count))
 
     def child(batches: list[int]) -> Child:
         return Child(
@@ -68,9 +73,9 @@ def fuse_elsewhere(url: str, name: str, count: int, config: FuseConfig, infer: I
             lambda: unfused_batches(url, count),
         )
 
-    cut = range(0, len(todo), BATCHES_PER_RUN)
-    children = [child(todo[i : i + BATCHES_PER_RUN]) for i in cut]
-    run_children(DEPLOYMENT, url, children)
+    cut = [range(count)[i : i + BATCHES_PER_RUN] for i in range(0, count, BATCHES_PER_RUN)]
+    children = [child(list(batches)) for batches in cut if todo.intersection(batches)]
+    run_children(DEPLOYMENT, url, children, RUNS_AT_ONCE)
     lost = [c for c in children if c.error]
     if lost:
         raise ChildrenLost(lost)

@@ -7,6 +7,7 @@ them holds more than a batch of tiles in memory, however long the drive.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import tempfile
 import time
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prefect import task
 
+from storage.errors import DataDamaged
 from storage.reconstruction import ReconstructionStore
 from storage.records import Plan
 from storage.video import read_frames
@@ -109,7 +111,7 @@ def plan_tiles_stage(url: str, config: FuseConfig) -> int:
         The number of batches.
     """
     store = ReconstructionStore.open(url)
-    key = stage_key("fuse", VERSION, require_key(store, "align"), config)
+    key = _tiles_key(store, config)
     commit = store.read_commit("tiles")
     if commit is None or commit["key"] != key or not _is_planned(store, commit):
         store.drop_commits("tiles")
@@ -144,6 +146,10 @@ def _plan_part(
     for batch in group_tiles(tiles, grid):
         written = [{**asdict(t), "frames": runs_of(t.frames)} for t in batch]
         yield {"part": part, "grid": asdict(grid), "tiles": written}
+
+
+def _tiles_key(store: ReconstructionStore, config: FuseConfig) -> str:
+    return stage_key("fuse", VERSION, require_key(store, "align"), config)
 
 
 def _planned_name(batch: int) -> str:
@@ -183,22 +189,37 @@ def _grid(record: dict[str, Any]) -> FusionGrid:
 @task(name="fuse-tiles", task_run_name="fuse tiles {batch} {url}", **STAGE_OPTIONS)
 @counted("fuse")
 def fuse_tiles_stage(url: str, batch: int, config: FuseConfig, infer: InferConfig) -> None:
-    """Fuse one batch of tiles and write their meshes."""
-    store = ReconstructionStore.open(url)
-    planned = _read_planned(store, batch)
-    key = _fused_key(planned["key"], batch)
-    if (store.read_commit(_fused_name(batch)) or {}).get("key") == key:
+    """Fuse one batch of tiles and write their meshes.
+
+    Raises:
+        Claimed: another worker is at this batch.
+        ValueError: the tiles are planned for other settings by now, or not at all.
+    """
+    store, name = ReconstructionStore.open(url), _fused_name(batch)
+    if batch not in unfused_batches(url, batch + 1):
         return
-    began = time.perf_counter()
-    tiles, grid, part = _planned_tiles(planned), _grid(planned), planned["part"]
-    drive = DriveInput.from_store(store, weights_info(infer.weights).config)
-    source = DepthSource(store, drive.plan, part, config.frame_step)
-    meshes = fuse_tiles(tiles, colored_frames(drive, source, tiles, grid), grid)
-    names = [tile_name(part, tile.index) for tile in tiles]
-    files = {n: store.put_file(n, write_ply(m)) for n, m in zip(names, meshes, strict=True)}
-    seconds = time.perf_counter() - began
-    record = {"key": key, "part": part, "files": files, "seconds": seconds}
-    store.commit(_fused_name(batch), {**record, "attempt": attempt_id()})
+    with store.claim(name) as claim:
+        planned = _read_planned(store, batch)
+        if planned["key"] != _tiles_key(store, config):
+            raise ValueError(
+                f"the tiles of {store.url} are planned for other settings than these; another "
+                "run has planned them anew, this one is of no use any more"
+            )
+        key = _fused_key(planned["key"], batch)
+        if (store.read_commit(name) or {}).get("key") == key:
+            return
+        began = time.perf_counter()
+        tiles, grid, part = _planned_tiles(planned), _grid(planned), planned["part"]
+        drive = DriveInput.from_store(store, weights_info(infer.weights).config)
+        source = DepthSource(store, drive.plan, part, config.frame_step)
+        meshes = fuse_tiles(tiles, colored_frames(drive, source, tiles, grid), grid)
+        made = {tile_name(part, t.index): write_ply(m) for t, m in zip(tiles, meshes, strict=True)}
+        claim.check()
+        files = {n: store.put_file(n, data) for n, data in made.items()}
+        seconds = time.perf_counter() - began
+        record = {"key": key, "part": part, "files": files, "seconds": seconds}
+        claim.check()
+        store.commit(name, {**record, "attempt": attempt_id()})
 
 
 def unfused_batches(url: str, batches: int) -> list[int]:
@@ -278,7 +299,7 @@ def merge_tiles_stage(url: str, config: FuseConfig) -> None:
         return
     began = time.perf_counter()
     planned = [_read_planned(store, batch) for batch in range(tiles["batches"])]
-    _require_fused(store, tiles["batches"])
+    digests = _require_fused(store, tiles["batches"])
     parts = store.read_trajectory()["part"]
     longest = longest_part(parts)
     meshes: list[dict[str, Any]] = []
@@ -286,7 +307,7 @@ def merge_tiles_stage(url: str, config: FuseConfig) -> None:
     for part in range(int(parts.max()) + 1):
         folder = "fusion" if part == longest else f"fusion/part{part:04d}"
         mine = [record for record in planned if record["part"] == part]
-        figures, written = merge_part(store, folder, mine, config)
+        figures, written = merge_part(store, folder, mine, digests, config)
         meshes.append({"part": part, "folder": folder, **figures})
         files |= written
     seconds = time.perf_counter() - began
@@ -294,21 +315,42 @@ def merge_tiles_stage(url: str, config: FuseConfig) -> None:
     store.commit("fuse/merged", {**record, "attempt": attempt_id()})
 
 
-def _require_fused(store: ReconstructionStore, batches: int) -> None:
-    """Refuse to make a mesh with holes where batches are missing."""
-    done = set(store.commit_names("fuse"))
-    missing = [batch for batch in range(batches) if _fused_name(batch) not in done]
+def _require_fused(store: ReconstructionStore, batches: int) -> dict[str, str]:
+    """Digests of all tiles, by name; refuses to make a mesh with holes."""
+    missing = unfused_batches(store.url, batches)
     if missing:
         raise ValueError(
             f"{len(missing)} of {batches} batches of tiles of {store.url} are not fused, the "
             f"first is {missing[0]}; run `ttt3r reconstruct` again"
         )
+    records = store.commits("fuse")
+    return {n: d for b in range(batches) for n, d in records[_fused_name(b)]["files"].items()}
+
+
+def _read_tile(store: ReconstructionStore, name: str, digest: str) -> Mesh:
+    data = store.get_file(name)
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise DataDamaged(
+            f"{name} of {store.url} is not what was fused; run `ttt3r repair {store.url}`, then "
+            "`ttt3r reconstruct` again"
+        )
+    return read_ply(data)
 
 
 def merge_part(
-    store: ReconstructionStore, folder: str, planned: list[dict[str, Any]], config: FuseConfig
+    store: ReconstructionStore,
+    folder: str,
+    planned: list[dict[str, Any]],
+    digests: dict[str, str],
+    config: FuseConfig,
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Write the meshes of one part into `folder`; return their figures and files' digests."""
+    """Write the meshes of one part into `folder`; return their figures and files' digests.
+
+    `digests`: of the tiles' files, by name.
+
+    Raises:
+        DataDamaged: a tile is not what was fused.
+    """
     if not planned:
         files = write_mesh(store, f"{folder}/mesh", Mesh.empty())
         files |= write_mesh(store, f"{folder}/preview", Mesh.empty())
@@ -316,9 +358,12 @@ def merge_part(
     part = planned[0]["part"]
     # In the order in which the drive enters them, so that few borders wait for a neighbour.
     indices = tuple(tuple(tile["index"]) for record in planned for tile in record["tiles"])
-    tiles = TileSet(
-        indices, lambda index: read_ply(store.get_file(tile_name(part, index))), _grid(planned[0])
-    )
+
+    def read(index: TileIndex) -> Mesh:
+        name = tile_name(part, index)
+        return _read_tile(store, name, digests[name])
+
+    tiles = TileSet(indices, read, _grid(planned[0]))
     with tempfile.TemporaryDirectory() as scratch:
         whole, preview = merge_tiles(
             tiles, config.smallest_piece, config.preview_triangles, Path(scratch)

@@ -4,6 +4,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from storage.errors import Claimed, DataDamaged
 from storage.reconstruction import ReconstructionStore
 from tasks import fuse
 from tasks.align import align_stage
@@ -112,6 +113,35 @@ def test_merge_refuses_to_leave_a_batch_out(aligned, small_tiles):
     store.drop_commits("fuse/0001")
     with pytest.raises(ValueError, match="are not fused, the first is 1"):
         merge_tiles_stage.fn(aligned.url, CONFIG)
+
+
+def test_merge_takes_no_tile_of_another_plan_and_none_that_is_not_what_was_fused(
+    aligned, small_tiles
+):
+    store = fuse_drive(aligned)
+    store.drop_commits("fuse/merged")
+    fused = store.read_commit("fuse/0001")
+    store.commit("fuse/0001", {**fused, "key": "that of another plan"})
+    with pytest.raises(ValueError, match="are not fused, the first is 1"):
+        merge_tiles_stage.fn(aligned.url, CONFIG)
+    store.commit("fuse/0001", fused)
+    tile = next(iter(fused["files"]))
+    store.put_file(tile, b"what a worker wrote that was taken for dead")
+    with pytest.raises(DataDamaged, match=f"{tile} of .* is not what was fused"):
+        merge_tiles_stage.fn(aligned.url, CONFIG)
+
+
+def test_batch_is_fused_by_one_worker_and_for_the_settings_that_it_is_planned_for(aligned):
+    plan_tiles_stage.fn(aligned.url, CONFIG)
+    store, infer = ReconstructionStore.open(aligned.url), aligned.config.infer
+    with store.claim("fuse/0000"), pytest.raises(Claimed):
+        fuse_tiles_stage.fn(aligned.url, 0, CONFIG, infer)
+    with pytest.raises(ValueError, match="planned for other settings than these"):
+        fuse_tiles_stage.fn(aligned.url, 0, replace(CONFIG, frame_step=2), infer)
+    assert store.commit_names("fuse") == []
+    fuse_tiles_stage.fn(aligned.url, 0, CONFIG, infer)
+    with store.claim("fuse/0000"):
+        fuse_tiles_stage.fn(aligned.url, 0, CONFIG, infer)  # is finished: nobody is needed
 
 
 @pytest.mark.parametrize(
