@@ -31,7 +31,7 @@ from prefect.exceptions import ObjectNotFound, TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Cancelling
 
-from storage.errors import Claimed, ClaimLost
+from storage.errors import Claimed, ClaimLost, StoreError
 from tasks.keys import stage_key
 
 FIRST_POLL_S, LONGEST_POLL_S, POLL_GROWTH = 1.0, 15.0, 1.3
@@ -218,7 +218,7 @@ def settle(child: Child, run: FlowRun | None) -> bool:
     if run is not None and run.state is not None and not is_worth_another(run):
         child.error = None if run.state.is_completed() else message or run.state.name
         return True
-    reached = child.progress()
+    reached = reached_by(child)
     got_on, child.reached = reached != child.reached, reached
     child.crashes = 1 if got_on else child.crashes + 1
     child.attempt += 1
@@ -230,6 +230,15 @@ def settle(child: Child, run: FlowRun | None) -> bool:
     waits = 0.0 if got_on and is_free else min(5.0 * 2**child.crashes, 300.0)
     child.due = time.monotonic() + waits
     return False
+
+
+def reached_by(child: Child) -> object:
+    """The child's progress; while the store cannot tell, what was known before."""
+    try:
+        return child.progress()
+    except StoreError as error:
+        log.warning("%s: how far it got cannot be seen: %s", child.name, error)
+        return child.reached
 
 
 def said_by(run: FlowRun | None) -> str:

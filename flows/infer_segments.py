@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from typing import Any
 
 from prefect import flow
+from prefect.exceptions import TerminationSignal
 
 from flows.artifacts import progress_of
 from flows.children import Child, ChildrenLost, Spread, run_children, work_key
 from flows.telemetry import observed
 from storage.credentials import refuse_credentials
+from storage.errors import StoreError
 from storage.reconstruction import ReconstructionStore
 from storage.records import Plan
 from tasks import metrics
@@ -68,13 +72,12 @@ def infer_drive(
         Exception: the failure of the last segment tried, if none of the drive could be done.
         ChildrenLost: runs elsewhere ended without finishing their groups.
     """
-    earlier = give_up_deadly(url)
-    left = [tuple(i for i in group if i not in earlier) for group in groups]
     if spread == "deployments":
-        infer_elsewhere(url, name, left, earlier, config)
+        infer_elsewhere(url, name, groups, config)
         return
+    earlier = give_up_deadly(url)
     with progress_of(f"inference of {name}", len(groups)) as advance:
-        for group in left:
+        for group in groups:
             failures = infer_group(url, group, config)
             if failures and not ReconstructionStore.open(url).commit_names("infer"):
                 raise failures[-1]
@@ -84,13 +87,14 @@ def infer_drive(
 
 
 def infer_elsewhere(
-    url: str,
-    name: str,
-    groups: Sequence[tuple[int, ...]],
-    earlier: Sequence[int],
-    config: InferConfig,
+    url: str, name: str, groups: Sequence[tuple[int, ...]], config: InferConfig
 ) -> None:
-    """Infer the groups that are not finished, and each of `earlier` alone, in runs of their own."""
+    """Infer what is not finished of the groups in runs of their own.
+
+    What an earlier run set aside is tried once more, each alone: no other run ends with its
+    process. Runs hold the same segments whatever is finished or set aside, so that a parent that
+    was run again finds the runs of the one before.
+    """
     store = ReconstructionStore.open(url)
     key = [require_key(store, "plan"), config.rule, config.precision]
     key.append(weights_info(config.weights).sha256)
@@ -104,7 +108,9 @@ def infer_elsewhere(
             lambda: progress_of_segments(store, indices),
         )
 
+    earlier = by_attempts(read_aside(store))
     left = set(unfinished_segments(url, [i for group in groups for i in group], config))
+    left -= set(earlier)
     runs = bundle(read_plan(store), groups, config.frames_per_run)
     children = [child(run, False) for run in runs if left.intersection(run)]
     children += [child((i,), True) for i in earlier]
@@ -145,13 +151,20 @@ def give_up_deadly(url: str) -> list[int]:
     One during whose last attempt the process died is left for the run after this one.
     """
     store, retried = ReconstructionStore.open(url), []
-    for index, record in sorted(read_aside(store).items(), key=lambda item: item[1]["attempts"]):
+    aside = read_aside(store)
+    for index in by_attempts(aside):
+        record = aside[index]
         if record["is_running"]:
             reason = "the process died while it was computed"
             store.commit(aside_commit(index), {**record, "is_running": False, "reason": reason})
         else:
             retried.append(index)
     return retried
+
+
+def by_attempts(aside: dict[int, dict[str, Any]]) -> list[int]:
+    """Segments that are set aside, those with the fewest attempts first."""
+    return sorted(aside, key=lambda index: (aside[index]["attempts"], index))
 
 
 def infer_group(url: str, indices: Sequence[int], config: InferConfig) -> list[Exception]:
@@ -175,13 +188,19 @@ def infer_group(url: str, indices: Sequence[int], config: InferConfig) -> list[E
 def infer_alone(url: str, index: int, config: InferConfig) -> Exception | None:
     """Infer one segment; set it aside and return the reason if it fails."""
     store, name = ReconstructionStore.open(url), aside_commit(index)
-    attempts = (store.read_commit(name) or {}).get("attempts", 0) + 1
+    before = store.read_commit(name)
+    attempts = (before or {}).get("attempts", 0) + 1
     started = {"attempts": attempts, "time": datetime.now(UTC).isoformat(), "reason": "unknown"}
     store.commit(name, {**started, "is_running": True})
     try:
         infer_stage.with_options(retries=0)(url, (index,), config)
-    except DRIVE_ERRORS:
-        store.drop_commits(name)
+    except (*DRIVE_ERRORS, KeyboardInterrupt, TerminationSignal):
+        # No fault of the segment: it is as if it had not been tried.
+        with suppress(StoreError):  # the first error says more than this one
+            if before is None:
+                store.drop_commits(name)
+            else:
+                store.commit(name, before)
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"

@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+from prefect.exceptions import TerminationSignal
 from recordings import moving_squares, write_video
 
+from flows.infer_segments import infer_segments
 from flows.reconstruct_drive import reconstruct_drive
+from storage.errors import StoreUnavailable
 from storage.reconstruction import Claimed, ReconstructionStore
 from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
 from tasks.plan import read_aside, read_plan
@@ -82,6 +85,30 @@ def test_second_run_of_a_drive_at_work_is_refused_and_leaves_no_trace(tmp_path):
     with store.claim("drive"), pytest.raises(Claimed, match="'drive' is being worked on"):
         reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
     assert store.commits() == before
+
+
+@pytest.mark.parametrize(
+    "error", [TerminationSignal(signal=15), KeyboardInterrupt(), StoreUnavailable("it is away")]
+)
+def test_interruption_of_a_segment_tried_alone_is_no_fault_of_it(tmp_path, monkeypatch, error):
+    store = ReconstructionStore.create(tmp_path / "drive.zarr", {})
+    earlier = {"attempts": 2, "time": "", "reason": "it failed", "is_running": False}
+    store.commit("aside/0001", {"key": "k", **earlier})
+
+    class Interrupted:
+        def with_options(self, **options):
+            return self
+
+        def __call__(self, *arguments):
+            raise error
+
+    monkeypatch.setattr("flows.infer_segments.infer_stage", Interrupted())
+    for index in (0, 1):
+        with pytest.raises(type(error)):
+            infer_segments.fn(store.url, [index], CONFIG.infer, alone=True)
+    found = read_aside(store)
+    assert list(found) == [1]
+    assert earlier.items() <= found[1].items()
 
 
 def test_prefect_server_in_trouble_is_no_fault_of_a_segment(tmp_path, monkeypatch):

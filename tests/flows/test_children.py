@@ -1,0 +1,74 @@
+"""What a parent asks of others: the same whatever is finished, so that nothing is started twice."""
+
+from contextlib import nullcontext
+
+import pytest
+from recordings import moving_squares, write_video
+
+from flows import fuse_tiles, infer_segments
+from flows.children import MOST_CRASHES, Child, settle
+from storage.errors import StoreUnavailable
+from storage.reconstruction import ReconstructionStore
+from tasks.config import FuseConfig, InferConfig, PlanConfig, ReconstructionConfig
+from tasks.plan import plan_stage
+from tasks.probe import probe_stage
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Works and parameters of the children that parents ask for, one dict a parent."""
+    found = []
+
+    def note(deployment, family, children, *rest, **options):
+        found.append({child.work: child.parameters for child in children})
+
+    for module in (fuse_tiles, infer_segments):
+        monkeypatch.setattr(module, "run_children", note)
+    # Prefect takes artifacts of its flows only.
+    monkeypatch.setattr(infer_segments, "progress_of", lambda *what: nullcontext(lambda: None))
+    return found
+
+
+def test_parent_that_is_run_again_asks_for_the_same_runs_of_tiles(tmp_path, asked, monkeypatch):
+    store = ReconstructionStore.create(tmp_path / "drive.zarr", {})
+    store.commit("tiles", {"key": "k"})
+    for todo in ([0, 1, 2, 3, 4], [1, 2, 4], [4]):
+        monkeypatch.setattr(fuse_tiles, "unfused_batches", lambda url, count, left=todo: left)
+        fuse_tiles.fuse_elsewhere(store.url, "drive", 5, FuseConfig(), InferConfig())
+    cuts = [[run["batches"] for run in runs.values()] for runs in asked]
+    assert cuts == [[[0, 1], [2, 3], [4]], [[0, 1], [2, 3], [4]], [[4]]]
+    assert asked[2].keys() < asked[1].keys() == asked[0].keys()
+
+
+def test_parent_that_is_run_again_asks_for_the_same_runs_of_segments(tmp_path, asked):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(44))
+    infer = InferConfig(weights="untrained", lanes=2, segments_per_task=2, frames_per_run=1)
+    config = ReconstructionConfig(plan=PlanConfig(8, 2, 4), infer=infer)
+    url = str(tmp_path / "drive.zarr")
+    probe_stage.fn(str(video), "squares", url)
+    groups = plan_stage.fn(url, config)
+    store = ReconstructionStore.open(url)
+    store.commit("infer/0000/0000", {"key": "k"})
+    infer_segments.infer_elsewhere(url, "drive", groups, infer)
+    aside = {"key": "k", "attempts": 1, "time": "", "reason": "it failed", "is_running": True}
+    store.commit("aside/0003", aside)
+    infer_segments.infer_elsewhere(url, "drive", groups, infer)
+    first, second = asked
+    again = {work: run for work, run in second.items() if not run["alone"]}
+    assert again == first
+    (alone,) = (run for run in second.values() if run["alone"])
+    assert alone["indices"] == [3]
+
+
+def test_store_that_is_away_while_a_child_is_lost_costs_no_more_than_its_crash():
+    def away():
+        raise StoreUnavailable("the server does not answer")
+
+    child = Child("segments 0 to 3", {}, "work", away)
+    for crashes in range(1, MOST_CRASHES):
+        assert not settle(child, None)
+        assert child.crashes == crashes
+    assert settle(child, None)
+    assert "lost 7 times in a row" in child.error
