@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import fsspec
 from prefect import flow
 from pydantic import Field
 
@@ -18,6 +17,8 @@ from flows.children import Child, Spread, run_children, work_key
 from flows.reconstruct_drive import check_config, reconstruct_drive, store_url
 from flows.telemetry import observed
 from storage.credentials import refuse_credentials
+from storage.errors import StoreError
+from storage.objects import open_folder
 from storage.reconstruction import ReconstructionStore, StoreMissing
 from storage.video import DriveLocation, list_drives
 from tasks.budget import within_budget
@@ -79,8 +80,8 @@ def reconstruct_collection(
             outcomes = reconstruct_elsewhere(drives, output, config, drives_at_once, budget)
         else:
             outcomes = reconstruct_here(drives, output, config, budget)
-    write_summary(output, outcomes)
     publish_collection(outcomes)
+    write_summary(output, outcomes)
     if any(outcome["error"] for outcome in outcomes):
         raise CollectionIncomplete(outcomes)
     return outcomes
@@ -168,7 +169,11 @@ def outcome_of(drive: DriveLocation, output: str, error: str | None) -> dict[str
     record = record_of(drive, output)
     if error is not None:
         return {**record, "error": error}
-    return {**record, "set_aside": sorted(read_aside(ReconstructionStore.open(record["url"])))}
+    try:
+        aside = read_aside(ReconstructionStore.open(record["url"]))
+    except StoreError as unread:
+        return {**record, "error": f"{type(unread).__name__}: {unread}"}
+    return {**record, "set_aside": sorted(aside)}
 
 
 def record_of(drive: DriveLocation, output: str, is_left: bool = False) -> dict[str, Any]:
@@ -180,5 +185,10 @@ def record_of(drive: DriveLocation, output: str, is_left: bool = False) -> dict[
 
 def write_summary(output: str, outcomes: list[dict[str, Any]]) -> None:
     """Write what became of every drive to `<output>/collection.json`."""
-    with fsspec.open(f"{output.rstrip('/')}/collection.json", "w") as file:
-        json.dump({"drives": outcomes}, file, indent=2)
+    summary = json.dumps({"drives": outcomes}, indent=2).encode()
+    try:
+        open_folder(output.rstrip("/")).write("collection.json", summary)
+    except StoreError as error:
+        if not any(outcome["error"] for outcome in outcomes):
+            raise
+        log.warning("what became of the drives cannot be written: %s", error)  # nor could they

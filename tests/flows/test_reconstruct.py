@@ -8,9 +8,10 @@ from recordings import moving_squares, write_video
 
 from flows.reconstruct_collection import CollectionIncomplete, reconstruct_collection
 from flows.reconstruct_drive import reconstruct_drive
+from storage.errors import StoreUnavailable
 from storage.reconstruction import ReconstructionStore, StoreRefused
 from tasks.config import AlignConfig, InferConfig, PlanConfig, ReconstructionConfig
-from tasks.plan import read_plan
+from tasks.plan import read_aside, read_plan
 from tasks.probe import AnotherDrive
 
 CONFIG = ReconstructionConfig(
@@ -137,6 +138,24 @@ def test_collection_finishes_every_drive_and_records_the_one_that_fails(tmp_path
     assert "UnreadableVideo" in broken.read_commit("failed")["error"]
     monday = ReconstructionStore.open(tmp_path / "out" / "monday.zarr")
     assert monday.read_commit("report") is not None
+
+
+def test_drive_that_cannot_be_read_at_its_end_stops_no_other(tmp_path, monkeypatch):
+    logs = tmp_path / "logs"
+    for name in ("monday", "tuesday"):
+        (logs / name).mkdir(parents=True)
+        write_video(logs / name / "front.mp4", moving_squares(14))
+
+    def away(store):
+        if "monday" in store.url:
+            raise StoreUnavailable("the server does not answer")
+        return read_aside(store)
+
+    monkeypatch.setattr("flows.reconstruct_collection.read_aside", away)
+    with pytest.raises(CollectionIncomplete, match="monday: StoreUnavailable: the server does not"):
+        reconstruct_collection(str(logs), str(tmp_path / "out"), CONFIG)
+    tuesday = ReconstructionStore.open(tmp_path / "out" / "tuesday.zarr")
+    assert tuesday.read_commit("report") is not None
 
 
 def test_drive_on_s3_equals_the_drive_on_disk(video, tmp_path, seaweed):
