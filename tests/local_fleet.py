@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pwd
@@ -28,6 +29,7 @@ from tasks.summary import list_stores
 REPOSITORY = Path(__file__).resolve().parents[1]
 READY_TIMEOUT_S = 300  # the first start of a Prefect server makes its tables
 HEARTBEAT_S = 30  # the least that Prefect takes
+PAGE = 200  # the most runs that the server gives at once
 
 
 class LocalFleet:
@@ -132,13 +134,14 @@ class LocalFleet:
         said = self.prefect("deployment", "run", deployment, *flags)
         return said.partition("UUID: ")[2].split()[0]
 
-    def ask(self, path: str, body: dict[str, Any]) -> Any:
-        """The answer of the server's API to a POST."""
+    def ask(self, path: str, body: Any) -> Any:
+        """The answer of the server's API to a POST; None where it has nothing to say."""
         request = urllib.request.Request(
             f"{self.url}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
+            said = answer.read()
+        return json.loads(said) if said else None
 
     def get(self, path: str) -> Any:
         """The answer of the server's API to a GET."""
@@ -148,8 +151,14 @@ class LocalFleet:
     def flow_runs(self, deployment: str | None = None) -> list[dict[str, Any]]:
         """All runs, or those of a deployment's flow, in the order of their creation."""
         flow = {"flows": {"name": {"any_": [deployment]}}} if deployment else {}
-        runs = self.ask("flow_runs/filter", {**flow, "limit": 200})
-        return sorted(runs, key=lambda run: str(run["created"]))
+        asked = {**flow, "limit": PAGE, "sort": "ID_DESC"}  # runs that begin meanwhile repeat some
+        runs: dict[str, dict[str, Any]] = {}
+        for offset in itertools.count(0, PAGE):
+            page = self.ask("flow_runs/filter", {**asked, "offset": offset})
+            runs |= {run["id"]: run for run in page}
+            if len(page) < PAGE:
+                break
+        return sorted(runs.values(), key=lambda run: str(run["created"]))
 
     def wait_for(self, run_id: str, timeout_s: float) -> dict[str, Any]:
         """The run, once it has ended; outages of the server are passed over."""
