@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from prefect.events.schemas.automations import AutomationCore
 from prefect.flows import load_flow_from_entrypoint
 
 from flows import fuse_tiles, infer_segments, reconstruct_collection
@@ -25,12 +24,6 @@ def test_deployments_are_those_that_the_flows_call_and_take_their_parameters():
         infer_segments.DEPLOYMENT: "gpu",
         fuse_tiles.DEPLOYMENT: "cpu",
     }
-
-
-def test_automation_waits_for_three_heartbeats():
-    (entry,) = yaml.safe_load((DEPLOY / "automations.yaml").read_text())["automations"]
-    automation = AutomationCore.model_validate(entry)
-    assert automation.trigger.within.total_seconds() > 3 * 30
 
 
 @pytest.mark.parametrize(
