@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,22 @@ def reached_ports(role: str) -> set[int]:
 def test_pods_reach_what_they_need_and_nothing_else(role, ports):
     assert reached_ports(role) == ports
     assert not [rule for rule in rules(role, "Egress") if not rule.get("to")]
+
+
+def test_the_job_that_migrates_the_database_reaches_it_and_what_it_runs_on_is_pinned():
+    labels = helm("prefect-server")["migrations"]["podLabels"]
+    egress = [
+        rule
+        for policy in documents("network-policy")
+        if selects(policy["spec"]["podSelector"], labels)
+        for rule in policy["spec"].get("egress", [])
+    ]
+    assert {port["port"] for rule in egress for port in rule["ports"]} == reached_ports("server")
+    guide = (DEPLOY.parent / "docs" / "cluster.md").read_text()
+    commands = [c.replace("\\\n", "") for c in guide.split("helm upgrade --install")[1:]]
+    versions = [re.findall(r"--version (\S+)", command.splitlines()[0]) for command in commands]
+    assert len(commands) == 2  # server, workers
+    assert versions[0] == versions[1] != []
 
 
 def test_no_pod_reaches_the_credentials_of_its_node():
