@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import re
+import subprocess
 import uuid
 from pathlib import Path
 from typing import Any
@@ -221,5 +223,28 @@ def test_docker_containers_are_as_locked_down(pool):
     assert host["Memory"] == host["MemorySwap"]
     assert "/etc/ttt3r:/run/ttt3r:ro" in host["Binds"]
     assert settings["environment"]["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
-    gpus = host.get("DeviceRequests")
-    assert (gpus[0]["Capabilities"] == [["gpu"]]) if pool == "gpu" else gpus is None
+
+
+def test_a_docker_container_has_the_one_gpu_of_its_machine_and_the_guide_says_one_run(pool):
+    gpus = container_settings(pool)["host_config"].get("DeviceRequests") or []
+    asked = [(gpu["Count"], gpu["Capabilities"]) for gpu in gpus]
+    assert asked == ([(1, [["gpu"]])] if pool == "gpu" else [])
+    guide = (DEPLOY.parent / "docs" / "cluster.md").read_text()
+    (command,) = re.findall(rf"prefect worker start --pool {pool} --type docker.*", guide)
+    assert ("--limit 1 " in command) == (pool == "gpu")
+
+
+def test_the_guide_gives_every_pool_the_image_of_the_registry(tmp_path):
+    """Its loops are run with a stand-in for prefect and helm."""
+    guide = (DEPLOY.parent / "docs" / "cluster.md").read_text()
+    loops = re.findall(r"^for pool in cpu gpu; do\n.*?^done$", guide, re.DOTALL | re.MULTILINE)
+    for kind, loop in zip(("kubernetes", "docker"), loops, strict=True):
+        script = f"set -e\nln -sfn {DEPLOY} deploy\nprefect() {{ :; }}\nhelm() {{ :; }}\n{loop}"
+        environment = {**os.environ, "REGISTRY": "registry.example"}
+        subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, check=True)
+        for pool in POOLS:
+            made = json.loads((tmp_path / f"{pool}.json").read_text())
+            ours = template(kind, pool)
+            image = ours["variables"]["properties"]["image"]
+            image["default"] = f"registry.example/{image['default']}"
+            assert made == ours
