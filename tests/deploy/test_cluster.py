@@ -167,3 +167,5 @@ def test_credentials_are_named_never_given():
     assert secrets == {"prefect-auth", "prefect-database", "ttt3r-s3"}
     for secret in secrets:
         assert f"create secret generic {secret}" in guide
+    for file in re.findall(r"--from-file=(\S+)", guide):
+        assert f'printf %s "$line" > {file}' in guide  # no newline becomes part of a password
