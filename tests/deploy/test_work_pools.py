@@ -104,9 +104,9 @@ def test_pods_may_do_nothing_but_compute(pool):
 
 def test_disk_that_a_pod_asks_for_holds_its_volumes(pool):
     pod = kubernetes_job(template("kubernetes", pool))["spec"]["template"]["spec"]
-    sizes = [int(v["emptyDir"]["sizeLimit"].removesuffix("Gi")) for v in pod["volumes"]]
+    sizes = [gibibytes(v["emptyDir"]["sizeLimit"]) for v in pod["volumes"]]
     asked = pod["containers"][0]["resources"]["requests"]["ephemeral-storage"]
-    assert int(asked.removesuffix("Gi")) > sum(sizes)
+    assert gibibytes(asked) > sum(sizes)
 
 
 def test_a_job_that_is_told_to_go_has_two_minutes_and_is_scheduled_again(pool):
@@ -195,6 +195,20 @@ def test_nodes_come_and_go_with_the_work_and_never_exceed_a_limit():
         assert group["minSize"] == group["desiredCapacity"] == 0 < group["maxSize"]
         assert group["propagateASGTags"]  # else an empty group's labels are unknown
         assert group["spot"]
+
+
+def gibibytes(size: str) -> int:
+    return int(size.removesuffix("Gi"))
+
+
+def test_an_empty_group_of_nodes_is_known_to_have_the_disk_that_a_job_asks_for(pool):
+    """The cluster-autoscaler starts no node from zero for a resource that it does not know of."""
+    (cluster,) = documents("eks-node-groups")
+    (group,) = (g for g in cluster["managedNodeGroups"] if g["labels"]["ttt3r/pool"] == pool)
+    disk = group["tags"]["k8s.io/cluster-autoscaler/node-template/resources/ephemeral-storage"]
+    pod = kubernetes_job(template("kubernetes", pool))["spec"]["template"]["spec"]
+    asked = pod["containers"][0]["resources"]["requests"]["ephemeral-storage"]
+    assert gibibytes(asked) <= gibibytes(disk) < group["volumeSize"]
 
 
 def container_settings(pool: str) -> dict[str, Any]:
