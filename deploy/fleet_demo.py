@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from local_fleet import REPOSITORY, LocalFleet, commits_of_all, running_fleet, wait_for_work
 from seaweed import Seaweed, running_seaweed
@@ -23,6 +24,7 @@ from tasks.summary import list_stores, progress
 
 RECORDINGS = REPOSITORY.parent / "shared" / "data" / "drives"
 DEPLOYMENT = "reconstruct-collection/scheduled"
+TAKEN_UP_WITHIN_S = 600  # 100 s until the run counts as lost, and what a busy machine adds
 SAMPLE = REPOSITORY / "flows" / "samples" / "street.mp4"
 
 
@@ -38,13 +40,25 @@ def upload(s3: Seaweed, recordings: Path) -> str:
 
 
 def lose_a_node(fleet: LocalFleet, output: str) -> None:
-    """Kill a worker in the middle of a group of segments; say when somebody goes on with it."""
+    """Kill a worker in the middle of a group of segments; say when somebody goes on with it.
+
+    Raises:
+        TimeoutError: nobody does.
+    """
     work = wait_for_work(output)
     name = fleet.lose_node(work.pid)
     began, kept = time.monotonic(), work.commits()
     fleet.start_worker("gpu", "replacement", "--limit", "1")
     print(f"killed worker {name} with its run; {len(kept)} chunks of the run stand", flush=True)
     while len(work.commits()) <= len(kept):
+        if work.is_finished():
+            print("its segments were finished, so that there is nothing to take up", flush=True)
+            return
+        if time.monotonic() - began > TAKEN_UP_WITHIN_S:
+            raise TimeoutError(
+                f"nobody went on with {', '.join(work.segments)} of {work.url} within "
+                f"{TAKEN_UP_WITHIN_S} s; {len(kept)} chunks stand"
+            )
         time.sleep(0.5)
     assert kept.items() <= work.commits().items(), "a chunk that was finished was computed again"
     print(f"the lost run was taken up {time.monotonic() - began:.0f} s later", flush=True)
@@ -106,10 +120,41 @@ def run(fleet: LocalFleet, s3: Seaweed, settings: argparse.Namespace) -> int:
     before, runs = commits_of_all(output), len(fleet.flow_runs("infer-segments"))
     fine = print_drives(output)
     began = time.monotonic()
-    fleet.wait_for(fleet.run(DEPLOYMENT, parameters), 3600)
+    second = fleet.wait_for(fleet.run(DEPLOYMENT, parameters), 3600)
     again = len(fleet.flow_runs("infer-segments")) - runs
     print(f"a second run took {time.monotonic() - began:.0f} s and {again} runs of the pool gpu")
-    return 0 if fine and commits_of_all(output) == before else 1
+    drives = [progress(url) for url in list_stores(output)]
+    wrong = problems([ended, second], drives, again)
+    wrong += [] if fine else ["a drive is damaged, or neither finished nor failed with a reason"]
+    wrong += [] if commits_of_all(output) == before else ["finished chunks were computed again"]
+    for problem in wrong:
+        print(f"WRONG: {problem}", flush=True)
+    return 1 if wrong else 0
+
+
+def problems(
+    collections: list[dict[str, Any]], drives: list[dict[str, Any]], again: int
+) -> list[str]:
+    """What is wrong with how the collection's runs ended, and with the second one.
+
+    A drive that failed, its store saying why, fails its collection. It is tried again by the second
+    run, as are segments that were set aside; nothing else is.
+
+    Args:
+        collections: runs of the collection, as the server has them.
+        drives: what is known of each drive, as `progress` gives it.
+        again: runs of the pool gpu that the second run started.
+    """
+    right = "FAILED" if any(drive["error"] for drive in drives) else "COMPLETED"
+    found = [
+        f"a run of the collection ended {run['state_type']} instead of {right}: "
+        f"{(run.get('state') or {}).get('message')}"
+        for run in collections
+        if run["state_type"] != right
+    ]
+    if again and not any(drive["error"] or drive["set_aside"] for drive in drives):
+        found.append(f"the second run started {again} runs of the pool gpu; all was finished")
+    return found
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import fsspec
 from seaweed import free_ports
 
 from storage.reconstruction import ReconstructionStore
+from tasks.plan import read_plan
 from tasks.summary import list_stores
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -282,6 +283,12 @@ class Work:
         """Chunks of these segments that are committed, and what identifies each commit."""
         found = ReconstructionStore.open(self.url).commits("infer")
         return {n: r["commit_id"] for n, r in found.items() if n[:10] in self.segments}
+
+    def is_finished(self) -> bool:
+        """Whether every chunk of these segments is committed."""
+        plan = read_plan(ReconstructionStore.open(self.url))
+        ours = [s for s in plan.segments if f"infer/{s.index:04d}" in self.segments]
+        return len(self.commits()) >= sum(len(s.chunks(plan.chunk_frames)) for s in ours)
 
 
 def wait_for_work(output: str, timeout_s: float = 600) -> Work:
