@@ -12,6 +12,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from tasks.prices import read_prices
+
 OBSERVABILITY = Path(__file__).resolve().parents[2] / "deploy" / "observability"
 
 # Prints all metrics as Prometheus names them. In a process of its own: the provider is global.
@@ -91,6 +93,14 @@ def test_every_metric_is_shown(exported):
 def test_a_query_that_does_not_parse_is_found():
     with pytest.raises(ValueError, match=r"."):
         promql_parser.parse("sum(rate(ttt3r_frames_total[5m])")
+
+
+def test_the_alert_on_cost_reckons_with_the_price_table():
+    prices = read_prices(str(OBSERVABILITY.parent / "prices.toml"))
+    per_month = prices.per_gb_month * prices.months_stored
+    expected = [prices.per_gpu_hour["NVIDIA A10G"], prices.per_cpu_hour, per_month]
+    found = re.findall(r"/ (?:3600|1e9) \* ([\d.]+)", QUERIES["alert CostOverBudget"])
+    assert [float(price) for price in found] == pytest.approx(expected)
 
 
 def test_alerts_say_how_bad_and_what_it_is_about():
