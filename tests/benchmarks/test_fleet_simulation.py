@@ -5,12 +5,41 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from fleet_simulation import Drive, Fleet, Services, simulate
+from fleet_simulation import (
+    CASES,
+    CLAIM_RENEWAL_S,
+    SEGMENTS_PER_TASK,
+    Drive,
+    Fleet,
+    Services,
+    Setting,
+    simulate,
+)
+
+from flows.infer_segments import bundle
+from storage.claims import LEASE_S, RENEW_S
+from storage.records import Plan, Segment
+from tasks.config import InferConfig
+from tasks.plan import group_segments
 
 DRIVE = Drive(probe_s=10, group_s=(100, 60), align_s=5, fuse_s=(20, 30))
+
+
+def test_the_base_case_is_what_the_defaults_make():
+    plan = Plan(48_000, 32, tuple(Segment(i, 75 * i, 75 * i + 100, 0) for i in range(480)))
+    config = InferConfig()
+    runs = bundle(plan, group_segments(plan, config.segments_per_task), config.frames_per_run)
+    assert {len(run) for run in runs[:-1]} == {CASES["goal"].segments_per_run}
+    assert len(runs) == len(CASES["goal"].drive(1.0).group_s)
+    assert config.segments_per_task == SEGMENTS_PER_TASK
+    assert RENEW_S == CLAIM_RENEWAL_S
+    automations = Path(__file__).resolve().parents[2] / "deploy" / "automations.yaml"
+    (lost, _) = yaml.safe_load(automations.read_text())["automations"]
+    assert Setting(1).detection_s == lost["trigger"]["within"] + LEASE_S
 
 
 def test_one_machine_of_each_kind_takes_the_sum_of_all_times():
