@@ -4,12 +4,14 @@ import importlib.metadata
 import json
 import re
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
+from prefect.settings import Settings
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 POOLS = ("cpu", "gpu")
@@ -148,6 +150,14 @@ def test_server_and_workers_run_the_pinned_prefect():
     images = [helm("prefect-server")["global"]["prefect"]["image"]]
     images += [helm(f"worker-{pool}")["worker"]["image"] for pool in POOLS]
     assert {image["prefectTag"].split("-")[0] for image in images} == {version}
+
+
+def test_the_server_deletes_old_runs(monkeypatch):
+    for variable in helm("prefect-server")["global"]["prefect"]["env"]:
+        monkeypatch.setenv(variable["name"], variable["value"])
+    vacuum = Settings().server.services.db_vacuum
+    assert "flow_runs" in vacuum.enabled_vacuum_types
+    assert vacuum.retention_period == timedelta(days=14)
 
 
 def test_credentials_are_named_never_given():
