@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -185,7 +185,9 @@ class Life:
                 victim = kills.pop(0)[1]
                 day.kills[victim] = day.kills.get(victim, 0) + 1
                 if victim == "flow process":
-                    os.killpg(process.pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # so young that it has no group yet
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.kill()
                     process.join()
                     process = self.start(list(range(self.hour, HOURS)))
                 elif server is not None:
@@ -282,6 +284,7 @@ def spend_day(
     for name, mib in day.growth.items():
         if mib > LARGEST_GROWTH and place.drives >= LEAST_DRIVES:
             day.wrong.append(f"memory of the {name} grows by {mib:.1f} MiB for 100 drives")
+    print(f"{day.where}: {day.drives} drives, wrong: {day.wrong or 'nothing'}", flush=True)
     return day
 
 

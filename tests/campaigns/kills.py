@@ -169,9 +169,10 @@ class Campaign:
     @contextmanager
     def _run_of(self, name: str, outcome: Outcome) -> Iterator[ForkServerProcess]:
         """A run of a drive, which the block sees to its end."""
-        process, began = self._start(name), time.monotonic()
+        with self._there:  # a kill of the server is this run's from its first moment on
+            process, began = self._start(name), time.monotonic()
+            self._at_work[f"{self._root}/{name}/{NAME}"] = outcome
         outcome.runs += 1
-        self._at_work[f"{self._root}/{name}/{NAME}"] = outcome
         yield process
         del self._at_work[f"{self._root}/{name}/{NAME}"]
         if process.exitcode != -signal.SIGKILL:
