@@ -9,11 +9,10 @@ import av
 from av.container import InputContainer
 from av.error import FFmpegError
 from av.video.stream import VideoStream
-from PIL import Image, UnidentifiedImageError
 
 from storage.drives import drive_files
-from storage.images import ASSUMED_HZ
-from storage.media import UnreadableVideo, open_bytes, open_video, require
+from storage.images import ASSUMED_HZ, BAD_IMAGE, open_image
+from storage.media import UnreadableVideo, open_video, require
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,9 @@ def glance_at(location: str) -> Glance:
 
 def _image_size(location: str) -> tuple[int, int]:
     try:
-        with open_bytes(location) as file, Image.open(file) as image:
+        with open_image(location) as image:
             return image.size
-    except (UnidentifiedImageError, OSError):
+    except BAD_IMAGE:
         return 0, 0
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +20,8 @@ ASSUMED_HZ = 10.0
 ORIENTATION = 0x0112  # EXIF tag
 CLOCKWISE_DEGREES = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}
 PICTURE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
+# What Pillow raises for a file that is wrong; an OSError may be the disk's or a server's too.
+BAD_IMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,19 @@ def list_images(location: str) -> list[str]:
     return [file for file in list_folder(location)[0] if has_suffix(file, IMAGE_SUFFIXES)]
 
 
+@contextmanager
+def open_image(location: str) -> Iterator[Image.Image]:
+    """The image at a path or URL, its header read; raises one of BAD_IMAGE for a wrong file."""
+    with open_bytes(location) as file, Image.open(file) as image:
+        yield image
+
+
 def is_picture(location: str) -> bool:
     """Whether an image holds a picture rather than measurements, such as 16-bit depth."""
     try:
-        with open_bytes(location) as file, Image.open(file) as image:
+        with open_image(location) as image:
             return image.mode in PICTURE_MODES
-    except (UnidentifiedImageError, OSError) as error:
+    except BAD_IMAGE as error:
         _raise_if_servers(error, location)
         return True  # probing says what is wrong with it
 
@@ -131,9 +142,9 @@ def _common_size(images: Sequence[str], lost: dict[int, str]) -> tuple[int, int]
     sizes: dict[int, tuple[int, int]] = {}
     for position, location in enumerate(images):
         try:
-            with open_bytes(location) as file, Image.open(file) as image:
+            with open_image(location) as image:
                 sizes[position] = _upright_size(image)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except BAD_IMAGE as error:
             _raise_if_servers(error, location)
             lost[position] = _reason(error)
     common = Counter(sizes.values()).most_common(1)[0][0] if sizes else (0, 0)
@@ -158,16 +169,15 @@ def _measure(location: str) -> _Image:
 def _load(location: str) -> tuple[Image.Image, int, str]:
     """(upright RGB image, degrees clockwise applied, format)."""
     try:
-        with open_bytes(location) as file, Image.open(file) as image:
+        with open_image(location) as image:
             if image.mode not in PICTURE_MODES:
-                raise UnreadableVideo(
-                    f"{location}: its pixels are {image.mode} (such as 16-bit depth), not 8-bit "
-                    "colour or grey"
+                raise ValueError(
+                    f"its pixels are {image.mode} (such as 16-bit depth), not 8-bit colour or grey"
                 )
             rotation = CLOCKWISE_DEGREES.get(image.getexif().get(ORIENTATION, 1), 0)
             upright = ImageOps.exif_transpose(image)
             return upright.convert("RGB"), rotation, (image.format or "").lower()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except BAD_IMAGE as error:
         _raise_if_servers(error, location)
         raise UnreadableVideo(f"{location}: {_reason(error)}") from error
 

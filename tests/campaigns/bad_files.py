@@ -450,20 +450,20 @@ def _sized(width: int, height: int, path: Path) -> None:
         output.mux(stream.encode())
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """One part of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def _png_bomb(path: Path) -> None:
     """A few kilobytes that decode to a picture of 800 MB."""
     side = 16384
     packed = zlib.compressobj(9)
     row = bytes(1 + 3 * side)
     body = b"".join(packed.compress(row) for _ in range(side)) + packed.flush()
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    chunks = [(b"IHDR", header), (b"IDAT", body), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(kind, data) for kind, data in chunks)
     with av.open(str(path), "w", format="mov") as output:
         stream = output.add_stream("png", rate=RATE)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "rgb24"
@@ -679,13 +679,16 @@ def folders() -> Iterator[BadInput]:
     yield BadInput("clips_with_links_out", _links_out, least=10)
     yield BadInput("empty_folder", lambda path: path.mkdir(), error="no videos or images")
     yield BadInput("text_folder", _text_folder, error="no videos or images")
-    for kind in ("broken", "two_sizes", "empty", "text", "bomb", "depth", "links", "svg"):
+    for kind in (
+        "broken", "two_sizes", "empty", "text", "bomb", "bomb_first", "ztxt", "depth", "links",
+        "svg",
+    ):  # fmt: skip
         yield BadInput(
             f"images_{kind}",
             partial(_images, kind),
             least=3,
             finding=None if kind == "links" else "cannot be used",  # links out are passed over
-            quick=kind in ("broken", "bomb"),
+            quick=kind in ("broken", "bomb", "bomb_first", "ztxt"),
         )
     yield BadInput("images_all_broken", partial(_images, "all"), error="no image")
 
@@ -733,7 +736,7 @@ def _images(kind: str, path: Path) -> None:
     path.mkdir()
     for number in range(4):
         Image.fromarray(picture(number)).save(path / f"{number}.png")
-    odd = path / "9.png"
+    odd = path / ("0.png" if kind == "bomb_first" else "9.png")
     if kind == "broken":
         odd.write_bytes((path / "1.png").read_bytes()[:60])
     elif kind == "two_sizes":
@@ -742,8 +745,10 @@ def _images(kind: str, path: Path) -> None:
         odd.write_bytes(b"")
     elif kind in ("text", "svg"):
         odd.write_text("<svg/>" if kind == "svg" else "not an image")
-    elif kind == "bomb":
+    elif kind in ("bomb", "bomb_first"):
         Image.new("1", (30_000, 30_000)).save(odd)
+    elif kind == "ztxt":
+        odd.write_bytes(with_long_text((path / "1.png").read_bytes()))
     elif kind == "depth":
         Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint16)).save(odd)
     elif kind == "links":
@@ -752,3 +757,9 @@ def _images(kind: str, path: Path) -> None:
     else:
         for image in path.iterdir():
             image.write_bytes(b"not an image")
+
+
+def with_long_text(png: bytes) -> bytes:
+    """The image with a comment of 2 MiB, compressed to a few kB, behind its header."""
+    text = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2 * 2**20)))
+    return png[:33] + text + png[33:]

@@ -5,9 +5,11 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from campaigns.bad_files import with_long_text
 from PIL import Image
 
-from storage.video import drive_name, is_collection, list_drives
+from storage.glance import glance_at
+from storage.video import drive_name, is_collection, list_drives, probe_drive
 
 
 def touch(root: Path, *names: str) -> None:
@@ -159,3 +161,21 @@ def test_names_that_are_not_utf8_do_not_stop_the_others(tmp_path, caplog):
     assert {drive.name for drive in list_drives(str(tmp_path))} == {"a", "日本", "more"}
     assert {drive.name for drive in list_drives(f"{tmp_path}/*.mp4")} == {"a", "日本"}
     assert "rename it" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["bomb_first", "ztxt_first"])
+def test_image_that_cannot_be_opened_does_not_stop_the_others(tmp_path, kind):
+    image(tmp_path / "a/1.png")
+    image(tmp_path / "a/2.png")
+    first = tmp_path / "b/0.png"
+    image(first)
+    image(tmp_path / "b/1.png")
+    if kind == "bomb_first":
+        Image.new("1", (20_000, 20_000)).save(first)
+    else:
+        first.write_bytes(with_long_text(first.read_bytes()))
+    assert found(tmp_path, tmp_path) == {"a": "a", "b": "b"}
+    record, _ = probe_drive(str(tmp_path / "b"))
+    assert record.frames == 1
+    assert [(lost.index, lost.count) for lost in record.unreadable] == [(0, 1)]
+    assert glance_at(str(tmp_path / "b")).frames == 2
