@@ -20,6 +20,8 @@ ASSUMED_HZ = 10.0
 ORIENTATION = 0x0112  # EXIF tag
 CLOCKWISE_DEGREES = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}
 PICTURE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
+# Whatever a file is named: for others Pillow may start a program (EPS: Ghostscript).
+FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 # What Pillow raises for a file that is wrong; an OSError may be the disk's or a server's too.
 BAD_IMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 
@@ -56,7 +58,7 @@ def list_images(location: str) -> list[str]:
 @contextmanager
 def open_image(location: str) -> Iterator[Image.Image]:
     """The image at a path or URL, its header read; raises one of BAD_IMAGE for a wrong file."""
-    with open_bytes(location) as file, Image.open(file) as image:
+    with open_bytes(location) as file, Image.open(file, formats=FORMATS) as image:
         yield image
 
 

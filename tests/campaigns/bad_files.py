@@ -28,6 +28,11 @@ GROUP = 10  # frames from key frame to key frame
 NO_B_FRAMES = {"x264-params": "keyint=10:min-keyint=10:scenecut=0:bframes=0"}
 MPEG = {"g": "10", "qmin": "2", "qmax": "2"}
 SECRET = "the first line of a file that no recording may show"
+TEXTS = {
+    "text": "not an image",
+    "svg": "<svg/>",
+    "eps": "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 128 96\n%%EndComments\nshowpage\n",
+}
 NOWHERE = "http://127.0.0.1:9/never.ts"
 
 
@@ -681,14 +686,14 @@ def folders() -> Iterator[BadInput]:
     yield BadInput("text_folder", _text_folder, error="no videos or images")
     for kind in (
         "broken", "two_sizes", "empty", "text", "bomb", "bomb_first", "ztxt", "depth", "links",
-        "svg",
+        "svg", "eps",
     ):  # fmt: skip
         yield BadInput(
             f"images_{kind}",
             partial(_images, kind),
             least=3,
             finding=None if kind == "links" else "cannot be used",  # links out are passed over
-            quick=kind in ("broken", "bomb", "bomb_first", "ztxt"),
+            quick=kind in ("broken", "bomb", "bomb_first", "ztxt", "eps"),
         )
     yield BadInput("images_all_broken", partial(_images, "all"), error="no image")
 
@@ -743,8 +748,8 @@ def _images(kind: str, path: Path) -> None:
         Image.fromarray(picture(1, 256)).save(odd)
     elif kind == "empty":
         odd.write_bytes(b"")
-    elif kind in ("text", "svg"):
-        odd.write_text("<svg/>" if kind == "svg" else "not an image")
+    elif kind in TEXTS:
+        odd.write_text(TEXTS[kind])
     elif kind in ("bomb", "bomb_first"):
         Image.new("1", (30_000, 30_000)).save(odd)
     elif kind == "ztxt":

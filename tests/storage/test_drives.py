@@ -1,15 +1,25 @@
 """Which drives a location holds."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
-from campaigns.bad_files import with_long_text
+from campaigns.bad_files import TEXTS, with_long_text
 from PIL import Image
 
 from storage.glance import glance_at
 from storage.video import drive_name, is_collection, list_drives, probe_drive
+
+PROBE_AND_TELL_OF_PROGRAMS = """
+import sys
+from storage.video import probe_drive
+sys.addaudithook(lambda event, _: event == "subprocess.Popen" and print("a program is started"))
+record, _ = probe_drive(sys.argv[1])
+print(record.unreadable[0].reason)
+"""
 
 
 def touch(root: Path, *names: str) -> None:
@@ -179,3 +189,12 @@ def test_image_that_cannot_be_opened_does_not_stop_the_others(tmp_path, kind):
     assert record.frames == 1
     assert [(lost.index, lost.count) for lost in record.unreadable] == [(0, 1)]
     assert glance_at(str(tmp_path / "b")).frames == 2
+
+
+def test_image_of_another_kind_than_its_name_starts_no_program(tmp_path):
+    for name in ("0.png", "1.png"):
+        image(tmp_path / name)
+    (tmp_path / "0.png").write_text(TEXTS["eps"])
+    command = [sys.executable, "-c", PROBE_AND_TELL_OF_PROGRAMS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "it is not an image that can be read\n", done.stderr
