@@ -23,9 +23,10 @@ from storage.media import (
     is_passed_over,
     list_folder,
     natural_key,
+    pass_over,
     qualified,
 )
-from storage.objects import explaining
+from storage.objects import explaining, is_expired
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ def list_drives(collection: str) -> list[DriveLocation]:
     - Any other folder: what its subfolders hold, at any depth up to 8; hidden ones and Zarr
       groups (results of earlier runs, whose reports hold pictures) are ignored.
     - A glob: what each match holds, by the rules above.
-    - Links in a folder or glob that lead out of their own folder, and names that are not UTF-8,
-      are passed over.
+    - Links in a folder or glob that lead out of their own folder, names that are not UTF-8, and
+      folders found that may not be read are passed over.
 
     Names that clash are prefixed by those of their parent folders.
 
@@ -62,7 +63,8 @@ def list_drives(collection: str) -> list[DriveLocation]:
         StoreUnavailable: the location cannot be read.
     """
     with explaining(collection):
-        found = [location for root in _roots(collection) for location in _drives_in(root, 0)]
+        roots = _roots(collection)
+        found = [location for root in roots for location in _drives_in(root, 0, root == collection)]
     if not found:
         raise ValueError(
             f"{collection}: no drive is found; expected a video file "
@@ -126,13 +128,19 @@ def _roots(collection: str) -> list[str]:
     return [collection] if fs.exists(path) and not is_zarr(path) else []
 
 
-def _drives_in(location: str, depth: int) -> list[str]:
-    """Locations of the drives at and below a file or folder."""
+def _drives_in(location: str, depth: int, is_given: bool = False) -> list[str]:
+    """Locations of the drives at and below a file or folder, which the user gave or we found."""
     fs, path = url_to_fs(location)
     if depth == 0 and fs.isfile(path):
         return [location]
-    videos, images = drive_files(location)
-    folders = list_folder(location)[1] if depth < DEEPEST else []
+    try:
+        videos, images = drive_files(location)
+        folders = list_folder(location)[1] if depth < DEEPEST else []
+    except PermissionError as error:
+        if is_given or is_expired(error):
+            raise
+        pass_over(location, "this folder may not be read")
+        return []
     below = [d for f in folders if not is_zarr(f) for d in _drives_in(f, depth + 1)]
     if videos:
         return [*videos, *below] if below else [location]

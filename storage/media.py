@@ -112,16 +112,17 @@ def list_folder(location: str) -> tuple[list[str], list[str]]:
 def is_passed_over(path: str) -> bool:
     """Whether something found in a local folder is left alone; says why, once."""
     if not path.isascii() and path.encode(errors="replace").decode() != path:
-        _say_once(ascii(path), "its name is not UTF-8, which no record can hold: rename it")
+        pass_over(ascii(path), "its name is not UTF-8, which no record can hold: rename it")
         return True
     if _leads_out(path):
-        _say_once(path, "this link leads out of its folder")
+        pass_over(path, "this link leads out of its folder")
         return True
     return False
 
 
 @cache
-def _say_once(path: str, why: str) -> None:
+def pass_over(path: str, why: str) -> None:
+    """Say, once, that something found is left alone."""
     log.warning("%s: passed over, as %s", path, why)
 
 

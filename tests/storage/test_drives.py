@@ -21,6 +21,16 @@ record, _ = probe_drive(sys.argv[1])
 print(record.unreadable[0].reason)
 """
 
+LIST_AS_NOBODY = """
+import os, sys
+from storage.video import list_drives
+list_drives(sys.argv[1])  # loads what it needs
+if os.getuid() == 0:
+    os.setuid(65534)  # root may read everything
+for location in sys.argv[1:]:
+    print(*(drive.name for drive in list_drives(location)))
+"""
+
 
 def touch(root: Path, *names: str) -> None:
     for name in names:
@@ -198,3 +208,19 @@ def test_image_of_another_kind_than_its_name_starts_no_program(tmp_path):
     command = [sys.executable, "-c", PROBE_AND_TELL_OF_PROGRAMS, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout == "it is not an image that can be read\n", done.stderr
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444, 0o111])
+def test_folder_that_may_not_be_read_does_not_stop_the_others(tmp_path, mode):
+    touch(tmp_path, "all/a.mp4", "all/locked/b.mp4", "all/more/c.mp4")
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)
+    locked = tmp_path / "all/locked"
+    locked.chmod(mode)
+    places = [str(tmp_path / "all"), f"{tmp_path}/all/*", f"{tmp_path}/all/*/*.mp4", str(locked)]
+    command = [sys.executable, "-c", LIST_AS_NOBODY, *places]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    locked.chmod(0o755)
+    assert done.stdout.splitlines() == ["a more", "a more", "c"], done.stderr
+    assert f"{locked}: passed over, as this folder may not be read" in done.stderr
+    assert f"StoreRefused: {locked}: access denied" in done.stderr
