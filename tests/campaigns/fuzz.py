@@ -24,10 +24,12 @@ import struct
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ import fsspec.asyn
 import fsspec.implementations
 import google_crc32c
 import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from zarr.core.array import Array
 from zarr.storage import MemoryStore, StorePath
 
@@ -44,8 +48,9 @@ from storage.bounds import check_array
 from storage.commits import Commits
 from storage.drives import drive_name
 from storage.encoding import StoredRows, whole_array
+from storage.images import ORIENTATION, is_picture, scan_images
 from storage.layout import FRAME_ARRAYS, SEGMENT_ARRAYS, by_name
-from storage.media import natural_key
+from storage.media import UnreadableVideo, natural_key
 from storage.objects import check_name, open_folder, redacted
 from storage.reconstruction import UNDECODABLE
 from storage.records import DriveRecord, Plan
@@ -248,6 +253,7 @@ def parsers(folder: Path) -> list[Parser]:
         ),
         Parser("array_metadata", _array_metadata, _array_documents(), UNDECODABLE, 4),
         Parser("object", _object, (_object_of_zeros(),), (ValueError, RuntimeError), 4),
+        Parser("image", partial(_image, folder / "images"), _images(), (UnreadableVideo,), 6),
         Parser("shard", _shard, (_shard_of_zeros(),), (ValueError, RuntimeError), 4),
     ]
 
@@ -291,6 +297,59 @@ def _shard(data: bytes) -> object:
 
 def _checksum(data: bytes) -> bytes:
     return google_crc32c.value(data).to_bytes(4, "little")
+
+
+def _images() -> tuple[bytes, ...]:
+    """Small pictures of every kind that is read, with EXIF and text where it takes them."""
+    exif = Image.Exif()
+    exif.update({ORIENTATION: 6, 0x010F: "maker", 0x9286: b"comment"})
+    rng = np.random.default_rng(0)
+    color = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
+    texts = PngInfo()
+    texts.add_text("Comment", "text" * 9, zip=True)
+    texts.add_itxt("Title", "text", "en", "Titel", zip=True)
+    color.info["icc_profile"] = bytes(range(99))
+    saved = [
+        (color, "PNG", {"exif": exif, "pnginfo": texts}),
+        (color.convert("P"), "PNG", {"transparency": 3}),
+        (color, "JPEG", {"exif": exif, "progressive": True}),
+        (color.convert("CMYK"), "JPEG", {}),
+        (color, "TIFF", {"exif": exif}),
+        (color, "TIFF", {"compression": "tiff_lzw"}),
+        (color.convert("1"), "TIFF", {"compression": "group4"}),
+        (color, "WEBP", {"exif": exif}),
+        (color, "WEBP", {"lossless": True, "save_all": True, "append_images": [color]}),
+        (color.convert("P"), "BMP", {}),
+    ]
+    return tuple(_saved(image, form, options) for image, form, options in saved)
+
+
+def _saved(image: Image.Image, form: str, options: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def _image(folder: Path, data: bytes) -> object:
+    """What listing and probing do with a folder of one picture."""
+    folder.mkdir(exist_ok=True)
+    place = folder / "1.png"
+    place.write_bytes(_with_right_checksums(data))
+    return is_picture(str(place)), scan_images(str(folder))
+
+
+def _with_right_checksums(data: bytes) -> bytes:
+    """A PNG whose chunks, however long they say they are, pass Pillow's first check."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    right, place = bytearray(data), 8
+    while place + 12 <= len(data):
+        stop = place + 8 + int.from_bytes(data[place : place + 4], "big")
+        if stop + 4 > len(data):
+            break
+        right[stop : stop + 4] = zlib.crc32(data[place + 4 : stop]).to_bytes(4, "big")
+        place = stop + 4
+    return bytes(right)
 
 
 def _weights_record() -> bytes:
@@ -385,6 +444,7 @@ def _load_what_is_loaded_on_first_use() -> None:
             importlib.import_module(module)
     for document in _array_documents():
         _array_metadata(document)
+    Image.init()
     fsspec.asyn.get_loop()  # a pair of sockets within this process
 
 
@@ -397,6 +457,7 @@ def regressions(parser: str) -> list[bytes]:
 def fuzz_all(cases: int, seed: int, only: str = "") -> list[Report]:
     """Fuzz all parsers, each with its share of `cases`."""
     logging.disable()
+    warnings.simplefilter("ignore")  # Pillow's; to show one opens its source
     _load_what_is_loaded_on_first_use()
     watch = Watch()
     with tempfile.TemporaryDirectory() as name:
