@@ -21,6 +21,7 @@ from storage.media import (
     file_name,
     has_suffix,
     is_passed_over,
+    is_there,
     list_folder,
     natural_key,
     pass_over,
@@ -125,7 +126,7 @@ def _roots(collection: str) -> list[str]:
         is_folder = [fs.isdir(r) and not is_zarr(r) for r in roots]
         kept = zip(roots, is_folder, strict=True)
         return [root for root, folder in kept if folder or has_suffix(root, VIDEO_SUFFIXES)]
-    return [collection] if fs.exists(path) and not is_zarr(path) else []
+    return [collection] if is_there(fs, path) and not is_zarr(path) else []
 
 
 def _drives_in(location: str, depth: int, is_given: bool = False) -> list[str]:

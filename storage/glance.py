@@ -13,6 +13,7 @@ from av.video.stream import VideoStream
 from storage.drives import drive_files
 from storage.images import ASSUMED_HZ, BAD_IMAGE, open_image
 from storage.media import UnreadableVideo, open_video, require
+from storage.objects import explaining
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ def glance_at(location: str) -> Glance:
 
     Raises:
         UnreadableVideo: nothing is there, or no header gives a number of frames.
+        StoreUnavailable: the disk or server that holds them fails.
     """
-    fs, path = require(location)
-    videos, images = ([location], []) if fs.isfile(path) else drive_files(location)
-    if images and not videos:
-        return Glance(len(images), len(images) / ASSUMED_HZ, *_image_size(images[0]))
-    found = [glance for glance in map(_clip, videos) if glance.frames]
+    with explaining(location, FileNotFoundError):
+        fs, path = require(location)
+        videos, images = ([location], []) if fs.isfile(path) else drive_files(location)
+        if images and not videos:
+            return Glance(len(images), len(images) / ASSUMED_HZ, *_image_size(images[0]))
+        found = [glance for glance in map(_clip, videos) if glance.frames]
     if not found:
         raise UnreadableVideo(
             f"{location}: its header gives no number of frames; `ttt3r probe` decodes it and "

@@ -6,6 +6,7 @@ streamed, never copied to disk. One bad packet costs one frame, not the rest of 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -53,6 +54,7 @@ OPEN_OPTIONS = {
 }
 # Some containers order seeking by decoding time, which comes before the time of showing.
 SEEK_BACK_S = (0, 2, 10)
+NO_PATH = (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 SINGLE_THREAD = "NONE"
 ALL_THREADS = "AUTO"
 
@@ -139,6 +141,25 @@ def qualified(fs: Any, path: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
 
+def is_there(fs: Any, path: str) -> bool:
+    """Whether something is at a path; an outage, to fsspec's `exists` an absence, rises."""
+    try:
+        if isinstance(fs, LocalFileSystem):
+            os.stat(path)
+        else:
+            fs.info(path)
+    except FileNotFoundError as error:
+        cause = error.__cause__  # HTTP: fsspec says the same of a server that does not answer
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise cause from None
+        return False
+    except OSError as error:
+        if error.errno not in NO_PATH:
+            raise
+        return False
+    return True
+
+
 def require(location: str) -> tuple[Any, str]:
     """(file system, path) of something that is there.
 
@@ -146,7 +167,7 @@ def require(location: str) -> tuple[Any, str]:
         UnreadableVideo: nothing is at `location`.
     """
     fs, path = url_to_fs(location)
-    if not fs.exists(path):
+    if not is_there(fs, path):
         raise UnreadableVideo(f"{location}: there is no such file or folder; check the path")
     if isinstance(fs, LocalFileSystem) and not (fs.isfile(path) or fs.isdir(path)):
         raise UnreadableVideo(

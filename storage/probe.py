@@ -32,6 +32,7 @@ from storage.media import (
     require,
     size_of,
 )
+from storage.objects import explaining
 from storage.records import (
     DUPLICATE,
     KEYFRAME,
@@ -62,8 +63,10 @@ def probe_video(location: str, progress: Progress | None = None) -> tuple[DriveR
 
     Raises:
         UnreadableVideo: missing, not a video, or no frame decodes.
+        StoreUnavailable: the disk or server that holds it fails.
     """
-    return _probe_clips(location, [location], progress)
+    with explaining(location, FileNotFoundError):
+        return _probe_clips(location, [location], progress)
 
 
 def probe_drive(location: str, progress: Progress | None = None) -> tuple[DriveRecord, FrameTable]:
@@ -76,15 +79,17 @@ def probe_drive(location: str, progress: Progress | None = None) -> tuple[DriveR
 
     Raises:
         UnreadableVideo: nothing there, or nothing that decodes.
+        StoreUnavailable: the disk or server that holds it fails.
     """
-    fs, path = require(location)
-    if fs.isfile(path):
-        return probe_video(location, progress)
-    videos, images = drive_files(location)
-    if videos:
-        return _probe_clips(location, videos, progress)
-    if images:
-        return _probe_images(location, progress)
+    with explaining(location, FileNotFoundError):
+        fs, path = require(location)
+        if fs.isfile(path):
+            return probe_video(location, progress)
+        videos, images = drive_files(location)
+        if videos:
+            return _probe_clips(location, videos, progress)
+        if images:
+            return _probe_images(location, progress)
     raise UnreadableVideo(
         f"{location}: this folder holds no videos or images itself; if its subfolders do, give "
         "it as a collection"

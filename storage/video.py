@@ -29,6 +29,7 @@ from storage.media import (
     open_video,
     upright_size,
 )
+from storage.objects import explaining
 from storage.probe import probe_drive, probe_video
 from storage.records import KEYFRAME, DriveRecord, FrameTable
 
@@ -73,6 +74,7 @@ def read_frames(
     Raises:
         ValueError: the range is not inside the drive, or the table is not the record's.
         UnreadableVideo: a frame that decoded when probed does not any more.
+        StoreUnavailable: the disk or server that holds the recording fails.
     """
     if not 0 <= start <= stop <= record.frames or step < 1:
         raise ValueError(
@@ -93,7 +95,9 @@ def _read(record: DriveRecord, table: FrameTable, wanted: range) -> Iterator[Fra
         rows = table.rows_of(number)
         inside = _inside(wanted, rows)
         if inside:
-            yield from _ClipReader(record, table, number).read(_shifted(inside, -rows.start))
+            reader = _ClipReader(record, table, number)
+            with explaining(record.clips[number].location, FileNotFoundError):
+                yield from reader.read(_shifted(inside, -rows.start))
 
 
 def _inside(wanted: range, rows: range) -> range:

@@ -12,7 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Helpers beside this file are plain modules; pytest's importlib mode does not find them.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from seaweed import Seaweed, running_seaweed
+from s3fs import S3FileSystem
+from seaweed import Seaweed, SeaweedProcess, running_seaweed
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -37,6 +38,21 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         yield server
+
+
+@pytest.fixture
+def mortal_seaweed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SeaweedProcess]:
+    """A real S3 server that a test may kill; the environment leads fsspec to it, once a request."""
+    server = SeaweedProcess(tmp_path / "seaweed")
+    for name, value in {**server.access.environment, "AWS_MAX_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()  # connections to other servers
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+        S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")

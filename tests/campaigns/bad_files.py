@@ -637,7 +637,7 @@ def _pixels(codec: str, pixels: str, options: dict[str, str], path: Path) -> Non
 def odd_places() -> Iterator[BadInput]:
     """Things that are no plain readable files, and names that make trouble."""
     yield BadInput("folder.mp4", lambda path: path.mkdir(), error="", quick=True)
-    yield BadInput("unreadable.mp4", _unreadable, error="ermission", quick=True)
+    yield BadInput("unreadable.mp4", _unreadable, error="access denied", quick=True)
     yield BadInput("dangling.mp4", lambda path: path.symlink_to("nowhere"), error="", quick=True)
     yield BadInput("loop.mp4", lambda path: path.symlink_to(path.name), error="")
     yield BadInput("passwd.mp4", lambda path: path.symlink_to("/etc/passwd"), error="", quick=True)

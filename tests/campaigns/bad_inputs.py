@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from campaigns.bad_files import GROUP, SECRET, BadInput, all_bad_inputs, encode
 from numbered_video import RATE, number_in
 
+from storage.errors import StoreRefused
 from storage.records import DriveRecord, FrameTable
 from storage.video import UnreadableVideo, probe_drive, read_frames
 
@@ -86,7 +87,7 @@ def _examine(case: BadInput, path: Path, sender: Connection) -> None:
     outcome = Outcome(case.name)
     try:
         record, table = probe_drive(str(path))
-    except (UnreadableVideo, OSError) as error:
+    except (UnreadableVideo, StoreRefused) as error:
         _judge_error(case, outcome, str(error))
     except BaseException as error:
         outcome.failures.append(f"undocumented {type(error).__name__}: {error}")

@@ -3,17 +3,20 @@
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.exceptions import TerminationSignal
 from recordings import moving_squares, write_video
+from seaweed import SeaweedProcess
 
 from flows.infer_segments import infer_segments
 from flows.reconstruct_drive import reconstruct_drive
 from storage.errors import StoreUnavailable
 from storage.reconstruction import Claimed, ReconstructionStore
 from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
+from tasks.infer import infer_stage
 from tasks.plan import read_aside, read_plan
 from tasks.summary import progress
 
@@ -125,3 +128,32 @@ def test_prefect_server_in_trouble_is_no_fault_of_a_segment(tmp_path, monkeypatc
     with pytest.raises(ConcurrencySlotAcquisitionError):
         reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
     assert read_aside(store) == {}
+
+
+def test_outage_of_the_recordings_server_sets_no_segment_aside(
+    tmp_path, mortal_seaweed: SeaweedProcess, monkeypatch
+):
+    location, output = f"{mortal_seaweed.access.url}/trip", str(tmp_path / "out")
+    fs, path = fsspec.core.url_to_fs(location)
+    for name in ("1.mp4", "2.mp4"):
+        video = write_video(tmp_path / name, moving_squares(22))
+        fs.pipe_file(f"{path}/{name}", video.read_bytes())
+    url = reconstruct_drive(location, output, CONFIG)
+    store = ReconstructionStore.open(url)
+    before = store.read_trajectory()
+    indices = [segment.index for segment in read_plan(store).segments]
+    for index in indices[1:]:
+        for name in store.commit_names(f"infer/{index:04d}"):
+            store.drop_commits(name)
+    kept = store.commit_names("infer")
+    monkeypatch.setattr("flows.infer_segments.infer_stage", infer_stage.with_options(retries=0))
+    mortal_seaweed.kill()
+    line = rf"^{location}/\d.mp4: the server does not answer; check AWS_ENDPOINT_URL"
+    with pytest.raises(StoreUnavailable, match=line):
+        infer_segments(url, indices, CONFIG.infer)
+    assert read_aside(store) == {}
+    assert store.commit_names("infer") == kept != []
+    mortal_seaweed.start()
+    reconstruct_drive(location, output, CONFIG)
+    assert read_aside(store) == {}
+    np.testing.assert_array_equal(store.read_trajectory()["cam_to_world"], before["cam_to_world"])

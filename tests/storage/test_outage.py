@@ -1,0 +1,120 @@
+"""A disk or server that holds recordings and goes away is no fault of the recordings."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from PIL import Image
+from recordings import moving_squares, write_video
+from seaweed import SeaweedProcess, free_ports
+
+from storage.drives import list_drives
+from storage.errors import StoreUnavailable
+from storage.glance import glance_at
+from storage.media import UnreadableVideo
+from storage.video import probe_drive, read_frames
+from tasks.probe import fingerprint
+
+
+class FailingFileSystem(MemoryFileSystem):
+    """Files in memory on a disk that may fail."""
+
+    protocol = "failing"
+    store, pseudo_dirs, failure = {}, [""], None
+
+    def info(self, path, **options):
+        """As its parent, unless the disk fails."""
+        if self.failure:
+            raise self.failure
+        return super().info(path, **options)
+
+
+fsspec.register_implementation("failing", FailingFileSystem, clobber=True)
+
+
+def upload(folder: Path, url: str) -> str:
+    fs, path = fsspec.core.url_to_fs(url)
+    for file in sorted(folder.iterdir()):
+        fs.pipe_file(f"{path}/{file.name}", file.read_bytes())
+    return url
+
+
+def make_clips(folder: Path) -> None:
+    for name in ("1.mp4", "2.mp4"):
+        write_video(folder / name, moving_squares(8))
+
+
+def make_images(folder: Path) -> None:
+    for number, frame in enumerate(moving_squares(4)):
+        Image.fromarray(frame).save(folder / f"{number}.png")
+
+
+def make_large_clip(folder: Path) -> None:
+    """Noise: more than is read ahead of a remote file."""
+    noise = np.random.default_rng(0).integers(0, 256, (56, 320, 320, 3), np.uint8)
+    path = write_video(folder / "1.mp4", list(noise))
+    assert path.stat().st_size > 9 * 2**20
+
+
+@pytest.mark.parametrize("make", [make_clips, make_images, make_large_clip])
+def test_server_that_dies_between_frames_is_one_line(
+    tmp_path, mortal_seaweed: SeaweedProcess, make: Callable[[Path], None]
+):
+    (tmp_path / "trip").mkdir()
+    make(tmp_path / "trip")
+    url = upload(tmp_path / "trip", f"{mortal_seaweed.access.url}/trip")
+    record, table = probe_drive(url)
+    frames = read_frames(record, table, 0, record.frames)
+    next(frames)
+    mortal_seaweed.kill()
+    with pytest.raises(StoreUnavailable, match=rf"^{url}.*: the server does not answer; check "):
+        list(frames)
+
+
+def test_server_that_dies_while_probing_costs_no_clip(tmp_path, mortal_seaweed: SeaweedProcess):
+    (tmp_path / "trip").mkdir()
+    make_clips(tmp_path / "trip")
+    url = upload(tmp_path / "trip", f"{mortal_seaweed.access.url}/trip")
+    with pytest.raises(StoreUnavailable, match=rf"^{url}: the server does not answer; check "):
+        probe_drive(url, progress=lambda frames: mortal_seaweed.kill())
+
+
+@pytest.mark.parametrize("read", [list_drives, probe_drive, glance_at, fingerprint])
+@pytest.mark.parametrize("path", ["", "/trip", "/trip/1.mp4"])
+def test_server_that_is_away_is_no_empty_place(monkeypatch, read, path):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    options = {"key": "k", "secret": "s", "skip_instance_cache": True}
+    endpoint = f"http://127.0.0.1:{free_ports(1)[0]}"
+    conf = {"s3": {**options, "client_kwargs": {"endpoint_url": endpoint}}}
+    monkeypatch.setattr(fsspec.config, "conf", conf)
+    with pytest.raises(StoreUnavailable, match=rf"^s3://away{path}: the server does not answer"):
+        read(f"s3://away{path}")
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.EIO, "Input/output error"), ConnectionResetError("reset")]
+)
+def test_disk_that_fails_is_one_line(tmp_path, monkeypatch, failure):
+    (tmp_path / "trip").mkdir()
+    make_clips(tmp_path / "trip")
+    url = upload(tmp_path / "trip", "failing://trip")
+    record, table = probe_drive(url)
+    monkeypatch.setattr(FailingFileSystem, "failure", failure)
+    with pytest.raises(StoreUnavailable, match=r"^failing://.*trip/1.mp4: cannot be used"):
+        next(read_frames(record, table, 0, 8))
+    with pytest.raises(StoreUnavailable, match=r"^failing://trip: cannot be used"):
+        probe_drive(url)
+
+
+def test_clip_that_is_gone_is_still_the_clips_own_fault(tmp_path):
+    (tmp_path / "trip").mkdir()
+    make_clips(tmp_path / "trip")
+    record, table = probe_drive(str(tmp_path / "trip"))
+    (tmp_path / "trip/1.mp4").unlink()
+    with pytest.raises(UnreadableVideo, match="there is no such file"):
+        next(read_frames(record, table, 0, 8))
+    assert len(list(read_frames(record, table, 8, 16))) == 8
