@@ -8,6 +8,8 @@ from typing import Any
 import fsspec
 import numpy as np
 
+from storage.media import is_there
+from storage.objects import explaining
 from storage.reconstruction import ReconstructionStore
 from storage.records import NOWHERE, DriveRecord, Plan
 from tasks.plan import read_aside
@@ -26,12 +28,15 @@ def list_stores(location: str) -> list[str]:
 
     Raises:
         ValueError: there is none.
+        StoreUnavailable: the location cannot be read.
     """
-    fs, path = fsspec.core.url_to_fs(location)
-    path = path.rstrip("/")
-    if path.endswith(".zarr") and fs.exists(path):
-        return [location.rstrip("/")]
-    names = fs.ls(path, detail=False) if fs.exists(path) else []
+    with explaining(location):
+        fs, path = fsspec.core.url_to_fs(location)
+        path = path.rstrip("/")
+        is_any = is_there(fs, path)
+        if path.endswith(".zarr") and is_any:
+            return [location.rstrip("/")]
+        names = fs.ls(path, detail=False) if is_any else []
     found = sorted(n.rstrip("/") for n in names if n.rstrip("/").endswith(".zarr"))
     if not found:
         raise ValueError(

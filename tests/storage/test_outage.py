@@ -18,6 +18,7 @@ from storage.glance import glance_at
 from storage.media import UnreadableVideo
 from storage.video import probe_drive, read_frames
 from tasks.probe import fingerprint
+from tasks.summary import list_stores
 
 
 class FailingFileSystem(MemoryFileSystem):
@@ -83,7 +84,7 @@ def test_server_that_dies_while_probing_costs_no_clip(tmp_path, mortal_seaweed: 
         probe_drive(url, progress=lambda frames: mortal_seaweed.kill())
 
 
-@pytest.mark.parametrize("read", [list_drives, probe_drive, glance_at, fingerprint])
+@pytest.mark.parametrize("read", [list_drives, probe_drive, glance_at, fingerprint, list_stores])
 @pytest.mark.parametrize("path", ["", "/trip", "/trip/1.mp4"])
 def test_server_that_is_away_is_no_empty_place(monkeypatch, read, path):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
