@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from storage.drives import DriveLocation
+from storage.errors import StoreRefused
 from storage.glance import glance_at
 from storage.media import UnreadableVideo
 from storage.reconstruction import ReconstructionStore, StoreError
@@ -195,7 +196,7 @@ def _estimate(
     try:
         record = _record_of(drive, store)
         plan = plan_drive(record, config.plan, weights_info(config.infer.weights).segment_frames)
-    except UnreadableVideo:  # its run will say why; it takes no time to speak of
+    except (UnreadableVideo, StoreRefused):  # its run will say why; it takes no time to speak of
         return DriveEstimate(drive.name, drive.location, "unreadable", 0, 0.0, 0, NOTHING, 0.0)
     shares = shares_left(store, config, plan) if store else {}
     stage = "new" if store is None else next((s for s in STAGES if shares[s]), "done")

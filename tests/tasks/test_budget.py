@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 from recordings import moving_squares, write_video
@@ -9,6 +11,19 @@ from recordings import moving_squares, write_video
 from storage.video import list_drives
 from tasks.budget import OverBudget, within_budget
 from tasks.config import BudgetConfig, InferConfig, ReconstructionConfig
+
+ESTIMATE_AS_NOBODY = """
+import os, sys
+from storage.video import list_drives
+from tasks.config import InferConfig, ReconstructionConfig
+from tasks.planner import estimate_drives
+config = ReconstructionConfig(infer=InferConfig(weights="untrained"))
+for user in (os.getuid(), 65534):  # what is needed is loaded, then root's rights are given up
+    if os.getuid() == 0:
+        os.setuid(user)
+    drives = list_drives(sys.argv[1])
+    print(*(e.stage for e in estimate_drives(drives, sys.argv[1], config, None)))
+"""
 
 CONFIG = ReconstructionConfig(infer=InferConfig("untrained"))
 
@@ -66,3 +81,15 @@ def test_without_limits_nothing_is_read_and_without_rates_nothing_is_begun(drive
         within_budget(drives, str(tmp_path / "out"), CONFIG, BudgetConfig(1.0))
     with pytest.raises(ValueError, match="price table"):
         BudgetConfig(max_cost=1.0)
+
+
+def test_drive_that_may_not_be_read_does_not_stop_the_plan_of_others(tmp_path):
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)
+    for name in ("a", "b"):
+        (tmp_path / "logs" / name).mkdir(parents=True)
+        write_video(tmp_path / f"logs/{name}/1.mp4", moving_squares(8))
+    (tmp_path / "logs/b/1.mp4").chmod(0)
+    command = [sys.executable, "-c", ESTIMATE_AS_NOBODY, str(tmp_path / "logs")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "new unreadable", done.stderr
