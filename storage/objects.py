@@ -112,9 +112,10 @@ def explained(act: Callable[P, T]) -> Callable[P, T]:
 @contextmanager
 def explaining(url: str, *but: type[Exception]) -> Iterator[None]:
     """Turn errors of a disk, a server or its login, `but` some, into one line of a StoreError."""
+    clear: tuple[type[Exception], ...] = (StoreError, *but)
     try:
         yield
-    except (StoreError, *but):
+    except clear:
         raise
     except Exception as error:
         told = explain(error, url)
