@@ -20,6 +20,8 @@ from prefect.client.schemas.objects import FlowRun
 from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
 
+from tasks.prices import read_prices
+
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 POOLS = ("cpu", "gpu")
 VERSIONS = ("1.30", "1.37")  # the oldest and the newest that are checked
@@ -209,6 +211,33 @@ def test_an_empty_group_of_nodes_is_known_to_have_the_disk_that_a_job_asks_for(p
     pod = kubernetes_job(template("kubernetes", pool))["spec"]["template"]["spec"]
     asked = pod["containers"][0]["resources"]["requests"]["ephemeral-storage"]
     assert gibibytes(asked) <= gibibytes(disk) < group["volumeSize"]
+
+
+# The GPU of an instance family, as torch names it and so ledgers and prices do.
+GPU_OF_FAMILY = {"g5": "NVIDIA A10G", "g6": "NVIDIA L4", "g6e": "NVIDIA L40S"}
+
+
+def gpus_started() -> set[str]:
+    """Kinds of device that either mechanism may start, as the price table names them."""
+    asked = [
+        requirement
+        for document in documents("karpenter")
+        if document["kind"] == "NodePool"
+        for requirement in document["spec"]["template"]["spec"]["requirements"]
+        if requirement["key"] == "karpenter.k8s.aws/instance-gpu-name"
+    ]
+    names = {f"NVIDIA {name.upper()}" for requirement in asked for name in requirement["values"]}
+    (cluster,) = documents("eks-node-groups")
+    for group in cluster["managedNodeGroups"]:
+        if group["name"] == "ttt3r-gpu":
+            families = {instance.partition(".")[0] for instance in group["instanceTypes"]}
+            names |= {GPU_OF_FAMILY[family] for family in families}
+    return names
+
+
+def test_every_gpu_that_nodes_bring_has_a_price():
+    prices = read_prices(str(DEPLOY / "prices.toml"))
+    assert gpus_started() == set(GPU_OF_FAMILY.values()) <= set(prices.per_gpu_hour)
 
 
 def container_settings(pool: str) -> dict[str, Any]:
