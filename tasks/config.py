@@ -96,7 +96,7 @@ class BudgetConfig:
     prices: str | None = None
     """Price table, a TOML file (`deploy/prices.toml`); path or URL."""
     rates: str | None = None
-    """JSON of `tests/benchmarks/pipeline.py`: rates for where no drive is finished yet."""
+    """JSON of `tests/benchmarks/pipeline.py`, path or URL: rates where no drive is finished yet."""
     when_over: Literal["refuse", "take_what_fits"] = "refuse"
     """Begin nothing, or take the drives that fit and leave the others to the next run."""
 

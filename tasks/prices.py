@@ -6,11 +6,11 @@ import tomllib
 from dataclasses import asdict, field
 from typing import Annotated, Any
 
-import fsspec
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from tasks.config import STRICT
+from tasks.documents import read_document
 
 LARGEST_TABLE_BYTES = 100_000
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -71,15 +71,12 @@ def read_prices(location: str) -> Prices:
         FileNotFoundError: there is none.
         ValueError: it is not a price table; says what is wrong.
     """
-    with fsspec.open(location, "rb") as file:
-        data = file.read(LARGEST_TABLE_BYTES + 1)
     try:
-        if len(data) > LARGEST_TABLE_BYTES:
-            raise ValueError(f"it is larger than {LARGEST_TABLE_BYTES} bytes")
+        data = read_document(location, LARGEST_TABLE_BYTES)
         return TypeAdapter(Prices).validate_python(tomllib.loads(data.decode()))
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = str(error)
     raise ValueError(f"{location} is not a price table: {reason}; see deploy/prices.toml")

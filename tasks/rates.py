@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,14 @@ from scipy.optimize import nnls
 
 from storage.records import DriveRecord, Plan
 from tasks.config import PlanConfig
+from tasks.documents import read_document
 from tasks.plan import plan_drive
 
 GPU_STAGES = ("infer",)
 CPU_STAGES = ("probe", "plan", "align", "fuse", "report")
 BYTES = "stored_bytes"
+LARGEST_BENCHMARK_BYTES = 1_000_000
+MISFITS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 # Shares of a drive's whole that are: fixed, by frame, by frame inferred, by decoded megapixel, by
 # segment. Guesses from profiles of the compact network; a share of 0 is not fitted.
 PRIOR_SHARES = {
@@ -131,17 +133,25 @@ def by_most_common_device(
 
 
 def read_benchmark(file: str, recommended_frames: int) -> list[Observation]:
-    """Observations in the JSON that `throughput.py` or `pipeline.py` wrote.
+    """Observations in the JSON, at a path or URL, that `throughput.py` or `pipeline.py` wrote.
 
     Raises:
+        FileNotFoundError: there is none.
         ValueError: it is neither.
     """
     try:
-        data = json.loads(Path(file).read_text())
+        data = json.loads(read_document(file, LARGEST_BENCHMARK_BYTES))
         if "frames_per_second" in data:
             return [_from_throughput(file, data)]
         return [_from_pipeline(file, row, recommended_frames) for row in data["results"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise ValueError(
             f"{file} is not the JSON of tests/benchmarks/throughput.py or pipeline.py: {error!r}"
         ) from None

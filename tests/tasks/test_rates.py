@@ -1,5 +1,6 @@
 import json
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -94,6 +95,27 @@ def test_the_json_of_benchmarks_gives_rates(tmp_path):
     file.write_text(json.dumps({"frames_per_second": 20.0, "device": "cpu"}))
     (seen,) = read_benchmark(str(file), recommended_frames=8)
     assert seen.amounts["infer"] / seen.work.frames_inferred == pytest.approx(0.05)
-    file.write_text("[1]")
-    with pytest.raises(ValueError, match=r"pipeline\.py"):
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", '{"results": [', "[" * 100_000, '{"frames_per_second": 0}', " " * 2_000_000 + "{}"],
+)
+def test_what_is_no_benchmark_is_said_in_a_line(tmp_path, text):
+    file = tmp_path / "pipeline.json"
+    file.write_text(text)
+    with pytest.raises(
+        ValueError, match=r"pipeline\.json is not the JSON of .*pipeline\.py"
+    ) as error:
         read_benchmark(str(file), recommended_frames=8)
+    assert "\n" not in str(error.value)
+
+
+def test_a_benchmark_is_read_from_a_url():
+    url = "memory://rates/throughput.json"
+    with fsspec.open(url, "w") as file:
+        json.dump({"frames_per_second": 20.0}, file)
+    (seen,) = read_benchmark(url, recommended_frames=8)
+    assert seen.source == url
+    with pytest.raises(FileNotFoundError):
+        read_benchmark("memory://rates/none.json", recommended_frames=8)
