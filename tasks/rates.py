@@ -171,5 +171,7 @@ def _from_pipeline(file: str, row: dict[str, Any], recommended_frames: int) -> O
     work = Work.of(record, plan_drive(record, PlanConfig(), recommended_frames))
     amounts = {name: seconds[name] for name in ("probe", "plan", "infer", "align", "report")}
     amounts["fuse"] = sum(seconds[name] for name in seconds if name.endswith("-tiles"))
-    amounts |= {BYTES: row["run"].get(BYTES, 0.0)}  # files of earlier versions do not have it
-    return Observation(file, "cpu", work, amounts)
+    # Files of earlier versions do not have these.
+    amounts |= {BYTES: row["run"].get(BYTES, 0.0)}
+    kind = str(row.get("device_kind", "cpu"))
+    return Observation(file, kind, work, amounts)

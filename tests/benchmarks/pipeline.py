@@ -87,7 +87,7 @@ def run_flow(
     from tasks.align import align_stage
     from tasks.config import InferConfig, ReconstructionConfig
     from tasks.fuse import fuse_tiles_stage, merge_tiles_stage, plan_tiles_stage
-    from tasks.infer import infer_stage
+    from tasks.infer import device_kind, infer_stage, resolve_device
     from tasks.plan import plan_stage
     from tasks.probe import probe_stage
     from tasks.report import report_stage
@@ -116,6 +116,7 @@ def run_flow(
     orchestration = outside + watch.seconds["commit"] + watch.seconds["create"]
     return {
         "url": url,
+        "device_kind": device_kind(resolve_device(config.infer)),
         "stored_bytes": ReconstructionStore.open(url).stored_bytes(),
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
@@ -228,6 +229,7 @@ def measure(
     return {
         "frames": frames,
         "video_size": f"{size[0]}x{size[1]}",
+        "device_kind": run["device_kind"],  # as ledgers and prices name it
         "run": run,
         "model": model,
         "model_frames_per_second": frames / model["seconds"],

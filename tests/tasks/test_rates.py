@@ -92,6 +92,10 @@ def test_the_json_of_benchmarks_gives_rates(tmp_path):
     (seen,) = read_benchmark(str(file), recommended_frames=8)
     assert seen.work.megapixels == pytest.approx(400 * 0.2304)
     assert (seen.amounts["infer"], seen.amounts["fuse"]) == (30.0, 10.0)
+    assert seen.device_kind == "cpu"
+    file.write_text(json.dumps({"results": [{**row, "device_kind": "NVIDIA L4"}]}))
+    (seen,) = read_benchmark(str(file), recommended_frames=8)
+    assert seen.device_kind == "NVIDIA L4"
     file.write_text(json.dumps({"frames_per_second": 20.0, "device": "cpu"}))
     (seen,) = read_benchmark(str(file), recommended_frames=8)
     assert seen.amounts["infer"] / seen.work.frames_inferred == pytest.approx(0.05)
