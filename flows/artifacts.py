@@ -76,11 +76,12 @@ def publish_ledger(ledger: dict[str, Any]) -> None:
         per = ("cost_per_video_hour", "cost_per_km_estimated")
         cost = [ledger["cost"], ledger["cost_predicted"], *(ledger[name] for name in per)]
         rows.append(dict(zip(rows[0], [f"cost, {ledger['currency']}", *cost], strict=True)))
+    devices = ", ".join(ledger["devices"])
     create_table_artifact(
         key=artifact_key("ledger", ledger["drive"]),
         table=rows,
-        description=f"What {ledger['drive']} took on {ledger['device_kind']}; kilometres are the "
-        "network's estimate",
+        description=f"What {ledger['drive']} took on {devices}; kilometres are the network's "
+        "estimate",
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from storage.reconstruction import ReconstructionStore
@@ -16,10 +17,11 @@ from tasks.prices import Prices
 from tasks.rates import BYTES, GPU_STAGES, Observation, Work
 from tasks.summary import path_length
 
-VERSION = 2
+VERSION = 3
 LEDGER = "ledger"
 PREDICTED = "predicted"
 CHUNK_SECONDS = ("infer_seconds", "wait_seconds", "stall_seconds")  # of the thread that infers
+UNKNOWN = "unknown"  # device of what ended before it had one
 
 
 @dataclass(frozen=True)
@@ -48,22 +50,32 @@ def _sum(a: float | None, b: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of a drive's attempts, by stage."""
+    """Seconds of a drive's attempts, by stage; of those that infer also by kind of device."""
 
     seconds: Counter[str]  # of all that led to what is stored, lost ones included
     cpu_seconds: Counter[str]  # the same, of processors, all threads together
     lost: Counter[str]  # of attempts that were killed or failed, what they committed left out
     replaced: Counter[str]  # of attempts whose results were replaced: other settings, repairs
+    device_seconds: Counter[str]
+    device_lost: Counter[str]
+    device_frames: Counter[str]  # inferred, overlaps counted twice
 
 
 def spent_on(store: ReconstructionStore) -> Spent:
     """What the attempts at a drive took."""
-    spent = Spent(Counter(), Counter(), Counter(), Counter())
+    spent = Spent(*(Counter[str]() for _ in fields(Spent)))
     commits = store.commits()
     committed: Counter[str] = Counter()  # seconds that an attempt's committed chunks account for
+    kinds: dict[str | None, str] = {}  # devices of attempts
     for name, record in commits.items():
-        if record.get("attempt") and not name.startswith(f"{ATTEMPTS}/"):
-            committed[record["attempt"]] += sum(record.get(n, 0.0) for n in CHUNK_SECONDS)
+        if name.startswith(f"{ATTEMPTS}/"):
+            continue
+        attempt, kind = record.get("attempt"), str(record.get("device_kind", UNKNOWN))
+        if attempt:
+            committed[attempt] += sum(record.get(n, 0.0) for n in CHUNK_SECONDS)
+        if name.startswith("infer/"):
+            spent.device_frames[kind] += record.get("frames_inferred", 0)
+            kinds[attempt] = kind
     for name, record in commits.items():
         if not name.startswith(f"{ATTEMPTS}/"):
             continue
@@ -71,11 +83,36 @@ def spent_on(store: ReconstructionStore) -> Spent:
         if record["outcome"] == "done" and attempt not in committed:
             spent.replaced[stage] += record["seconds"]
             continue
+        is_lost = record["outcome"] != "done"
+        lost = max(record["seconds"] - committed[attempt], 0) if is_lost else 0
         spent.seconds[stage] += record["seconds"]
         spent.cpu_seconds[stage] += record["cpu_seconds"]
-        if record["outcome"] != "done":
-            spent.lost[stage] += max(0.0, record["seconds"] - committed[attempt])
+        if is_lost:
+            spent.lost[stage] += lost
+        if stage in GPU_STAGES:
+            kind = str(record.get("device_kind", kinds.get(attempt, UNKNOWN)))
+            spent.device_seconds[kind] += record["seconds"]
+            spent.device_lost[kind] += lost
+    _give_unknown_to_main_device(spent)
     return spent
+
+
+def main_device(spent: Spent) -> str:
+    """The kind of device that inferred for longest."""
+    known = sorted((spent.device_seconds.keys() | spent.device_frames.keys()) - {UNKNOWN})
+
+    def amount(kind: str) -> tuple[float, float]:
+        return spent.device_seconds[kind], spent.device_frames[kind]
+
+    return max(known, key=amount, default=UNKNOWN)
+
+
+def _give_unknown_to_main_device(spent: Spent) -> None:
+    """Attempts that failed before they had a device were on one of those that there are."""
+    main = main_device(spent)
+    for counter in (spent.device_seconds, spent.device_lost, spent.device_frames):
+        if UNKNOWN in counter and main != UNKNOWN:
+            counter[main] += counter.pop(UNKNOWN)
 
 
 def write_ledger(url: str, prices: Prices | None = None) -> dict[str, Any]:
@@ -100,9 +137,17 @@ def write_ledger(url: str, prices: Prices | None = None) -> dict[str, Any]:
 def _figures(store: ReconstructionStore, prices: Prices | None) -> dict[str, Any]:
     attributes, spent = store.attributes, spent_on(store)
     drive, plan = DriveRecord.from_json(attributes["drive"]), Plan.from_json(attributes["plan"])
-    kinds = {str(r.get("device_kind", "unknown")) for r in store.commits("infer").values()}
-    kind = ", ".join(sorted(kinds))
-    predicted = ((store.read_commit(PREDICTED) or {}).get("by_device") or {}).get(kind)
+    kinds = sorted(spent.device_seconds.keys() | spent.device_frames.keys())
+    devices = {
+        kind: {
+            "seconds": float(spent.device_seconds[kind]),
+            "lost_seconds": float(spent.device_lost[kind]),
+            "frames_inferred": spent.device_frames[kind],
+        }
+        for kind in kinds
+    }
+    by_device = (store.read_commit(PREDICTED) or {}).get("by_device") or {}
+    predicted = _mix(by_device, shares_of(devices))
     gpu_seconds = sum(spent.seconds[stage] for stage in GPU_STAGES)
     cpu_seconds = spent.seconds.total() - gpu_seconds
     used = Usage(gpu_seconds / 3600, cpu_seconds / 3600, store.stored_bytes())
@@ -112,7 +157,8 @@ def _figures(store: ReconstructionStore, prices: Prices | None) -> dict[str, Any
     return {
         "drive": drive.name,
         "weights_sha256": attributes["weights"]["sha256"],
-        "device_kind": kind,
+        "device_kind": main_device(spent),
+        "devices": devices,
         **asdict(Work.of(drive, plan)),
         "video_s": drive.duration_s,
         "km_estimated": km,
@@ -124,43 +170,90 @@ def _figures(store: ReconstructionStore, prices: Prices | None) -> dict[str, Any
         "predicted": predicted,
         "used_per_video_hour": used.per(hours),
         "used_per_km_estimated": used.per(km),
-        **({} if prices is None else _money(used, predicted, hours, km, kind, prices)),
+        **({} if prices is None else _money(used, devices, by_device, hours, km, prices)),
     }
+
+
+def shares_of(devices: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Shares of the frames that each kind of device inferred, of those that inferred any."""
+    frames = {kind: device["frames_inferred"] for kind, device in devices.items()}
+    return {kind: n / sum(frames.values()) for kind, n in frames.items() if n}
+
+
+def _mix(
+    by_device: Mapping[str, Mapping[str, Any]], shares: Mapping[str, float]
+) -> dict[str, Any] | None:
+    """What is predicted where kinds of device share the frames; None if one is not known."""
+    if not shares or not by_device.keys() >= shares.keys():
+        return None
+    if len(shares) == 1:
+        return dict(by_device[next(iter(shares))])
+    parts = [(by_device[kind], share) for kind, share in shares.items()]
+    usage = {f.name: _mean([(part[f.name], share) for part, share in parts]) for f in fields(Usage)}
+    stages = set.intersection(*(set(part["seconds"]) for part, _ in parts))
+    seconds = {s: sum(part["seconds"][s] * share for part, share in parts) for s in sorted(stages)}
+    sources = sorted({source for part, _ in parts for source in part["from"]})
+    return {**usage, "seconds": seconds, "from": sources}
+
+
+def _mean(parts: list[tuple[float | None, float]]) -> float | None:
+    """Mean of values with their shares; None where one is not known."""
+    known = [value * share for value, share in parts if value is not None]
+    return sum(known) if known and len(known) == len(parts) else None
 
 
 def _money(
     used: Usage,
-    predicted: dict[str, Any] | None,
+    devices: Mapping[str, Mapping[str, float]],
+    by_device: Mapping[str, Mapping[str, Any]],
     video_hours: float,
     km: float,
-    device_kind: str,
     prices: Prices,
 ) -> dict[str, Any]:
     """Cost in all, as predicted, per video-hour and kilometre; None without a price for it."""
-    cost = prices.cost(**asdict(used), device_kind=device_kind)
-    expected = {name: (predicted or {}).get(name) for name in asdict(used)}
+    hours = {kind: device["seconds"] / 3600 for kind, device in devices.items()}
+    cost = prices.cost_on(hours, used.cpu_hours, used.stored_bytes)
+    expected = []  # of the whole drive on each kind, and the share of it
+    for kind, share in shares_of(devices).items():
+        usage = {f.name: by_device.get(kind, {}).get(f.name) for f in fields(Usage)}
+        expected.append((prices.cost(**usage, device_kind=kind), share))
     return {
         "currency": prices.currency,
         "cost": cost,
-        "cost_predicted": prices.cost(**expected, device_kind=device_kind),
+        "cost_predicted": _mean(expected),
         "cost_per_video_hour": cost / video_hours if cost is not None and video_hours else None,
         "cost_per_km_estimated": cost / km if cost is not None and km else None,
     }
 
 
-def observed(ledger: dict[str, Any]) -> Observation | None:
-    """What rates can learn from a ledger; None from one of an earlier version."""
+def observed(ledger: Mapping[str, Any]) -> list[Observation]:
+    """What rates can learn from a ledger, by kind of device; nothing from one of version 1."""
     if "megapixels" not in ledger:
-        return None
+        return []
     names = ("frames", "frames_inferred", "megapixels", "segments")
+    work = Work(**{name: ledger[name] for name in names})
     seconds, lost = ledger["seconds"], ledger["lost_seconds"]
     amounts = {stage: value - lost.get(stage, 0.0) for stage, value in seconds.items()}
-    infer = sum(seconds.get(stage, 0.0) for stage in GPU_STAGES)
-    lost_share = sum(lost.get(stage, 0.0) for stage in GPU_STAGES) / infer if infer else 0.0
-    return Observation(
-        ledger["drive"],
-        ledger["device_kind"],
-        Work(**{name: ledger[name] for name in names}),
-        amounts | {BYTES: ledger["used"][BYTES]},
-        lost_share,
+    amounts[BYTES] = ledger["used"][BYTES]
+    found = []
+    for kind, (share, took, of_it_lost) in _devices_in(ledger).items():
+        own = amounts | {"infer": took - of_it_lost}
+        lost_share = of_it_lost / took if took else 0.0
+        found.append(Observation(ledger["drive"], kind, work, own, lost_share, share))
+    return found
+
+
+def _devices_in(ledger: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """By kind of device: share of the frames, seconds, and those of them that were lost."""
+    if "devices" in ledger:
+        devices = ledger["devices"]
+        return {
+            kind: (share, devices[kind]["seconds"], devices[kind]["lost_seconds"])
+            for kind, share in shares_of(devices).items()
+        }
+    # Version 2 names all kinds and does not tell them apart: their mean stands for each.
+    took, lost = (
+        sum(ledger[name].get(stage, 0.0) for stage in GPU_STAGES)
+        for name in ("seconds", "lost_seconds")
     )
+    return {kind: (1.0, took, lost) for kind in ledger["device_kind"].split(", ")}

@@ -7,7 +7,8 @@ benchmark stand in; without these nothing is predicted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -80,7 +81,8 @@ def observations(
 ) -> list[Observation]:
     """What drives under `output` took, but that at `without`; of any kind of device."""
     info = weights_info(weights)
-    finished, unfinished = [], []
+    finished: list[Observation] = []
+    unfinished: list[Observation] = []
     for url in _some_stores(output):
         if url == without:
             continue
@@ -90,12 +92,11 @@ def observations(
             if ledger is None:
                 unfinished += _observe_unfinished(store, info.sha256)
             elif ledger["weights_sha256"] == info.sha256:
-                finished.append(observed(ledger))
+                finished += observed(ledger)
         except StoreError:  # a damaged neighbour: others tell the rates
             continue
-    known = [observation for observation in finished if observation is not None]
-    if known:
-        return known
+    if finished:
+        return finished
     return unfinished + (read_benchmark(benchmark, info.segment_frames) if benchmark else [])
 
 
@@ -110,16 +111,30 @@ def _some_stores(output: str) -> list[str]:
 def _observe_unfinished(store: ReconstructionStore, sha256: str) -> list[Observation]:
     """Inference of the chunks that are committed, as far as it is known what they took."""
     attempts = store.commits(ATTEMPTS).values()
-    mine = [attempt for attempt in attempts if attempt.get("weights_sha256") == sha256]
+    seconds: Counter[str] = Counter()
+    for attempt in attempts:
+        if attempt.get("weights_sha256") == sha256:
+            seconds[str(attempt["device_kind"])] += attempt["seconds"]
     chunks, done = count_chunks(store)
-    if not mine or not done:
+    if not seconds or not done:
         return []
     attributes = store.attributes
     work = Work.of(DriveRecord.from_json(attributes["drive"]), read_plan(store))
-    seconds = sum(attempt["seconds"] for attempt in mine)
     source = f"{attributes['drive']['name']} (unfinished)"
-    kind = str(mine[0]["device_kind"])
-    return [Observation(source, kind, work.scaled(done / chunks), {"infer": seconds})]
+    return [
+        Observation(source, kind, work.scaled(done / chunks * share), {"infer": seconds[kind]})
+        for kind, share in _shares(store, seconds).items()
+    ]
+
+
+def _shares(store: ReconstructionStore, kinds: Collection[str]) -> dict[str, float]:
+    """Shares of the frames that are inferred, by kinds of device that inferred any."""
+    if len(kinds) == 1:  # the rule: no need to read what every chunk says
+        return dict.fromkeys(kinds, 1.0)
+    frames: Counter[str] = Counter()
+    for record in store.commits("infer").values():
+        frames[str(record.get("device_kind"))] += record.get("frames_inferred", 0)
+    return {k: frames[k] / frames.total() for k in kinds if frames[k]}
 
 
 def predict(rates: Rates, work: Work, shares: Mapping[str, float]) -> Usage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict, field
 from typing import Annotated, Any
 
@@ -43,13 +44,27 @@ class Prices:
         device_kind: str,
     ) -> float | None:
         """Money for resources; None where one of them, or the device's price, is not known."""
-        per_hour = self.per_gpu_hour.get(device_kind)
+        return self.cost_on({device_kind: gpu_hours}, cpu_hours, stored_bytes)
+
+    def cost_on(
+        self,
+        gpu_hours: Mapping[str, float | None],
+        cpu_hours: float | None,
+        stored_bytes: float | None,
+    ) -> float | None:
+        """The same where several kinds of device infer: their hours, by kind."""
         if stored_bytes is None and not self.per_gb_month * self.months_stored:
             stored_bytes = 0.0
-        if gpu_hours is None or cpu_hours is None or stored_bytes is None or per_hour is None:
+        if cpu_hours is None or stored_bytes is None:
             return None
         stored = stored_bytes / 1e9 * self.per_gb_month * self.months_stored
-        return gpu_hours * per_hour + cpu_hours * self.per_cpu_hour + stored
+        cost = cpu_hours * self.per_cpu_hour + stored
+        for device_kind, hours in gpu_hours.items():
+            per_hour = self.per_gpu_hour.get(device_kind)
+            if hours is None or per_hour is None:
+                return None
+            cost += hours * per_hour
+        return cost
 
     def require_price(self, device_kind: str) -> None:
         """Refuse a table without a price for the device.

@@ -74,6 +74,12 @@ class Observation:
     work: Work
     amounts: Mapping[str, float]
     lost_share: float = 0.0  # of the seconds that infer: attempts that were killed or failed
+    share_inferred: float = 1.0  # of the frames: other kinds of device inferred the others
+
+    def units(self, stage: str) -> NDArray[np.float64]:
+        """[5]: of the work that the amount of a stage is for."""
+        is_part = stage in GPU_STAGES
+        return (self.work.scaled(self.share_inferred) if is_part else self.work).units()
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def fit_rates(observations: Sequence[Observation]) -> Rates:
     for name, shares in PRIOR_SHARES.items():
         seen = [o for o in observations if o.amounts.get(name, 0) > 0]
         if seen:
-            units = np.stack([o.work.units() for o in seen])
+            units = np.stack([o.units(name) for o in seen])
             per_unit[name] = fit(units, np.array([o.amounts[name] for o in seen]), shares)
     lost = float(np.mean([o.lost_share for o in observations]))
     return Rates(observations[0].device_kind, per_unit, lost, tuple(o.source for o in observations))

@@ -93,9 +93,11 @@ def run_stages(location: str, url: str) -> None:
 def observation(ledger: dict[str, Any], clock: str) -> Observation:
     """What a ledger teaches, by the clock wanted."""
     seen = observed(ledger)
-    if seen is None:
-        raise RuntimeError(f"the ledger of {ledger['drive']} is of an earlier version")
-    return replace(seen, amounts={**ledger[FIELDS[clock]], BYTES: ledger["used"][BYTES]})
+    if len(seen) != 1:
+        raise RuntimeError(
+            f"the ledger of {ledger['drive']} is of an earlier version, or of several devices"
+        )
+    return replace(seen[0], amounts={**ledger[FIELDS[clock]], BYTES: ledger["used"][BYTES]})
 
 
 def compare(

@@ -2,12 +2,15 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from recordings import moving_squares, write_video
 
 from flows.cli import main
 from storage.reconstruction import ReconstructionStore
+from tasks.ledger import write_ledger
+from tasks.prices import Prices
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -93,6 +96,70 @@ def test_plan_predicts_from_finished_drives_and_the_budget_guards_the_rest(run, 
     assert ledger["predicted"]["gpu_hours"] == pytest.approx(b["left"]["gpu_hours"])
     assert ledger["predicted"]["from"] == ["a"]
     assert ledger["cost_predicted"] == pytest.approx(b["cost"])
+
+
+def move_to_two_gpus(folder: Path) -> None:
+    """Make the records of a reconstructed drive those of two attempts on two kinds of GPU."""
+    (first,) = folder.glob("commits/attempts/infer-*")
+    took = json.loads(first.read_text())
+    second = first.with_name(first.name.replace(first.name[6:18], "0123456789ab"))
+    first.write_text(json.dumps(took | {"device_kind": "GPU A", "seconds": 36.0}))
+    second.write_text(json.dumps(took | {"device_kind": "GPU B", "seconds": 72.0}))
+    chunks = sorted(folder.glob("commits/infer/*/*"))
+    for i, chunk in enumerate(chunks):
+        record = json.loads(chunk.read_text())
+        is_second = i >= len(chunks) // 2
+        attempt = "0123456789ab" if is_second else record["attempt"]
+        kind = "GPU B" if is_second else "GPU A"
+        chunk.write_text(json.dumps(record | {"device_kind": kind, "attempt": attempt}))
+
+
+def test_a_drive_that_two_kinds_of_gpu_inferred_has_predictions_and_a_cost(run, tmp_path):
+    video, out = write_video(tmp_path / "a.mp4", moving_squares(28)), tmp_path / "out"
+    cut = ("--segment-frames", 16, "--overlap-frames", 4, "--chunk-frames", 8)
+    assert run("reconstruct", video, "--output", out, *cut)[0] == 0
+    url = str(out / "a.zarr")
+    move_to_two_gpus(out / "a.zarr")
+    usage = {"cpu_hours": 1.0, "stored_bytes": 10.0, "seconds": {"infer": 1.0}}
+    by_device = {
+        kind: {**usage, "gpu_hours": hours, "from": [kind[-1]]}
+        for kind, hours in (("GPU A", 2.0), ("GPU B", 4.0))
+    }
+    store = ReconstructionStore.open(url)
+    store.commit("predicted", {"plan_key": "k", "by_device": by_device})
+
+    prices = Prices("EUR", {"GPU A": 100.0, "GPU B": 1000.0}, per_cpu_hour=1.0)
+    ledger = write_ledger(url, prices)
+    assert ledger["device_kind"] == "GPU B"
+    assert {k: d["seconds"] for k, d in ledger["devices"].items()} == {"GPU A": 36, "GPU B": 72}
+    assert ledger["used"]["gpu_hours"] == pytest.approx(0.03)
+    assert ledger["cost"] == pytest.approx(1.0 + 20.0 + ledger["used"]["cpu_hours"])
+    shares = {k: d["frames_inferred"] / 32 for k, d in ledger["devices"].items()}
+    assert shares == {"GPU A": 0.5, "GPU B": 0.5}
+    assert ledger["predicted"]["gpu_hours"] == pytest.approx(3.0)
+    assert ledger["predicted"]["from"] == ["A", "B"]
+    assert ledger["cost_predicted"] == pytest.approx(0.5 * 200 + 0.5 * 4000 + 1)
+
+    lone = write_ledger(url, Prices("EUR", {"GPU A": 100.0}, per_cpu_hour=1.0))
+    assert (lone["cost"], lone["cost_predicted"]) == (None, None)
+    kinds = {
+        kind: json.loads(
+            run(
+                "plan",
+                video,
+                "--output",
+                out,
+                *cut,
+                "--rule",
+                "cut3r",
+                "--device-kind",
+                kind,
+                "--json",
+            )[1]
+        )["left"]["gpu_hours"]
+        for kind in ("GPU A", "GPU B")
+    }
+    assert kinds["GPU B"] == pytest.approx(2 * kinds["GPU A"])
 
 
 def test_settings_change_what_is_planned_and_what_is_left(run, tmp_path):

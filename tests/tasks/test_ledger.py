@@ -7,7 +7,8 @@ import pytest
 from storage.reconstruction import ReconstructionStore
 from tasks import attempts
 from tasks.attempts import attempt_id, counted, note
-from tasks.ledger import Usage, spent_on
+from tasks.ledger import Usage, main_device, observed, spent_on
+from tasks.rates import fit_rates
 
 
 @pytest.fixture
@@ -89,6 +90,71 @@ def test_lost_is_what_no_commit_accounts_for_and_replaced_what_none_refers_to(st
     assert spent.cpu_seconds == {"probe": 12.0, "infer": 66.0}
     assert spent.lost == {"infer": pytest.approx(20.0 - 6.0 + 4.0)}
     assert spent.replaced == {"probe": 5.0}
+
+
+def test_seconds_are_known_by_kind_of_device(store):
+    def infer(attempt: str, kind: str | None, outcome: str, seconds: float) -> None:
+        own = {} if kind is None else {"device_kind": kind}
+        record = {"outcome": outcome, "seconds": seconds, "cpu_seconds": 1.0, **own}
+        store.commit(f"attempts/infer-{attempt}", record)
+
+    def chunk(index: int, attempt: str, kind: str) -> None:
+        facts = {"attempt": attempt, "device_kind": kind, "frames_inferred": 32}
+        store.commit(f"infer/0000/{index:04d}", {"key": "k", "infer_seconds": 4.0, **facts})
+
+    infer("a1", "A10G", "done", 10.0)
+    chunk(0, "a1", "A10G")
+    infer("b1", "L4", "running", 30.0)  # killed after two chunks
+    chunk(1, "b1", "L4")
+    chunk(2, "b1", "L4")
+    infer("c1", None, "failed", 3.0)  # before it had a device
+    infer("d1", "L40S", "failed", 5.0)  # all of it is lost
+    spent = spent_on(store)
+    assert spent.device_seconds == {"A10G": 10.0, "L4": 33.0, "L40S": 5.0}
+    assert spent.device_lost == {"A10G": 0.0, "L4": 25.0, "L40S": 5.0}
+    assert spent.device_frames == {"A10G": 32, "L4": 64}
+    assert main_device(spent) == "L4"
+
+
+LEDGER_2 = {  # as it was written before seconds were kept by kind of device
+    "drive": "a",
+    "device_kind": "NVIDIA A10G, NVIDIA L4",
+    "frames": 100,
+    "frames_inferred": 125,
+    "megapixels": 25.0,
+    "segments": 16,
+    "seconds": {"probe": 4.0, "infer": 50.0},
+    "lost_seconds": {"infer": 10.0},
+    "used": {"gpu_hours": 50 / 3600, "cpu_hours": 4 / 3600, "stored_bytes": 1000},
+}
+
+
+def test_rates_learn_from_each_kind_of_device_what_it_did():
+    devices = {
+        "NVIDIA A10G": {"seconds": 20.0, "lost_seconds": 10.0, "frames_inferred": 25},
+        "NVIDIA L4": {"seconds": 30.0, "lost_seconds": 0.0, "frames_inferred": 100},
+        "NVIDIA L40S": {"seconds": 7.0, "lost_seconds": 7.0, "frames_inferred": 0},
+    }
+    a10g, l4 = observed({**LEDGER_2, "device_kind": "NVIDIA L4", "devices": devices})
+    assert (a10g.device_kind, a10g.amounts["infer"], a10g.lost_share) == ("NVIDIA A10G", 10.0, 0.5)
+    assert (l4.device_kind, l4.amounts["infer"], l4.lost_share) == ("NVIDIA L4", 30.0, 0.0)
+    for seen, frames in ((a10g, 25), (l4, 100)):
+        assert seen.amounts["probe"] == 4.0
+        rates = fit_rates([seen])
+        whole = rates.predict(seen.work)
+        # The prior says that 5 % of what a kind took are fixed; the rest grows to all frames.
+        expected = seen.amounts["infer"] * (0.05 + 0.95 * 125 / frames)
+        assert whole["infer"] == pytest.approx(expected)
+        assert whole["probe"] == pytest.approx(4.0)
+
+
+def test_ledgers_of_earlier_versions_are_read():
+    (seen,) = observed({**LEDGER_2, "device_kind": "cpu"})
+    assert (seen.device_kind, seen.amounts["infer"], seen.lost_share) == ("cpu", 40.0, 0.2)
+    kinds = [seen.device_kind for seen in observed(LEDGER_2)]
+    assert kinds == ["NVIDIA A10G", "NVIDIA L4"]
+    first = {name: LEDGER_2[name] for name in ("drive", "device_kind", "frames", "seconds")}
+    assert observed(first) == []
 
 
 def test_usage_adds_up_and_stays_unknown_where_a_part_is():

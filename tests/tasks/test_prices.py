@@ -21,6 +21,9 @@ def test_cost_is_hours_and_storage_times_their_prices(tmp_path):
     assert prices.cost(2.0, 5.0, 10e9, "NVIDIA H100") == pytest.approx(8.0 + 0.5 + 0.6)
     assert prices.cost(2.0, None, 10e9, "NVIDIA H100") is None
     assert prices.cost(2.0, 5.0, 10e9, "NVIDIA A10") is None
+    mixed = {"NVIDIA H100": 2.0, "cpu": 10.0}
+    assert prices.cost_on(mixed, 5.0, 10e9) == pytest.approx(8.0 + 1.0 + 0.5 + 0.6)
+    assert prices.cost_on({**mixed, "NVIDIA A10": 1.0}, 5.0, 10e9) is None
     with pytest.raises(ValueError, match="'NVIDIA H100', 'cpu', none for 'NVIDIA A10'"):
         prices.require_price("NVIDIA A10")
 
