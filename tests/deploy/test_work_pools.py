@@ -213,6 +213,40 @@ def test_an_empty_group_of_nodes_is_known_to_have_the_disk_that_a_job_asks_for(p
     assert gibibytes(asked) <= gibibytes(disk) < group["volumeSize"]
 
 
+def jobs_on(vcpus: int, gib: int, disk_gib: int, pod: dict[str, Any]) -> int:
+    """Jobs of the pool that a node holds beside what Kubernetes takes of it."""
+    asked = pod["containers"][0]["resources"]["requests"]
+    sizes = {"memory": gib - 1, "ephemeral-storage": 0.85 * disk_gib}
+    fits = [int(room / gibibytes(asked[name])) for name, room in sizes.items()]
+    return min(*fits, int((vcpus - 0.3) / int(asked["cpu"])))
+
+
+def test_parents_that_wait_leave_nodes_for_the_tiles_they_wait_for(prefect_server):
+    found = yaml.safe_load((DEPLOY / "prefect.yaml").read_text())["deployments"]
+    (scheduled,) = (d for d in found if d["name"] == "scheduled")
+    needed = scheduled["parameters"]["drives_at_once"] + 4
+    pod = kubernetes_job(template("kubernetes", "cpu"))["spec"]["template"]["spec"]
+
+    by_name = {d["metadata"]["name"]: d["spec"] for d in documents("karpenter")}
+    spec = by_name["ttt3r-cpu"]
+    (disk,) = by_name["ttt3r"]["blockDeviceMappings"]
+    disk_gib = gibibytes(disk["ebs"]["volumeSize"])
+    wanted = {r["key"]: r["values"] for r in spec["template"]["spec"]["requirements"]}
+    vcpus = [int(n) for n in wanted["karpenter.k8s.aws/instance-cpu"]]
+    gib_per_vcpu = {"c": 2, "m": 4}
+    categories = wanted["karpenter.k8s.aws/instance-category"]
+    kinds = [(n, n * gib_per_vcpu[category]) for n in vcpus for category in categories]
+    jobs = {(n, gib): jobs_on(n, gib, disk_gib, pod) for n, gib in kinds}
+    worst = max(n / fitting for (n, _), fitting in jobs.items() if fitting)  # vCPU for a job
+    assert worst == 8  # as docs/cluster.md says
+    assert int(spec["limits"]["cpu"]) / worst >= needed
+
+    (cluster,) = documents("eks-node-groups")
+    (group,) = (g for g in cluster["managedNodeGroups"] if g["name"] == "ttt3r-cpu")
+    assert jobs_on(4, 16, group["volumeSize"], pod) == 1  # an xlarge, the least of them
+    assert group["maxSize"] >= needed
+
+
 # The GPU of an instance family, as torch names it and so ledgers and prices do.
 GPU_OF_FAMILY = {"g5": "NVIDIA A10G", "g6": "NVIDIA L4", "g6e": "NVIDIA L40S"}
 
