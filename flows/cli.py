@@ -693,22 +693,62 @@ def train(context: typer.Context) -> None:
 
 
 @app.command()
-def serve() -> None:
+def serve(
+    collection: Annotated[
+        str | None, typer.Option(help="Folder, URL or glob of drives, where a run names none.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Folder or URL that takes results, where a run names none.")
+    ] = None,
+    cron: Annotated[
+        str | None,
+        typer.Option(help="Reconstruct COLLECTION at these times, UTC: '0 3 * * *' is 3:00 daily."),
+    ] = None,
+) -> None:
     """Offer both flows as deployments on this machine, until interrupted.
 
     Needs a server (`prefect server start`). Then, from anywhere:
     prefect deployment run 'reconstruct-drive/local' --param location=... --param output=...
     """
+    if cron is not None and (collection is None or output is None):
+        raise click.UsageError("--cron needs --collection and --output: its runs have no other")
     os.environ.setdefault("PREFECT_API_URL", "http://127.0.0.1:4200/api")
     os.environ["PREFECT_LOGGING_LEVEL"] = "INFO"  # runs log to the server
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "flows,tasks,storage,ttt3r")
     from prefect import serve as serve_deployments
 
+    serve_deployments(*local_deployments(collection, output, cron))
+
+
+def local_deployments(collection: str | None, output: str | None, cron: str | None) -> list[Any]:
+    """Both flows as `serve` offers them.
+
+    Raises:
+        ValueError: there is no such time, or a location holds credentials.
+    """
+    from pydantic import ValidationError
+
     from flows.reconstruct_collection import reconstruct_collection
     from flows.reconstruct_drive import reconstruct_drive
+    from storage.credentials import refuse_credentials
 
-    flows: tuple[Any, ...] = (reconstruct_drive, reconstruct_collection)
-    serve_deployments(*(flow.to_deployment(name="local") for flow in flows))
+    given = {"collection": collection, "output": output}
+    parameters = {name: seen_from_anywhere(at) for name, at in given.items() if at is not None}
+    for location in parameters.values():
+        refuse_credentials(location)  # Prefect's database is no place for them
+    try:
+        nightly = reconstruct_collection.to_deployment("local", cron=cron, parameters=parameters)
+    except ValidationError:
+        raise ValueError(
+            f"--cron {cron!r} is no time; expected minute, hour, day, month and weekday, as "
+            "'0 3 * * *' for 3:00 every day, UTC"
+        ) from None
+    return [reconstruct_drive.to_deployment("local"), nightly]
+
+
+def seen_from_anywhere(location: str) -> str:
+    """A local path made absolute, as runs need not begin in this folder; a URL as it is."""
+    return location if "://" in location else os.path.abspath(os.path.expanduser(location))
 
 
 @weights_app.command("list")

@@ -127,6 +127,21 @@ def test_wrong_settings_are_one_line_errors_before_anything_is_computed(run, tmp
     assert not (tmp_path / "o").exists()
 
 
+def test_a_schedule_that_cannot_work_is_refused_before_anything_is_served(run):
+    both = ("--collection", "/logs", "--output", "/out")
+    for given in ((), both[:2], both[2:]):
+        code, _, err = run("serve", "--cron", "0 3 * * *", *given)
+        assert code == 2
+        assert "--cron needs --collection and --output" in err
+    for cron in ("nonsense", "61 3 * * *", ""):
+        code, _, err = run("serve", "--cron", cron, *both)
+        assert_one_line(code, err, "--cron", repr(cron), "0 3 * * *")
+    secret = ("--collection", "s3://key:secret@logs/", "--output", "/out")
+    code, _, err = run("serve", *secret)
+    assert_one_line(code, err)
+    assert "key:secret" not in err
+
+
 def test_status_and_inspect_tell_what_is_finished(run, store):
     code, out, _ = run("status", Path(store).parent, "--json")
     assert code == 0

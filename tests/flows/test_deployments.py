@@ -1,12 +1,16 @@
-"""What `deploy/` promises to Prefect is what the flows are."""
+"""What `deploy/` and `ttt3r serve` promise to Prefect is what the flows are."""
 
 from pathlib import Path
 
 import pytest
 import yaml
+from prefect import get_client
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.flows import load_flow_from_entrypoint
 
 from flows import fuse_tiles, infer_segments, reconstruct_collection
+from flows.cli import local_deployments
 from storage.records import Plan, Segment
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -34,3 +38,36 @@ def test_runs_are_whole_groups_of_so_many_frames_at_least(frames, runs):
     plan = Plan(40, 4, tuple(Segment(i, 8 * i, 8 * i + 8, 0) for i in range(5)))
     groups = [(0, 1), (2, 3), (4,)]
     assert infer_segments.bundle(plan, groups, frames) == runs
+
+
+@pytest.fixture
+def nightly(prefect_server, tmp_path, monkeypatch) -> DeploymentResponse:
+    """What the server has of the collections' deployment, as `ttt3r serve` offers it."""
+    monkeypatch.chdir(tmp_path)
+    offered = local_deployments("logs/", "s3://results/nightly", "0 3 * * *")
+    (collections,) = (d for d in offered if d.flow_name == "reconstruct-collection")
+    collections.apply()
+    with get_client(sync_client=True) as client:
+        return client.read_deployment_by_name("reconstruct-collection/local")
+
+
+def test_serve_offers_a_schedule_whose_runs_know_collection_and_output(nightly, tmp_path):
+    wanted = {"collection": str(tmp_path / "logs"), "output": "s3://results/nightly"}
+    assert nightly.parameters == wanted
+    assert [(s.schedule.cron, s.active) for s in nightly.schedules] == [("0 3 * * *", True)]
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run_from_deployment(nightly.id)
+        client.delete_flow_run(run.id)
+    assert run.parameters == wanted
+
+
+@pytest.mark.xfail(
+    reason="Prefect 3.8.8 cannot insert scheduled runs by SQLAlchemy 2.1", strict=True
+)
+def test_the_server_schedules_runs(nightly):
+    with get_client(sync_client=True) as client:
+        client.request("POST", "/deployments/{id}/schedule", path_params={"id": nightly.id})
+        own = DeploymentFilter(id=DeploymentFilterId(any_=[nightly.id]))
+        runs = client.read_flow_runs(deployment_filter=own)
+    assert runs
+    assert all(run.parameters == nightly.parameters for run in runs)
