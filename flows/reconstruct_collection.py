@@ -74,6 +74,7 @@ def reconstruct_collection(
     for given in (collection, output, config.infer.weights, budget.prices, budget.rates):
         refuse_credentials(given or "")
     check_config(config, spread)
+    output = output.rstrip("/")  # or the same work would have other keys, and be done twice
     drives = list_drives(collection)
     with observed():
         if spread == "deployments":
@@ -187,7 +188,7 @@ def write_summary(output: str, outcomes: list[dict[str, Any]]) -> None:
     """Write what became of every drive to `<output>/collection.json`."""
     summary = json.dumps({"drives": outcomes}, indent=2).encode()
     try:
-        open_folder(output.rstrip("/")).write("collection.json", summary)
+        open_folder(output).write("collection.json", summary)
     except StoreError as error:
         if not any(outcome["error"] for outcome in outcomes):
             raise

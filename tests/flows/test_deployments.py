@@ -8,6 +8,7 @@ from prefect import get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.flows import load_flow_from_entrypoint
+from recordings import moving_squares, write_video
 
 from flows import fuse_tiles, infer_segments, reconstruct_collection
 from flows.cli import local_deployments
@@ -38,6 +39,24 @@ def test_runs_are_whole_groups_of_so_many_frames_at_least(frames, runs):
     plan = Plan(40, 4, tuple(Segment(i, 8 * i, 8 * i + 8, 0) for i in range(5)))
     groups = [(0, 1), (2, 3), (4,)]
     assert infer_segments.bundle(plan, groups, frames) == runs
+
+
+def test_a_slash_at_the_end_of_the_output_makes_no_other_work(tmp_path, monkeypatch):
+    write_video(tmp_path / "a.mp4", moving_squares(4))
+    asked = []
+
+    def ask(deployment, family, children, at_once):
+        asked.append((family, [(child.work, child.parameters) for child in children]))
+        raise InterruptedError
+
+    monkeypatch.setattr(reconstruct_collection, "run_children", ask)
+    for output in (f"{tmp_path}/out", f"{tmp_path}/out/"):
+        with pytest.raises(InterruptedError):
+            reconstruct_collection.reconstruct_collection.fn(
+                f"{tmp_path}/*.mp4", output, spread="deployments"
+            )
+    without, with_slash = asked
+    assert with_slash == without
 
 
 @pytest.fixture
