@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import zarr
+from zarr.abc.store import ByteRequest, Store
 from zarr.core.array import Array
 from zarr.core.array_spec import ArrayConfigParams
-from zarr.core.buffer import Buffer, default_buffer_prototype
-from zarr.storage import MemoryStore
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.storage import MemoryStore, WrapperStore
 
 from storage import layout
 from storage.commits import plain
@@ -148,6 +149,19 @@ class StoredRows:
             )
             parts.append(self.reader.decode(data, start, stop))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+class VouchedObjects(WrapperStore[Store]):
+    """Objects that commits vouch for: one that is not there is an error, not the fill value."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """As Zarr reads; ValueError where an object with rows is missing."""
+        found = await super().get(key, prototype, byte_range)
+        if found is None and "/c/" in key:
+            raise ValueError(f"object {key} is gone")
+        return found
 
 
 def _encode_by_zarr(document: bytes, rows: slice, values: np.ndarray) -> dict[str, bytes]:

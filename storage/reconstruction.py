@@ -23,6 +23,7 @@ from storage.claims import Claim, check_held, claimed_names
 from storage.commits import Commits, plain
 from storage.encoding import (
     StoredRows,
+    VouchedObjects,
     empty_segment,
     encode_rows,
     group_document,
@@ -103,7 +104,7 @@ class ReconstructionStore:
         """Use `create` or `open`."""
         self._folder = folder
         self._commits = Commits(folder)
-        self._zarr = folder.zarr_store()
+        self._zarr = VouchedObjects(folder.zarr_store())
         # By commit name, what this object wrote and has not committed yet.
         self._pending: dict[str, dict[str, Any]] = {}
         self._claims: dict[str, Claim] = {}
@@ -288,11 +289,9 @@ class ReconstructionStore:
             )
         written = {path.rpartition("/")[2] for path in record.get("digests", ())}
         names = [spec.name for spec in specs if spec.name in written]
-        with self._damage_named(f"{group}; drop commit {stage!r} and run the stage again"):
-            arrays = {name: self._whole(f"{group}/{name}") for name in names}
-        if self._commits.read(stage) != record:
-            raise ChunkMissing(f"{group} of {redacted(self.url)} changed while being read; retry")
-        return arrays
+        what = f"{group}; drop commit {stage!r} and run the stage again"
+        with self._vouched({stage: record}, group), self._damage_named(what):
+            return {name: self._whole(f"{group}/{name}") for name in names}
 
     # ---- segments
 
@@ -529,15 +528,23 @@ class ReconstructionStore:
                 f"{segment.start}..{segment.stop}"
             )
         found = self._require_layout(segment)
-        for chunk in segment.chunks(found["chunk_frames"]):
-            if chunk.start < stop and start < chunk.stop:
-                self._require_chunk(segment, chunk, found)
-        paths = {name: f"{segment_name(segment.index)}/{name}" for name in names}
+        all_chunks = segment.chunks(found["chunk_frames"])
+        chunks = [c for c in all_chunks if c.start < stop and start < c.stop]
+        records = self._require_chunks(segment, chunks, found)
         rows = slice(start - segment.start, stop - segment.start)
+        with self._vouched(records, segment_name(segment.index)):
+            return self._rows_of(segment, names, rows)
+
+    def _rows_of(
+        self, segment: Segment, names: Sequence[str], rows: slice
+    ) -> dict[str, np.ndarray]:
+        """Rows of per-frame arrays, whoever vouches for them."""
+        paths = {name: f"{segment_name(segment.index)}/{name}" for name in names}
         shards = self._small_shards(paths.values(), rows)
+        frames = f"frames {segment.start + rows.start}..{segment.start + rows.stop}"
         values = {}
         for name, path in paths.items():
-            with self._damage_named(f"{path}, frames {start}..{stop}; {_redo(segment)}"):
+            with self._damage_named(f"{path}, {frames}; {_redo(segment)}"):
                 stored = shards.get(path)
                 read = self._array(path)[rows] if stored is None else stored.decode()
             values[name] = _widened(np.asarray(read))
@@ -574,9 +581,10 @@ class ReconstructionStore:
             ChunkMissing, DataDamaged: as for `read`.
         """
         found = self._require_layout(segment)
-        self._require_chunk(segment, chunk, found)
+        records = self._require_chunks(segment, [chunk], found)
         group = f"{segment_name(segment.index)}/state"
-        with self._damage_named(f"{group}, chunk {chunk.index}; {_redo(segment)}"):
+        what = f"{group}, chunk {chunk.index}; {_redo(segment)}"
+        with self._vouched(records, group), self._damage_named(what):
             values = {n: np.asarray(self._array(f"{group}/{n}")[chunk.index]) for n in STATE_SPECS}
         return {**values, "first": bool(values["first"]), "frame": chunk.stop}
 
@@ -598,13 +606,43 @@ class ReconstructionStore:
             )
         return found
 
-    def _require_chunk(self, segment: Segment, chunk: Chunk, found: dict[str, Any]) -> None:
-        if self._chunk_record(segment, chunk, found) is None:
-            raise ChunkMissing(
-                f"segment {segment.index} chunk {chunk.index} (frames {chunk.start}.."
-                f"{chunk.stop}) of {redacted(self.url)} is not finished; run the infer stage "
-                "again, it resumes there"
-            )
+    def _require_chunks(
+        self, segment: Segment, chunks: Iterable[Chunk], found: dict[str, Any]
+    ) -> dict[str, dict[str, Any]]:
+        """Commits of finished chunks by name.
+
+        Raises:
+            ChunkMissing: one of them is not finished.
+        """
+        wanted = {chunk_commit(segment.index, chunk.index): chunk for chunk in chunks}
+        records = self._commits.read_many(wanted)
+        for name, chunk in wanted.items():
+            if not _is_of(records.get(name, {}), chunk, found):
+                raise ChunkMissing(
+                    f"segment {segment.index} chunk {chunk.index} (frames {chunk.start}.."
+                    f"{chunk.stop}) of {redacted(self.url)} is not finished; run the infer stage "
+                    "again, it resumes there"
+                )
+        return records
+
+    @contextmanager
+    def _vouched(self, records: Mapping[str, dict[str, Any]], what: str) -> Iterator[None]:
+        """Read what these commits vouch for, from the beginning to the end.
+
+        Raises:
+            ChunkMissing: one was dropped or replaced meanwhile; what was read, or could not be,
+                counts for nothing.
+        """
+        failure = None
+        try:
+            yield
+        except UNDECODABLE as error:
+            failure = error
+        if self._commits.read_many(records) != records:
+            where = f"{what} of {redacted(self.url)}"
+            raise ChunkMissing(f"{where} changed while being read; retry") from failure
+        if failure is not None:
+            raise failure
 
     # ---- files: meshes, pictures, the report
 

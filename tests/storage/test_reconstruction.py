@@ -10,6 +10,7 @@ import pytest
 import xarray
 import zarr
 
+from storage import encoding
 from storage.errors import (
     ChunkMissing,
     CommitExists,
@@ -573,3 +574,49 @@ def test_damaged_commit_of_a_stage_does_not_take_those_below_it(finished):
     write_object(f"{finished.url}/report/report.html", b"edit")
     assert finished.repair() == ["tiles"]
     assert "tiles/0000" in finished.commit_names()
+
+
+def remove_object(store: ReconstructionStore, name: str) -> None:
+    """Remove an object behind the store's back."""
+    filesystem, path = fsspec.core.url_to_fs(store.url)
+    filesystem.rm_file(f"{path}/{name}")
+
+
+def test_committed_object_that_is_gone_raises_instead_of_reading_as_fill_values(
+    finished, monkeypatch
+):
+    monkeypatch.setattr(encoding, "LARGEST_WHOLE_READ", 0)  # as for frames of usual size
+    finished.write_trajectory({"scale": np.ones(3)})
+    finished.commit("align", {"key": "key"})
+    for name in ("depth/c/1/0/0", "gate/c/1/0", "state/tokens/c/1/0/0"):
+        remove_object(finished, f"segments/0000/{name}")
+    remove_object(finished, "trajectory/scale/c/0")
+    reopened = ReconstructionStore.open(finished.url)
+    for name in ("depth", "gate"):
+        with pytest.raises(DataDamaged, match=rf"{name}, frames 12\.\.20; drop.*c/1/0.*is gone"):
+            reopened.read(SEGMENT, name, 12, 20)
+        assert np.isfinite(reopened.read(SEGMENT, name, 10, 14)).all()
+    with pytest.raises(DataDamaged, match=r"chunk 1; drop commits 'infer/0000'.*is gone"):
+        reopened.read_state(SEGMENT, CHUNKS[1])
+    with pytest.raises(DataDamaged, match="trajectory; drop commit 'align'"):
+        reopened.read_trajectory()
+    expected = ["segments/0000/depth", "segments/0000/gate", "segments/0000/state/tokens"]
+    assert sorted(reopened.verify()) == [*(f"{n} chunk 1" for n in expected), "trajectory/scale"]
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+def test_reader_of_a_segment_that_is_made_anew_meanwhile_is_told(finished, monkeypatch, renewed):
+    reader = ReconstructionStore.open(finished.url)
+    look_up = reader._small_shards
+
+    def look_up_late(paths, rows):
+        finished.remove_segment(SEGMENT.index)
+        if renewed:
+            create_segment(finished)
+            for chunk in CHUNKS:
+                finish(finished, chunk, "other weights")
+        return look_up(paths, rows)
+
+    monkeypatch.setattr(reader, "_small_shards", look_up_late)
+    with pytest.raises(ChunkMissing, match=r"segments/0000 .*changed while being read"):
+        reader.read(SEGMENT, "depth", 10, 20)
