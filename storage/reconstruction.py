@@ -410,7 +410,8 @@ class ReconstructionStore:
         objects: dict[str, bytes] = {}
         for encoded in chunks:
             self._check_claim(encoded.segment)
-            if segment_claim(encoded.segment.index) not in self._claims:
+            is_claimed = segment_claim(encoded.segment.index) in self._claims
+            if not is_claimed or self._is_void(encoded):
                 self._commits.drop(encoded.commit)
             objects |= encoded.objects
         # Only what nobody else has written, however long this process stood still after the check.
@@ -421,6 +422,13 @@ class ReconstructionStore:
                     raise CommitExists(f"{encoded.commit} of {redacted(self.url)} is finished")
             self._folder.write_many({name: objects[name] for name in others})
         self._pending |= {encoded.commit: encoded.about for encoded in chunks}
+
+    def _is_void(self, encoded: EncodedChunk) -> bool:
+        """Whether there is a commit of the chunk, of arrays that were replaced since."""
+        record = self._commits.read(encoded.commit)
+        if record is None:
+            return False
+        return not _is_of(record, encoded.chunk, self._segment_layout(encoded.segment))
 
     def _encode_rows(
         self, segment: Segment, chunk: Chunk, path: str, values: np.ndarray
@@ -456,9 +464,9 @@ class ReconstructionStore:
         try:
             self.commit(name, record, exclusive=True)
         except CommitExists:
-            other, mine = self._commits.read(name), self._pending[name]
-            is_valid = other is not None and other.get("creation") == mine["creation"]
-            if not is_valid or self._damage(name, other or {}):
+            other = self._commits.read(name) or {}
+            is_valid = _is_of(other, chunk, self._segment_layout(segment))
+            if not is_valid or self._damage(name, other):
                 self._commits.drop(name)
             raise
 

@@ -252,3 +252,34 @@ def take_over(store: ReconstructionStore, name: str) -> None:
     (mine,) = [n for n in folder.sizes(f"claims/{name}")]
     folder.write_new(mine.replace("000001", "000002"), b'{"token": "another"}')
     folder.delete(mine)
+
+
+@pytest.mark.parametrize("other_data", [False, True])
+def test_void_commit_of_an_earlier_creation_does_not_stop_the_chunk(store, other_data):
+    chunk, late = SEGMENT.chunks(4)[0], ReconstructionStore.open(store.url)
+    store.create_segment(SEGMENT, 4, **SHAPE)
+    late.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 2.0))
+    store.remove_segment(SEGMENT.index)
+    store.create_segment(SEGMENT, 4, **SHAPE)
+    late.commit("infer/0000/0000", {"key": "key"})  # what stood still arrives
+    if other_data:
+        store.write_encoded([late.encode_chunk(SEGMENT, chunk, chunk_arrays(chunk, 2.0))])
+        late.commit("infer/0000/0000", {"key": "key", "creation": "earlier"})
+    with store.claim("infer/0000"):
+        assert not store.is_chunk_done(SEGMENT, chunk, "key")
+        store.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 1.0))
+        store.commit_chunk(SEGMENT, chunk, {"key": "key"})
+    assert store.read(SEGMENT, "depth", chunk.start, chunk.stop).max() == 1.0
+
+
+def test_late_commit_does_not_take_back_that_of_the_segment_made_anew(store):
+    chunk, late = SEGMENT.chunks(4)[0], ReconstructionStore.open(store.url)
+    store.create_segment(SEGMENT, 4, **SHAPE)
+    late.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 2.0))
+    store.remove_segment(SEGMENT.index)
+    store.create_segment(SEGMENT, 4, **SHAPE)
+    store.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 1.0))
+    store.commit_chunk(SEGMENT, chunk, {"key": "key"})
+    with pytest.raises(CommitExists):
+        late.commit_chunk(SEGMENT, chunk, {"key": "key"})
+    assert store.is_chunk_done(SEGMENT, chunk, "key")
