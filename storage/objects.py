@@ -444,10 +444,10 @@ class RemoteFolder(Folder):
 
     @explained
     def delete_tree(self, prefix: str) -> None:
-        try:
-            self.filesystem.rm(self._path(prefix), recursive=True)
-        except FileNotFoundError:
-            return
+        # By the names of a listing: `rm` of the file system takes "[1]" for a pattern.
+        start = len(self.root) + 1
+        names = (path[start:] for path in self.filesystem.find(self._path(prefix)))
+        in_parallel(self.delete, [name for name in names if name.startswith(f"{prefix}/")])
 
     @explained
     def sizes(self, prefix: str = "") -> dict[str, int]:
