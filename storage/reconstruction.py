@@ -8,7 +8,7 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ class ReconstructionStore:
             folder = open_folder(str(url).rstrip("/"))
             found = _root_attributes(folder)
             if found is None:
-                _refuse_other_content(folder)
+                found = _new_root(folder, attributes)
             _write_root(folder, found, attributes)
             groups = [f"{group}/zarr.json" for group in layout.GROUPS]
             folder.write_many(dict.fromkeys(groups, group_document({})))
@@ -862,14 +862,34 @@ class ReconstructionStore:
             raise DataDamaged(f"{redacted(self.url)}: cannot decode {what} ({error})") from error
 
 
-def _write_root(
-    folder: Folder, current: Mapping[str, Any] | None, changes: Mapping[str, Any]
-) -> None:
+def _new_root(folder: Folder, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the root where nothing is; give the attributes that it has then.
+
+    Of several that do so at the same time one makes it, and the others find it.
+    """
+    content = ["a file"] if folder.is_file() else list(folder.sizes())
+    if not content:
+        with suppress(CommitExists):
+            folder.write_new("zarr.json", group_document(_merged({}, attributes)))
+    found = _root_attributes(folder)
+    if found is None:
+        raise NotAStore(
+            f"{redacted(folder.url)} exists and is not a reconstruction (found: "
+            f"{', '.join(content[:1])}); it is left as it is, choose another location"
+        )
+    return found
+
+
+def _write_root(folder: Folder, current: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
     """Merge `changes` into the attributes; no write where nothing changes."""
-    schema = {"schema": layout.SCHEMA, "schema_version": layout.SCHEMA_VERSION}
-    merged = {**(current or {}), **plain(changes), **schema}
+    merged = _merged(current, changes)
     if merged != current:
         folder.write("zarr.json", group_document(merged))
+
+
+def _merged(current: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    schema = {"schema": layout.SCHEMA, "schema_version": layout.SCHEMA_VERSION}
+    return {**current, **plain(changes), **schema}
 
 
 def _root_attributes(folder: Folder) -> dict[str, Any] | None:
@@ -898,16 +918,6 @@ def _attributes(document: bytes | None) -> dict[str, Any]:
     except (ValueError, TypeError, LookupError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _refuse_other_content(folder: Folder) -> None:
-    content = ["a file"] if folder.is_file() else list(folder.sizes())
-    if not content:
-        return
-    raise NotAStore(
-        f"{redacted(folder.url)} exists and is not a reconstruction (found: {content[0]}); it is "
-        "left as it is, choose another location"
-    )
 
 
 def _layout_in(data: bytes | None) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import pytest
 import xarray
 import zarr
 
-from storage import encoding
+from storage import encoding, reconstruction
 from storage.errors import (
     ChunkMissing,
     CommitExists,
@@ -19,6 +19,7 @@ from storage.errors import (
     StoreMissing,
     StoreTooNew,
 )
+from storage.objects import open_folder
 from storage.reconstruction import ReconstructionStore
 from storage.records import Chunk, Segment
 
@@ -620,3 +621,28 @@ def test_reader_of_a_segment_that_is_made_anew_meanwhile_is_told(finished, monke
     monkeypatch.setattr(reader, "_small_shards", look_up_late)
     with pytest.raises(ChunkMissing, match=r"segments/0000 .*changed while being read"):
         reader.read(SEGMENT, "depth", 10, 20)
+
+
+@pytest.mark.parametrize("step", ["read", "sizes"])
+def test_creator_that_another_overtakes_opens_what_the_other_made(output_url, monkeypatch, step):
+    url = f"{output_url}/drive.zarr"
+    slow = open_folder(url)
+    folders, act = [slow], getattr(slow, step)
+    monkeypatch.setattr(
+        reconstruction, "open_folder", lambda url: folders.pop() if folders else open_folder(url)
+    )
+
+    def act_and_stand_still(*arguments):
+        found = act(*arguments)
+        monkeypatch.setattr(slow, step, act)
+        other = ReconstructionStore.create(url, {"drive": "drive"})
+        other.update_attributes({"plan": {"frames": 10}})
+        return found
+
+    monkeypatch.setattr(slow, step, act_and_stand_still)
+    store = ReconstructionStore.create(url, {"more": 1})
+    assert {n: store.attributes[n] for n in ("drive", "plan", "more")} == {
+        "drive": "drive",
+        "plan": {"frames": 10},
+        "more": 1,
+    }
