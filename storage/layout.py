@@ -267,6 +267,13 @@ def segment_name(index: int) -> str:
     return f"{SEGMENTS}/{index:04d}"
 
 
+def segment_index(name: str) -> int | None:
+    """Index of the segment whose group an object is or lies in; None for all other names."""
+    found = re.match(rf"{SEGMENTS}/([0-9]{{4,9}})(/|$)", name)
+    index = int(found[1]) if found else -1
+    return index if found and segment_name(index) == f"{SEGMENTS}/{found[1]}" else None
+
+
 def chunk_commit(segment: int, chunk: int) -> str:
     """Name of the commit that vouches for a chunk."""
     return f"infer/{segment:04d}/{chunk:04d}"

@@ -778,14 +778,22 @@ class ReconstructionStore:
     def delete_garbage(self, age_s: float) -> dict[str, int]:
         """Remove what `garbage` gives, as the only one at work on the store.
 
+        Holds the claims on the drive and on every segment that loses something: a worker that
+        outlived its parent could otherwise begin, and reuse a shard, just before that is removed.
+
         Raises:
             Claimed: a run is at work; nothing is removed.
+            ClaimLost: this process stood still; nothing more is removed.
         """
-        with ExitStack() as claims:
-            for name in ["drive", *(n for n in claimed_names(self._folder) if n != "drive")]:
-                claims.enter_context(self.claim(name))
-            found = self.garbage(age_s)
+        with ExitStack() as stack:
+            drive = stack.enter_context(self.claim("drive"))
+            mine = {claim for name in self.garbage(age_s) if (claim := _claim_on(name))}
+            names = {*mine, *claimed_names(self._folder)} - {"drive"}
+            claims = {name: stack.enter_context(self.claim(name)) for name in sorted(names)}
+            # Looked at again: what another worker finished before the claims is no garbage now.
+            found = {n: s for n, s in self.garbage(age_s).items() if _claim_on(n) in {None, *mine}}
             for name in found:
+                claims.get(_claim_on(name) or "", drive).check()
                 self._folder.delete(name)
         return found
 
@@ -1007,6 +1015,12 @@ def _digest(values: np.ndarray) -> str:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _claim_on(name: str) -> str | None:
+    """The claim of who may work on an object of a segment; None of all other objects."""
+    index = layout.segment_index(name)
+    return None if index is None else segment_claim(index)
 
 
 def _check_file_name(name: str) -> str:

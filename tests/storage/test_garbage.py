@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
-from storage.errors import Claimed
+from storage.errors import Claimed, ClaimLost
 from storage.reconstruction import ReconstructionStore
 from storage.records import Segment
 
@@ -102,3 +102,51 @@ def test_files_of_commits_that_do_not_list_them_are_kept(tmp_path: Path):
     store.put_file("fusion/mesh.ply", b"mesh")
     store.commit("fuse/merged", {"key": "of an earlier version"})
     assert store.garbage(0) == {}
+
+
+def test_segment_that_loses_garbage_is_claimed_meanwhile(store, monkeypatch):
+    store.drop_commits("infer/0000/0003")
+    delete, refused = store._folder.delete, []
+
+    def delete_while_an_orphan_starts(name):
+        if name.startswith("segments/"):
+            with pytest.raises(Claimed), ReconstructionStore.open(store.url).claim("infer/0000"):
+                pass
+            refused.append(name)
+        delete(name)
+
+    monkeypatch.setattr(store._folder, "delete", delete_while_an_orphan_starts)
+    assert list(store.delete_garbage(0)) == refused
+    assert len(refused) == 9
+
+
+def test_chunk_that_an_orphan_finishes_before_its_segment_is_claimed_is_kept(store, monkeypatch):
+    store.drop_commits("infer/0000/0003")
+    claim = store.claim
+
+    def claim_late(name):
+        if name == "infer/0000":
+            orphan = ReconstructionStore.open(store.url)
+            with orphan.claim(name):
+                orphan.write_chunk(SEGMENT, CHUNKS[3], chunk_arrays(CHUNKS[3], 1.0))
+                orphan.commit_chunk(SEGMENT, CHUNKS[3], {"key": "key"})
+        return claim(name)
+
+    monkeypatch.setattr(store, "claim", claim_late)
+    assert store.delete_garbage(0) == {}
+    assert store.verify() == []
+
+
+def test_nothing_more_is_removed_once_the_claim_is_lost(store, monkeypatch):
+    store.drop_commits("infer/0000/0003")
+    before, delete = store.garbage(0), store._folder.delete
+
+    def delete_and_stand_still(name):
+        delete(name)
+        if name.startswith("segments/"):
+            store._folder.delete_tree("claims/infer/0000")
+
+    monkeypatch.setattr(store._folder, "delete", delete_and_stand_still)
+    with pytest.raises(ClaimLost):
+        store.delete_garbage(0)
+    assert len(store.garbage(0)) == len(before) - 1
