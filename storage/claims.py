@@ -24,7 +24,7 @@ from typing import Any
 
 from storage.errors import Claimed, ClaimLost, CommitExists
 from storage.layout import CLAIMS
-from storage.objects import Folder, check_name, redacted
+from storage.objects import Folder, check_name, is_name, redacted
 
 RENEW_S = 15.0
 LEASE_S = 90.0
@@ -230,7 +230,7 @@ def check_held(folder: Folder, name: str) -> None:
 def claimed_names(folder: Folder) -> list[str]:
     """Names that anybody, dead or alive, holds a claim on."""
     below = (name.removeprefix(f"{CLAIMS}/") for name in folder.sizes(CLAIMS))
-    return sorted({name.rpartition("/")[0] for name in below if "/" in name})
+    return sorted({n.rpartition("/")[0] for n in below if "/" in n and is_name(n)})
 
 
 def this_process() -> dict[str, Any]:

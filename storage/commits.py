@@ -13,7 +13,7 @@ import numpy as np
 
 from storage.errors import CommitExists
 from storage.layout import COMMITS
-from storage.objects import Folder, check_name
+from storage.objects import Folder, check_name, is_name
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +47,15 @@ class Commits:
         return _parsed(name, self._folder.read(_object(name)))
 
     def names(self, prefix: str = "") -> list[str]:
-        """Names equal to `prefix` or below `prefix/`; all without one."""
+        """Names equal to `prefix` or below `prefix/`; all without one.
+
+        What `check_name` refuses is none of ours, and counts for nothing.
+        """
         if prefix:
             check_name(prefix)
         below = self._folder.sizes(f"{COMMITS}/{prefix}".rstrip("/"))
-        found = [n for n in below if n.endswith(SUFFIX) and n != ZARR_OBJECT]
-        names = [n.removeprefix(f"{COMMITS}/").removesuffix(SUFFIX) for n in found]
+        found = [n for n in below if n.endswith(SUFFIX) and n != ZARR_OBJECT and is_name(n)]
+        names = [_name(n) for n in found]
         if prefix and self._folder.read(_object(prefix)) is not None:
             names.append(prefix)
         return sorted(names)
@@ -61,18 +64,27 @@ class Commits:
         """Records by name, in name order, as `names`."""
         return self.read_many(self.names(prefix))
 
+    def with_malformed(self) -> dict[str, dict[str, Any]]:
+        """All records by name; empty where an object is none, as it is torn or too large."""
+        contents = self._folder.read_records(_object(name) for name in self.names())
+        return {_name(n): _parsed(_name(n), data) or {} for n, data in sorted(contents.items())}
+
     def read_many(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Those of the records that are there, by name, in name order."""
         contents = self._folder.read_many([_object(name) for name in names])
-        start = len(COMMITS) + 1
-        found = {n[start:].removesuffix(SUFFIX): data for n, data in contents.items()}
-        parsed = {name: _parsed(name, data) for name, data in sorted(found.items())}
+        parsed = {_name(n): _parsed(_name(n), data) for n, data in sorted(contents.items())}
         return {name: record for name, record in parsed.items() if record is not None}
 
     def drop(self, prefix: str) -> None:
         """Remove the records that `names` gives: their data are no longer finished."""
         for name in self.names(prefix):
             self._folder.delete(_object(name))
+
+
+def mapping_in(record: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """A field of a record that maps names; empty where it is missing or malformed."""
+    found = record.get(field)
+    return found if isinstance(found, dict) else {}
 
 
 def plain(value: Any) -> Any:
@@ -93,6 +105,10 @@ def _object(name: str) -> str:
     if found == ZARR_OBJECT:
         raise ValueError(f"a commit cannot be named {name!r}: Zarr uses that name")
     return found
+
+
+def _name(object_name: str) -> str:
+    return object_name.removeprefix(f"{COMMITS}/").removesuffix(SUFFIX)
 
 
 def _parsed(name: str, data: bytes | None) -> dict[str, Any] | None:

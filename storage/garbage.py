@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from storage import layout
+from storage.commits import mapping_in
 from storage.objects import Folder, is_unfinished
 
 OWN = {
@@ -50,13 +51,14 @@ class _Referenced:
             self._add(name, record)
 
     def _add(self, name: str, record: Mapping[str, Any]) -> None:
-        for path in record.get("digests") or ():
-            if name.startswith("infer/"):
-                self._rows.add(f"{path}/c/{int(name.rpartition('/')[2])}")
+        chunk = layout.chunk_numbers(name)
+        for path in mapping_in(record, "digests"):
+            if chunk is not None:
+                self._rows.add(f"{path}/c/{chunk[1]}")
             else:
                 self._arrays.add(path)
-        self._files |= set(record.get("files") or ())
-        is_older = "files" not in record  # a version that did not list files
+        self._files |= mapping_in(record, "files").keys()
+        is_older = not isinstance(record.get("files"), dict)  # a version that did not list files
         if is_older and name.startswith("fuse/"):
             self._kept_folders.add("fusion")
         if is_older and name == "report":
@@ -79,7 +81,7 @@ class _Referenced:
     def _is_garbage_of_segment(self, name: str) -> bool:
         parts = name.split("/")
         group, inside = "/".join(parts[:2]), parts[2:]
-        if not parts[1].isdigit() or not inside:
+        if layout.segment_index(name) is None or not inside:
             return False
         if inside[0] != "zarr.json" and inside[0] not in OWN["segment"]:
             return False

@@ -256,7 +256,7 @@ def spec_at(path: str) -> ArraySpec:
     group, _, name = path.rpartition("/")
     if group in (FRAMES, TRAJECTORY):
         return by_name(FRAME_ARRAYS if group == FRAMES else TRAJECTORY_ARRAYS)[name]
-    if re.fullmatch(rf"{SEGMENTS}/\d+(/state)?", group) is None:
+    if segment_index(group) is None or group.count("/") > 1 + group.endswith("/state"):
         raise KeyError(path)
     is_state = group.endswith("/state")
     return by_name(STATE_ARRAYS if is_state else SEGMENT_ARRAYS)[name]
@@ -277,6 +277,13 @@ def segment_index(name: str) -> int | None:
 def chunk_commit(segment: int, chunk: int) -> str:
     """Name of the commit that vouches for a chunk."""
     return f"infer/{segment:04d}/{chunk:04d}"
+
+
+def chunk_numbers(commit: str) -> tuple[int, int] | None:
+    """Numbers of segment and chunk of the commit of a chunk; None of all other commits."""
+    found = re.fullmatch(r"infer/([0-9]{4,9})/([0-9]{4,9})", commit)
+    numbers = (int(found[1]), int(found[2])) if found else (-1, -1)
+    return numbers if found and chunk_commit(*numbers) == commit else None
 
 
 def segment_claim(index: int) -> str:

@@ -7,7 +7,7 @@ import json
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from zarr.storage import StorePath
 from storage import layout
 from storage.bounds import check_array, check_whole
 from storage.claims import Claim, check_held, claimed_names
-from storage.commits import Commits, plain
+from storage.commits import Commits, mapping_in, plain
 from storage.encoding import (
     StoredRows,
     VouchedObjects,
@@ -45,7 +45,7 @@ from storage.errors import (
 from storage.garbage import find_garbage
 from storage.layout import ArraySpec, by_name, chunk_commit, segment_claim, segment_name
 from storage.objects import MOST_FILE_BYTES, Folder, check_name, explaining, open_folder, redacted
-from storage.records import Chunk, Segment
+from storage.records import MOST_FRAMES, Chunk, Segment
 
 __all__ = [
     "ChunkMissing",
@@ -287,7 +287,7 @@ class ReconstructionStore:
                 f"{group} of {redacted(self.url)} is not finished: no commit {stage!r}; run the "
                 f"{stage} stage again"
             )
-        written = {path.rpartition("/")[2] for path in record.get("digests", ())}
+        written = {path.rpartition("/")[2] for path in mapping_in(record, "digests")}
         names = [spec.name for spec in specs if spec.name in written]
         what = f"{group}; drop commit {stage!r} and run the stage again"
         with self._vouched({stage: record}, group), self._damage_named(what):
@@ -718,12 +718,12 @@ class ReconstructionStore:
         """
         sizes = self._folder.sizes()
         names = [n for n in sizes if n.endswith("/zarr.json")]
-        nodes = {n: json.loads(d) for n, d in self._folder.read_many(names).items()}
-        arrays = {n: node for n, node in nodes.items() if node["node_type"] == "array"}
+        documents = self._folder.read_records(names)
+        arrays = {n: node for n, d in documents.items() if (node := _array_node(d))}
         stored: Counter[str] = Counter()
         for name, size in sizes.items():
             stored[name.partition("/c/")[0].removesuffix("/zarr.json")] += size
-        commits = self.commits()
+        commits = self._commits.with_malformed()
         return {
             "url": redacted(self.url),
             "bytes": sum(sizes.values()),
@@ -731,14 +731,17 @@ class ReconstructionStore:
                 path: {"shape": n["shape"], "dtype": n["data_type"], "bytes": stored[path]}
                 for path, n in ((name.removesuffix("/zarr.json"), n) for name, n in arrays.items())
             },
-            "segments": _segment_progress(nodes, commits),
-            "commits": [name for name in commits if not name.startswith("infer/")],
-            "files": {name: sizes[name] for name in self.list_files()},
+            "segments": _segment_progress(documents, commits),
+            "commits": [n for n, record in commits.items() if record and not _is_of_chunk(n)],
+            "files": {name: sizes[name] for name in self.list_files() if name in sizes},
         }
 
     def verify(self) -> list[str]:
-        """Read back all that is committed and compare digests; names of what is damaged."""
-        commits = self.commits().items()
+        """Read back all that is committed and compare digests; names of what is damaged.
+
+        A commit that is no record of ours is named itself, "commits/align.json".
+        """
+        commits = self._commits.with_malformed().items()
         return [name for commit, record in commits for name in self._damage(commit, record)]
 
     def repair(self) -> list[str]:
@@ -750,10 +753,11 @@ class ReconstructionStore:
         Returns:
             Names of the dropped commits, such as "infer/0000/0001".
         """
-        damaged = [name for name, record in self.commits().items() if self._damage(name, record)]
+        records = self._commits.with_malformed().items()
+        damaged = [name for name, record in records if self._damage(name, record)]
         for commit in damaged:
             self._folder.delete(f"{layout.COMMITS}/{commit}.json")
-        for index in sorted({int(n.split("/")[1]) for n in damaged if n.startswith("infer/")}):
+        for index in sorted({at[0] for n in damaged if (at := layout.chunk_numbers(n))}):
             if not self._is_writable(index):
                 self.remove_segment(index)
         return damaged
@@ -763,15 +767,14 @@ class ReconstructionStore:
 
         What a run at work has written and not committed yet is younger than a day.
         """
-        commits = self.commits()
-        layouts: dict[int, dict[str, Any]] = {}
-        for name in {n.split("/")[1] for n in self._folder.sizes(layout.SEGMENTS) if "/" in n}:
-            found = _attributes(self._folder.read(f"{layout.SEGMENTS}/{name}/zarr.json"))
-            if name.isdigit() and found:
-                layouts[int(name)] = found
+        commits = self._commits.with_malformed()
+        listed = {layout.segment_index(n) for n in self._folder.sizes(layout.SEGMENTS)}
+        groups = {f"{segment_name(i)}/zarr.json": i for i in listed if i is not None}
+        documents = self._folder.read_records(groups)
+        layouts = {groups[n]: found for n, d in documents.items() if (found := _attributes(d))}
         valid = {n: record for n, record in commits.items() if _is_valid(n, record, layouts)}
-        planned = {s["index"] for s in self.attributes.get("plan", {}).get("segments", ())}
-        vouched = {int(n.split("/")[1]) for n in valid if n.startswith("infer/")}
+        planned = _planned(self.attributes, layouts.keys())
+        vouched = {at[0] for n in valid if (at := layout.chunk_numbers(n))}
         segments = (planned & layouts.keys()) | vouched
         return find_garbage(self._folder, valid, segments, age_s)
 
@@ -799,9 +802,12 @@ class ReconstructionStore:
 
     def _damage(self, commit: str, record: dict[str, Any]) -> list[str]:
         """Names of the arrays, chunks and files of one commit that are not as committed."""
-        chunk = commit.split("/")[2] if commit.count("/") == 2 else None
-        named = "" if chunk is None else f" chunk {int(chunk)}"
-        digests, files = record.get("digests") or {}, record.get("files") or {}
+        if not _is_record(commit, record):
+            return [f"{layout.COMMITS}/{commit}.json"]
+        numbers = layout.chunk_numbers(commit)
+        chunk = None if numbers is None else numbers[1]
+        named = "" if chunk is None else f" chunk {chunk}"
+        digests, files = mapping_in(record, "digests"), mapping_in(record, "files")
         arrays = [p for p, d in digests.items() if self._stored_digest(p, record, chunk) != d]
         broken = [name for name, d in files.items() if self._stored_file_digest(name) != d]
         return [f"{path}{named}" for path in arrays] + broken
@@ -824,22 +830,22 @@ class ReconstructionStore:
             except FileNotFoundError:
                 return None
 
-    def _stored_digest(self, path: str, record: dict[str, Any], chunk: str | None) -> str | None:
+    def _stored_digest(self, path: str, record: dict[str, Any], chunk: int | None) -> str | None:
         try:
             with explaining(self.url):
                 return self._array_digest(path, record, chunk)
         except UNDECODABLE:  # not StoreUnavailable: a lost connection is no damage
             return None
 
-    def _array_digest(self, path: str, record: dict[str, Any], chunk: str | None) -> str:
+    def _array_digest(self, path: str, record: dict[str, Any], chunk: int | None) -> str:
         if chunk is None:
             return _digest(self._whole(path))
         array = self._array(path)
         if "/state/" in path:
-            return _digest(np.asarray(array[int(chunk) : int(chunk) + 1]))
+            return _digest(np.asarray(array[chunk : chunk + 1]))
         frames = record["frames"]
         rows = array.shards or array.chunks
-        start = int(chunk) * rows[0]
+        start = chunk * rows[0]
         return _digest(np.asarray(array[start : start + min(frames[1] - frames[0], rows[0])]))
 
     # ---- zarr
@@ -911,9 +917,12 @@ def _root_attributes(folder: Folder) -> dict[str, Any] | None:
             f"{redacted(folder.url)} holds a Zarr node that is not a reconstruction; it is left "
             "as it is, choose another location"
         )
-    if found["schema_version"] > layout.SCHEMA_VERSION:
+    version = found.get("schema_version")
+    if type(version) is not int:
+        raise NotAStore(f"{redacted(folder.url)} has no schema version; choose another location")
+    if version > layout.SCHEMA_VERSION:
         raise StoreTooNew(
-            f"{redacted(folder.url)} has schema version {found['schema_version']}; this software "
+            f"{redacted(folder.url)} has schema version {version}; this software "
             f"knows up to {layout.SCHEMA_VERSION}: update it, or choose another location"
         )
     return found
@@ -929,9 +938,13 @@ def _attributes(document: bytes | None) -> dict[str, Any]:
 
 
 def _layout_in(data: bytes | None) -> dict[str, Any] | None:
-    """What a segment's group says of it; None where it is not there or not finished."""
+    """What a segment's group says of it; None where it is not there, not finished or malformed."""
     found = _attributes(data)
-    return found if "creation" in found else None
+    sizes = mapping_in(found, "sizes")
+    lengths = [sizes.get(dim) for spec in CHUNK_SPECS.values() for dim in spec.dims]
+    counts = [*lengths, found.get("start"), found.get("stop"), found.get("chunk_frames")]
+    is_whole = all(type(n) is int and n >= 0 for n in counts) and found["chunk_frames"] > 0
+    return found if is_whole and isinstance(found.get("creation"), str) else None
 
 
 def _is_of(record: Mapping[str, Any], chunk: Chunk, found: Mapping[str, Any] | None) -> bool:
@@ -1031,25 +1044,87 @@ def _check_file_name(name: str) -> str:
     return name
 
 
+def _is_of_chunk(commit: str) -> bool:
+    return commit.startswith("infer/")
+
+
+def _is_record(commit: str, record: Mapping[str, Any]) -> bool:
+    """Whether a commit is one of ours: of a known name, and it names nothing that is elsewhere."""
+    digests, files = record.get("digests") or {}, record.get("files") or {}
+    if not record or not isinstance(digests, dict) or not isinstance(files, dict):
+        return False
+    numbers = layout.chunk_numbers(commit)
+    if numbers is not None:
+        own = {_array_path(segment_name(numbers[0]), name) for name in CHUNK_SPECS}
+        return set() < digests.keys() <= own and _is_range(record.get("frames")) and not files
+    if _is_of_chunk(commit):
+        return False
+    return all(map(_is_whole_array, digests)) and all(map(_is_file_name, files))
+
+
+def _is_range(frames: Any) -> bool:
+    """Whether it is [start, stop]."""
+    is_pair = isinstance(frames, list) and [type(n) for n in frames] == [int, int]
+    return is_pair and 0 <= frames[0] < frames[1] <= MOST_FRAMES
+
+
+def _is_whole_array(path: str) -> bool:
+    """Whether it is an array that is written as a whole."""
+    group, _, name = path.rpartition("/")
+    specs = {layout.FRAMES: layout.FRAME_ARRAYS, layout.TRAJECTORY: layout.TRAJECTORY_ARRAYS}
+    return name in by_name(specs.get(group, ()))
+
+
+def _is_file_name(name: str) -> bool:
+    try:
+        return bool(_check_file_name(name))
+    except ValueError:
+        return False
+
+
 def _is_valid(
     name: str, record: Mapping[str, Any], layouts: Mapping[int, Mapping[str, Any]]
 ) -> bool:
     """Whether a commit counts: one of a chunk belongs to the segment as it was created last."""
-    if not name.startswith("infer/"):
-        return True
-    return record.get("creation") == layouts.get(int(name.split("/")[1]), {}).get("creation")
+    if not _is_of_chunk(name):
+        return bool(record)
+    numbers = layout.chunk_numbers(name)
+    if numbers is None:
+        return False
+    return record.get("creation") == layouts.get(numbers[0], {}).get("creation")
+
+
+def _planned(attributes: Mapping[str, Any], there: Collection[int]) -> set[int]:
+    """Indices of the planned segments; all that are there where the plan cannot be read."""
+    plan = attributes.get("plan")
+    if plan is None:
+        return set()
+    try:
+        return {segment["index"] for segment in plan["segments"]}
+    except (TypeError, LookupError):
+        return set(there)
+
+
+def _array_node(document: bytes) -> dict[str, Any] | None:
+    """zarr.json of an array, as far as it is described; None where it is none."""
+    try:
+        node: dict[str, Any] = json.loads(document)
+        is_array = node["node_type"] == "array" and {"shape", "data_type"} <= set(node)
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return node if is_array else None
 
 
 def _segment_progress(
-    nodes: Mapping[str, dict[str, Any]], commits: Mapping[str, dict[str, Any]]
+    documents: Mapping[str, bytes], commits: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Frames and finished chunks of every segment, by its number."""
     progress = {}
-    for path, node in nodes.items():
-        found = node.get("attributes", {})
-        if "creation" not in found:
+    for path, document in documents.items():
+        index, found = layout.segment_index(path), _layout_in(document)
+        if found is None or index is None or path != f"{segment_name(index)}/zarr.json":
             continue
-        number = path.split("/")[1]
+        number = f"{index:04d}"
         mine = [r for name, r in commits.items() if name.startswith(f"infer/{number}/")]
         progress[number] = {
             "frames": [found["start"], found["stop"]],

@@ -51,9 +51,9 @@ from storage.encoding import StoredRows, whole_array
 from storage.images import ORIENTATION, is_picture, scan_images
 from storage.layout import FRAME_ARRAYS, SEGMENT_ARRAYS, by_name
 from storage.media import UnreadableVideo, natural_key
-from storage.objects import check_name, open_folder, redacted
-from storage.reconstruction import UNDECODABLE
-from storage.records import DriveRecord, Plan
+from storage.objects import MOST_DOCUMENT_BYTES, LocalFolder, check_name, open_folder, redacted
+from storage.reconstruction import UNDECODABLE, NotAStore, ReconstructionStore, StoreTooNew
+from storage.records import DriveRecord, Plan, Segment
 from storage.shards import shard_reader
 from ttt3r.checkpoint_import import model_tensors
 from ttt3r.download import without_secrets
@@ -71,6 +71,7 @@ FORBIDDEN = (
     "import", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.",
     "exec", "compile", "ctypes.", "shutil.", "os.remove", "os.rename",
 )  # fmt: skip
+CHANGES = ("shutil.copyfile", "shutil.rmtree", "os.remove")  # of the case's own files: allowed
 WORDS = (
     b"../", b"/etc/passwd", b"\0", b"\xff" * 8, b"cposix\nsystem\n", b"c__builtin__\neval\n",
     b"R", b"-1", b"1e999", b"nan", b"9" * 30, b"[" * 40, b"[" * 20_000, b'{"a":', b"://", b"::",
@@ -114,8 +115,17 @@ class Watch:
         if event == "open":
             if not isinstance(arguments[0], int) and not str(arguments[0]).startswith(self.allowed):
                 self.escapes.append(f"open {arguments[0]!r}")
+        elif event in CHANGES:
+            if not self._is_allowed(event, arguments):
+                self.escapes.append(f"{event} {arguments!r:.120}")
         elif event.startswith(FORBIDDEN) and not self._is_own(event, arguments):
             self.escapes.append(f"{event} {arguments!r:.120}")
+
+    def _is_allowed(self, event: str, arguments: tuple[Any, ...]) -> bool:
+        """Changes of the case's own files; names in an open folder are those of rmtree."""
+        is_below_open = event == "os.remove" and arguments[1] not in (None, -1)
+        paths = arguments[:2] if event == "shutil.copyfile" else arguments[:1]
+        return is_below_open or all(str(path).startswith(str(self.allowed)) for path in paths)
 
     def _is_own(self, event: str, arguments: tuple[Any, ...]) -> bool:
         """What the standard library does by itself: modules that are loaded are found again."""
@@ -195,6 +205,7 @@ def parsers(folder: Path) -> list[Parser]:
         target.write_bytes(data)
         return commits.read("probe")
 
+    store = _StoreCase(folder)
     refused = (ValueError,)
     malformed = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
     poses = b"# times\n0.0 1 2 3 0 0 0 1\n0.1 1 2 3 0 0 0 1\n"
@@ -254,8 +265,111 @@ def parsers(folder: Path) -> list[Parser]:
         Parser("array_metadata", _array_metadata, _array_documents(), UNDECODABLE, 4),
         Parser("object", _object, (_object_of_zeros(),), (ValueError, RuntimeError), 4),
         Parser("image", partial(_image, folder / "images"), _images(), (UnreadableVideo,), 6),
+        Parser("store", store.run, store.seeds, (NotAStore, StoreTooNew), 1),
         Parser("shard", _shard, (_shard_of_zeros(),), (ValueError, RuntimeError), 4),
     ]
+
+
+class _NamedFolder(LocalFolder):
+    """A folder that takes no name which leads out of it, whoever asks."""
+
+    def read(self, name: str, most: int = MOST_DOCUMENT_BYTES) -> bytes | None:
+        self._check(name)
+        return super().read(name, most)
+
+    def download(self, name: str, target: Path) -> None:
+        self._check(name)
+        super().download(name, target)
+
+    def delete(self, name: str) -> None:
+        self._check(name)
+        super().delete(name)
+
+    def delete_tree(self, prefix: str) -> None:
+        for name in self.objects():
+            if name.startswith(f"{prefix}/"):
+                self.delete(name)
+
+    def _check(self, name: str) -> None:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise AssertionError(f"{name!r} leads out of the store")
+
+
+_STORE_RECORDS = (
+    "commits/infer/0000/0000.json", "commits/align.json", "commits/fuse/merged.json", "zarr.json",
+    "segments/0000/zarr.json", "segments/0000/gate/zarr.json", "trajectory/scale/zarr.json",
+)  # fmt: skip
+
+
+class _StoreCase:
+    """The four commands that look at a whole store, on one with a record that was mutated.
+
+    An input is the record's name, a line feed and its content.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        tempfile.tempdir = str(folder)  # copies of files to be digested are the case's own
+        self._root = folder / "drive.zarr"
+        _fill_store(self._root)
+        self._whole = {path: path.read_bytes() for path in self._root.rglob("*") if path.is_file()}
+        self.seeds = tuple(
+            f"{name}\n".encode() + (self._root / name).read_bytes() for name in _STORE_RECORDS
+        )
+        self._added: list[Path] = []
+
+    def run(self, data: bytes) -> object:
+        """Describe, verify, collect garbage and repair; then nothing is damaged any more."""
+        name, _, content = data.partition(b"\n")
+        self._restore()
+        if not self._place(name, content):
+            return None
+        store = ReconstructionStore(_NamedFolder(self._root, str(self._root)))
+        found = store.describe(), store.garbage(0), store.verify(), store.repair()
+        left = store.verify()
+        if left:
+            raise AssertionError(f"still damaged after the repair: {left}")
+        return found
+
+    def _restore(self) -> None:
+        for path in self._added:
+            path.unlink(missing_ok=True)
+        self._added.clear()
+        for path, content in self._whole.items():
+            if not path.is_file() or path.read_bytes() != content:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+
+    def _place(self, name: bytes, content: bytes) -> bool:
+        """Put the record; False where no file can have the name."""
+        path = self._root / _text(name)
+        if b"\0" in name or b".." in name or not str(path).startswith(f"{self._root}/"):
+            return False
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        except OSError:
+            return False
+        if path not in self._whole:
+            self._added.append(path)
+        return True
+
+
+def _fill_store(root: Path) -> None:
+    """A small store with a chunk, a trajectory, a mesh and a plan."""
+    segment = Segment(0, 0, 2, 0)
+    plan = {"frames": 2, "chunk_frames": 2, "segments": [segment.__dict__]}
+    store = ReconstructionStore.create(root, {"plan": plan})
+    store.create_segment(segment, 2, 2, 2, 2, (1, 2), (1, 2))
+    (chunk,) = segment.chunks(2)
+    shapes = {"depth": (2, 2, 2), "confidence": (2, 2, 2), "cam_to_seg": (2, 4, 4),
+              "intrinsics": (2, 3, 3), "descriptor": (2, 2), "gate": (2, 5),
+              "state_tokens": (1, 2), "state_pose_memory": (1, 2)}  # fmt: skip
+    store.write_chunk(segment, chunk, {n: np.ones(s, np.float32) for n, s in shapes.items()})
+    store.commit_chunk(segment, chunk, {"key": "key"})
+    store.write_trajectory({"scale": np.ones(1)})
+    store.commit("align", {"key": "key"})
+    files = {"fusion/mesh.ply": store.put_file("fusion/mesh.ply", b"mesh")}
+    store.commit("fuse/merged", {"key": "key", "files": files})
 
 
 @lru_cache(maxsize=1)

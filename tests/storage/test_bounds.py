@@ -10,8 +10,8 @@ import pytest
 from numcodecs.blosc import Blosc
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
-from storage.reconstruction import DataDamaged, NotAStore, ReconstructionStore
-from storage.records import Plan
+from storage.reconstruction import ChunkMissing, DataDamaged, NotAStore, ReconstructionStore
+from storage.records import Plan, Segment
 
 LARGE = 33 * 2**20
 DEPTH = "segments/0000/depth"
@@ -149,3 +149,119 @@ def test_whole_array_larger_than_memory_is_not_read(store):
 def test_plan_that_no_drive_has_is_refused(plan):
     with pytest.raises(ValueError, match="plan"):
         Plan.from_json(plan)
+
+
+@pytest.fixture
+def full(store):
+    """The store with a trajectory, a mesh and a plan too."""
+    store.write_trajectory({"scale": np.ones(3)})
+    store.commit("align", {"key": "k"})
+    files = {"fusion/mesh.ply": store.put_file("fusion/mesh.ply", b"mesh")}
+    store.commit("fuse/merged", {"key": "k", "files": files})
+    store.update_attributes({"plan": {"segments": [{"index": 0}]}})
+    assert store.verify() == []
+    return store
+
+
+def change(store: ReconstructionStore, name: str, **changes: object) -> None:
+    """Set fields of a record, or make it; attributes in the case of a group."""
+    path = path_of(store, name)
+    record = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**record, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("commit", "changes"),
+    [
+        ("fuse/merged", {"files": {"../../etc/passwd": "00"}}),
+        ("fuse/merged", {"files": {"/etc/passwd": "00"}}),
+        ("fuse/merged", {"files": {"fusion/" + "a" * 300: "00"}}),
+        ("fuse/merged", {"files": ["fusion/mesh.ply"]}),
+        ("align", {"digests": [1]}),
+        ("align", {"digests": "x"}),
+        ("align", {"digests": {"/tmp/x": "00"}}),
+        ("align", {"digests": {"../other.zarr/frames/clip": "00"}}),
+        ("infer/0000/0000", {"digests": {"segments/0001/depth": "00"}}),
+        ("infer/0000/0000", {"digests": {}}),
+        ("infer/0000/0000", {"frames": None}),
+        ("infer/0000/0000", {"frames": [0, 10**30]}),
+        ("infer/0000/x", {"key": "k"}),
+        ("infer/x/0000", {"key": "k"}),
+        ("infer/0000", {"key": "k"}),
+        ("infer/\u0663/0000", {"key": "k"}),
+        ("infer/00000/0000", {"key": "k"}),
+    ],
+)
+def test_malformed_commit_is_named_and_mended(full, commit, changes):
+    change(full, f"commits/{commit}.json", **changes)
+    full.describe()
+    full.garbage(0)
+    assert full.verify() == [f"commits/{commit}.json"]
+    assert full.repair() == [commit]
+    assert full.verify() == []
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "[" * 100_000, "{}", "large"])
+def test_commit_that_is_no_record_is_named_and_mended(full, content):
+    path_of(full, "commits/align.json").write_text(content)
+    if content == "large":
+        grow(path_of(full, "commits/align.json"))
+    full.describe()
+    full.garbage(0)
+    assert full.verify() == ["commits/align.json"]
+    assert full.repair() == ["align"]
+
+
+def test_file_that_is_a_folder_or_below_a_file_is_named(full):
+    names = ("fusion", "fusion/mesh.ply/a.ply")
+    change(full, "commits/fuse/merged.json", files={n: "00" for n in names[1:]})
+    assert full.verify() == ["fusion/mesh.ply/a.ply"]
+    path_of(full, "fusion/tiles").mkdir()
+    change(full, "commits/fuse/merged.json", files={"fusion/tiles": "00"})
+    assert full.verify() == ["fusion/tiles"]
+
+
+def test_names_that_are_none_of_ours_count_for_nothing(full):
+    for name in ("commits/a\nb.json", "commits/infer/a\\b.json", "claims/a\nb/000001.json"):
+        change(full, name, key="k")
+    assert full.verify() == full.repair() == []
+    assert full.garbage(0) == full.delete_garbage(0) == {}
+    full.describe()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "", "nonsense", "large"])
+@pytest.mark.parametrize("group", ["segments/0000", "trajectory", "segments/0000/gate", "fusion"])
+def test_malformed_metadata_do_not_stop_the_four_commands(full, group, content):
+    path_of(full, f"{group}/zarr.json").write_text(content)
+    if content == "large":
+        grow(path_of(full, f"{group}/zarr.json"))
+    full.describe()
+    full.garbage(0)
+    full.repair()
+    assert full.verify() == []
+
+
+@pytest.mark.parametrize("attributes", [{"start": "x"}, {"sizes": [1]}, {"chunk_frames": 0}])
+def test_segment_with_malformed_attributes_does_not_exist(full, attributes):
+    path = path_of(full, "segments/0000/zarr.json")
+    node = json.loads(path.read_text())
+    path.write_text(json.dumps({**node, "attributes": {**node["attributes"], **attributes}}))
+    assert full.describe()["segments"] == {}
+    with pytest.raises(ChunkMissing, match="does not exist yet"):
+        full.read(SEGMENT, "depth", 0, 8)
+
+
+@pytest.mark.parametrize("plan", ["x", [1], {"segments": 1}, {"segments": [{"index": []}]}])
+def test_segments_are_kept_where_the_plan_cannot_be_read(full, plan):
+    full.create_segment(Segment(1, 40, 46, 0), 8, **SHAPE)
+    full.update_attributes({"plan": plan})
+    assert full.garbage(0) == {}
+
+
+def test_root_without_a_version_is_refused(full):
+    node = json.loads(path_of(full, "zarr.json").read_text())
+    del node["attributes"]["schema_version"]
+    path_of(full, "zarr.json").write_text(json.dumps(node))
+    with pytest.raises(NotAStore, match="version"):
+        ReconstructionStore.open(full.url)
