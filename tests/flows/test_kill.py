@@ -5,17 +5,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.deployments import run_deployment
+from prefect.deployments.runner import EntrypointType
 from prefect.settings import PREFECT_API_URL
 from recordings import moving_squares, write_video
 
+from flows.infer_segments import infer_segments
 from storage.reconstruction import ReconstructionStore
-from tasks.plan import read_plan
+from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
+from tasks.plan import plan_stage, read_plan
+from tasks.probe import probe_stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
@@ -59,6 +65,49 @@ def test_sigterm_commits_the_chunk_in_progress_and_the_run_goes_on_from_there(tm
     assert start(video, tmp_path / "out").wait() == 0
     resumed = chunk_commits(url)
     assert {name: resumed[name] for name in kept} == kept
+
+
+def test_sigterm_to_a_pod_commits_the_chunk_in_progress_and_schedules_the_run_again(tmp_path):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(480))
+    url = str(tmp_path / "squares.zarr")
+    infer = InferConfig(weights="untrained", lanes=2)
+    probe_stage.fn(str(video), "squares", url)
+    groups = plan_stage.fn(url, ReconstructionConfig(PlanConfig(24, 6, 4), infer))
+    indices = [i for group in groups for i in group]
+    deployed = infer_segments.to_deployment("pod", entrypoint_type=EntrypointType.MODULE_PATH)
+    deployed.apply()
+    parameters = {"url": url, "indices": indices, "config": asdict(infer)}
+    run = run_deployment("infer-segments/pod", parameters=parameters, timeout=0)
+    pod = execute(run)
+    while len(chunk_commits(Path(url))) < 4 and pod.poll() is None:
+        time.sleep(0.01)
+    pod.send_signal(signal.SIGTERM)
+    pod.wait()
+    kept = chunk_commits(Path(url))
+    assert 4 <= len(kept) < sum(len(s.chunks(4)) for s in read_plan(store_at(url)).segments)
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(run.id).state.type.value == "SCHEDULED"
+        assert execute(run).wait() == 0
+        assert client.read_flow_run(run.id).state.type.value == "COMPLETED"
+    resumed = chunk_commits(Path(url))
+    assert {name: resumed[name] for name in kept} == kept
+    assert len(resumed) == sum(len(s.chunks(4)) for s in read_plan(store_at(url)).segments)
+    assert store_at(url).verify() == []
+
+
+def execute(run: FlowRun) -> subprocess.Popen[bytes]:
+    """What a container of the pool does, with the variable that the pools of `deploy/` set."""
+    environment = {
+        **os.environ,
+        "PREFECT_API_URL": PREFECT_API_URL.value(),
+        "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": "reschedule",
+    }
+    command = [sys.executable, "-m", "prefect", "flow-run", "execute", str(run.id)]
+    return subprocess.Popen(command, env=environment)
+
+
+def store_at(url: str) -> ReconstructionStore:
+    return ReconstructionStore.open(url)
 
 
 def flow_runs(name: str) -> list[FlowRun]:
