@@ -80,9 +80,6 @@ def test_serve_offers_a_schedule_whose_runs_know_collection_and_output(nightly, 
     assert run.parameters == wanted
 
 
-@pytest.mark.xfail(
-    reason="Prefect 3.8.8 cannot insert scheduled runs by SQLAlchemy 2.1", strict=True
-)
 def test_the_server_schedules_runs(nightly):
     with get_client(sync_client=True) as client:
         client.request("POST", "/deployments/{id}/schedule", path_params={"id": nightly.id})
