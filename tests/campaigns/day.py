@@ -1,6 +1,6 @@
 """A day in miniature: every hour a collection of new drives, faults and kills all the time.
 
-    python tests/campaigns/day.py --drives 300 [--s3 60] [--at-once 4] [--kills 8] [--seed N]
+    python tests/campaigns/day.py --drives 300 [--s3 60] [--at-once 1] [--kills 8] [--seed N]
         [--json FILE]
 
 24 collections of small drives, one in six broken on purpose, go one after the other through the
@@ -59,7 +59,7 @@ DISTURBED = 1 / 3  # of the day
 WARM_UP = 0.25  # of the undisturbed rest: buffers and caches fill
 # Of resident memory, in MiB for 100 drives. A mesh or a report that stayed would be 1 or more each.
 LARGEST_GROWTH = 15.0
-LEAST_DRIVES = 50  # of a day whose memory is judged
+LEAST_DRIVES = 150  # of a day whose memory is judged: some 30 pass until buffers have their sizes
 SAMPLE_S = 2.0
 
 Expected = dict[str, dict[str, str]]  # digests of what is stored, by kind of drive

@@ -2,10 +2,12 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from recordings import moving_squares, write_video
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
 from storage.reconstruction import ReconstructionStore, StoreRefused, StoreUnavailable
@@ -57,6 +59,40 @@ def test_full_disk_costs_no_committed_chunk(small_disk):
     store.commit_chunk(SEGMENT, second, {"key": "k"})
     assert store.read(SEGMENT, "cam_to_seg", 0, 16).mean() == 1.5
     assert store.verify() == []
+
+
+@pytest.mark.slow
+def test_run_on_a_full_disk_ends_in_one_line_and_goes_on_once_there_is_room(small_disk, tmp_path):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(120))
+    url = small_disk.path / "squares.zarr"
+    arguments = ["--weights", "untrained", "--segment-frames", "24", "--chunk-frames", "4"]
+    command = [sys.executable, "-m", "flows.cli", "reconstruct", str(video), "--output"]
+    environment = {**os.environ, "PREFECT_TASKS_DEFAULT_RETRY_DELAY_SECONDS": "[0.1, 0.1, 0.1]"}
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, str(small_disk.path), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+    small_disk.resize(3)
+    full = run()
+    assert full.returncode == 1, full.stderr
+    lines = [line for line in full.stderr.splitlines() if line.startswith("ttt3r:")]
+    assert lines == [
+        f"ttt3r: {url}: no space is left; make room and run again, what is finished is kept"
+    ]
+    assert "Traceback" not in full.stderr
+    kept = ReconstructionStore.open(url).commits("infer")
+    assert kept
+    assert ReconstructionStore.open(url).verify() == []
+    small_disk.resize(100)
+    assert run().returncode == 0
+    store = ReconstructionStore.open(url)
+    assert {name: store.read_commit(name) for name in kept} == kept
+    assert store.commit_names("aside") == []
 
 
 def test_output_that_may_not_be_written_is_refused(tmp_path, small_disk):
