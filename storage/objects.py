@@ -27,7 +27,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import fsspec
 from fsspec.core import split_protocol
-from zarr.abc.store import Store
+from zarr.abc.store import ByteRequest, Store
+from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore, LocalStore
 
 from storage.errors import CommitExists, DataDamaged, StoreError, StoreRefused, StoreUnavailable
@@ -254,9 +255,10 @@ class LocalFolder(Folder):
 
     @explained
     def read(self, name: str, most: int = MOST_DOCUMENT_BYTES) -> bytes | None:
+        path = _own_file(self.root, name)
         try:
-            _check_size(name, (self.root / name).stat().st_size, most)
-            return (self.root / name).read_bytes()
+            _check_size(name, path.stat().st_size, most)
+            return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
 
@@ -333,7 +335,7 @@ class LocalFolder(Folder):
 
     def download(self, name: str, target: Path) -> None:
         try:
-            shutil.copyfile(self.root / name, target)
+            shutil.copyfile(_own_file(self.root, name), target)
         except (NotADirectoryError, IsADirectoryError, shutil.SpecialFileError) as error:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from error
 
@@ -375,7 +377,21 @@ class LocalFolder(Folder):
         return self.root.is_file()
 
     def zarr_store(self) -> Store:
-        return LocalStore(self.root)
+        return _OwnFiles(self.root)
+
+
+class _OwnFiles(LocalStore):
+    """A folder for zarr, that reads nothing outside of it."""
+
+    async def get(
+        self,
+        key: str,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
+    ) -> Buffer | None:
+        """As `LocalStore`; DataDamaged where a link leads out of the folder."""
+        _own_file(self.root, key)
+        return await super().get(key, prototype, byte_range)
 
 
 class RemoteFolder(Folder):
@@ -603,6 +619,15 @@ def in_parallel(act: Callable[[T], object], items: Iterable[T]) -> None:
     with ThreadPoolExecutor(WRITERS) as pool:
         for _ in pool.map(lambda do: do(), work):
             pass
+
+
+def _own_file(root: Path, name: str) -> Path:
+    """Where an object lies; DataDamaged if it is a link to elsewhere, or a device or pipe."""
+    path = root / name
+    is_inside = path.resolve().is_relative_to(root.resolve())
+    if not is_inside or (path.exists() and not (path.is_file() or path.is_dir())):
+        raise DataDamaged(f"{name} is no file of this store: a link out of it, a pipe or a device")
+    return path
 
 
 def _check_size(name: str, size: int, most: int) -> None:

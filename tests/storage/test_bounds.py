@@ -1,6 +1,7 @@
 """Stores that somebody else wrote: what is none of ours costs one line, not the memory."""
 
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 from numcodecs.blosc import Blosc
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
+from storage.errors import StoreError
 from storage.reconstruction import ChunkMissing, DataDamaged, NotAStore, ReconstructionStore
 from storage.records import Plan, Segment
 
+FIRST = SEGMENT.chunks(8)[0]
 LARGE = 33 * 2**20
 DEPTH = "segments/0000/depth"
 
@@ -265,3 +268,28 @@ def test_root_without_a_version_is_refused(full):
     path_of(full, "zarr.json").write_text(json.dumps(node))
     with pytest.raises(NotAStore, match="version"):
         ReconstructionStore.open(full.url)
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "/dev/zero", "/etc"])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("zarr.json", lambda store: store.attributes),
+        ("commits/infer/0000/0000.json", lambda store: store.read_commit("infer/0000/0000")),
+        ("segments/0000/state/tokens/c", lambda store: store.read_state(SEGMENT, FIRST)),
+        ("segments/0000/depth/c/0/0/0", lambda store: store.read(SEGMENT, "depth", 0, 8)),
+        ("segments/0000/cam_to_seg/c/0/0/0", lambda s: s.read(SEGMENT, "cam_to_seg", 0, 8)),
+        ("report/report.html", lambda store: store.get_file("report/report.html")),
+        ("report/report.html", lambda store: store.local_copy("report/report.html", store.url)),
+    ],
+)
+def test_link_out_of_a_store_is_not_followed(store, name, read, target):
+    store.put_file("report/report.html", b"<html>")
+    path = path_of(store, name)
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+    with pytest.raises((StoreError, FileNotFoundError)) as refused:
+        read(store)
+    assert "root:" not in str(refused.value)
