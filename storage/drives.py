@@ -118,6 +118,7 @@ def _is_glob(location: str) -> bool:
 
 def _roots(collection: str) -> list[str]:
     fs, path = url_to_fs(collection)
+    fs.invalidate_cache()  # of a process that lives long: new drives are looked for
     if _is_glob(collection):
         matches = sorted((str(m) for m in fs.glob(path)), key=natural_key)
         if isinstance(fs, LocalFileSystem):

@@ -9,7 +9,7 @@ import fsspec
 import numpy as np
 
 from storage.media import is_there
-from storage.objects import explaining
+from storage.objects import REMOTE_OPTIONS, explaining
 from storage.reconstruction import ReconstructionStore
 from storage.records import NOWHERE, DriveRecord, Plan
 from tasks.plan import read_aside
@@ -31,7 +31,7 @@ def list_stores(location: str) -> list[str]:
         StoreUnavailable: the location cannot be read.
     """
     with explaining(location):
-        fs, path = fsspec.core.url_to_fs(location)
+        fs, path = fsspec.core.url_to_fs(location, **REMOTE_OPTIONS)
         path = path.rstrip("/")
         is_any = is_there(fs, path)
         if path.endswith(".zarr") and is_any:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from storage.glance import glance_at
 from storage.video import drive_name, is_collection, list_drives, probe_drive
+from tasks.summary import list_stores
 
 PROBE_AND_TELL_OF_PROGRAMS = """
 import sys
@@ -224,3 +225,12 @@ def test_folder_that_may_not_be_read_does_not_stop_the_others(tmp_path, mode):
     assert done.stdout.splitlines() == ["a more", "a more", "c"], done.stderr
     assert f"{locked}: passed over, as this folder may not be read" in done.stderr
     assert f"StoreRefused: {locked}: access denied" in done.stderr
+
+
+def test_drives_that_others_add_are_found_by_a_process_that_has_looked_before(seaweed, tmp_path):
+    logs, others = f"{seaweed.url}/{tmp_path.name}", seaweed.filesystem()
+    for count, name in enumerate(("monday", "tuesday"), 1):
+        others.pipe_file(f"{logs}/{name}/front.mp4", b"a video")
+        assert len(list_drives(logs)) == count
+        others.pipe_file(f"{logs}-out/{name}.zarr/zarr.json", b"{}")
+        assert len(list_stores(f"{logs}-out")) == count
