@@ -80,10 +80,11 @@ def test_a_run_that_is_lost_before_its_first_heartbeat_gives_its_slot_back(fleet
     shortened.write_text(yaml.safe_dump({"automations": [entry]}))
     fleet.prefect("automation", "create", "--from-file", str(shortened))
     time.sleep(5)  # until the server heeds it
-    *started, waiting = pool_with_runs(fleet, slots=4, runs=5)
+    *started, waiting = pool_with_runs(fleet, slots=5, runs=6)
     for run in started:
         set_state(fleet, run, "PENDING", "Pending")
-    _, on_kubernetes, silent, alive = started
+    _, handed_over, on_kubernetes, silent, alive = started
+    set_state(fleet, handed_over, "PENDING", "Submitting")  # as workers do
     set_state(fleet, on_kubernetes, "PENDING", "InfrastructurePending")
     for run in (silent, alive):
         set_state(fleet, run, "RUNNING", "Running")
