@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 from collections.abc import Sequence
@@ -97,12 +98,25 @@ def reconstruct_here(
     """Reconstruct one drive after the other in this process."""
     kind = device_kind(resolve_device(config.infer))
     _, left = within_budget(drives, output, config, budget, kind)
-    return [
-        record_of(drive, output, is_left=True)
-        if drive in left
-        else reconstruct_one(drive, output, config, budget.prices)
-        for drive in drives
-    ]
+    outcomes = []
+    for drive in drives:
+        if drive in left:
+            outcomes.append(record_of(drive, output, is_left=True))
+        else:
+            outcomes.append(reconstruct_one(drive, output, config, budget.prices))
+            return_freed_memory()
+    return outcomes
+
+
+def return_freed_memory() -> None:
+    """Give what was freed back to the system.
+
+    glibc keeps freed memory in one arena a thread, and fragments of each drive's many threads
+    would pile up over days. Other C libraries have no such call and need none.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def reconstruct_elsewhere(
