@@ -8,7 +8,7 @@ Sections refer to the model specification.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from ttt3r.layers import (
     rotary_tables,
 )
 from ttt3r.memory import PoseMemory
+from ttt3r.recording import Recordings, beside, can_record, joined
 from ttt3r.state import Proposal, State, UpdateRule, blend, find_rule
 
 OUTPUTS = frozenset({"cam", "world", "rgb", "trace"})
@@ -195,6 +196,8 @@ class Model(nn.Module):
             heads.DPTHead(c) if c.head_type == "dpt" else heads.LinearHead(c)
         )
         self._positions_of: dict[tuple[int, int, str], Positions] = {}
+        self.records_steps = True  # on a GPU, in inference: one launch for a whole step
+        self._recordings = Recordings()
         self._initialise()
         self.register_load_state_dict_pre_hook(_drop_aliases)
 
@@ -298,12 +301,7 @@ class Model(nn.Module):
         start = self.initial_state(lanes)
         state = start if state is None else _checked_state(state, start)
         flags = _Flags.build(state.first, (lanes, frames), update, reset, start.tokens.device)
-        advance = partial(
-            self.step,
-            rule=find_rule(rule),
-            positions=self._positions(encoded.grid, start.tokens.device),
-            gate=trace or find_rule(rule).uses_gate,
-        )
+        advance = self._advance(encoded.grid, lanes, rule, trace=trace)
         kept: list[tuple[tuple[Tensor, ...], Tensor]] = []  # all that heads need of a frame
         steps: list[Step] = []
         tokens, memory = state.tokens, state.pose_memory
@@ -339,6 +337,7 @@ class Model(nn.Module):
         rule: UpdateRule,
         positions: Positions,
         gate: bool,
+        side: torch.cuda.Stream | None = None,
     ) -> Step:
         """One frame of all lanes: recall its pose, decode, learn (section 6).
 
@@ -355,10 +354,13 @@ class Model(nn.Module):
             rule: how fast scene tokens learn.
             positions: rotary tables of the grid.
             gate: whether to compute the gate's logits.
+            side: lets the state side of each decoder layer run beside the image side.
         """
         recalled = self.pose_retriever.read(query, memory)
         pose = torch.where(first[:, None, None], self.pose_token.float(), recalled)
-        layers, candidate, logits = self._dual_decoder(pose, embedded, tokens, positions, gate=gate)
+        layers, candidate, logits = self._dual_decoder(
+            pose, embedded, tokens, positions, gate=gate, side=side
+        )
         rate = rule.rate(Proposal(tokens, candidate, logits, first))
         rate = rate.masked_fill(first[:, None], 1.0)  # initial tokens are not normalised: overwrite
         rate = rate.masked_fill(~update[:, None], 0.0)
@@ -416,8 +418,31 @@ class Model(nn.Module):
 
     # -- parts -------------------------------------------------------------------------------
 
+    def _advance(
+        self, grid: tuple[int, int], lanes: int, rule: str, *, trace: bool
+    ) -> Callable[..., Step]:
+        """`step` with its settings, on a GPU as a recording unless its inside is wanted too."""
+        device, chosen = self.pose_token.device, find_rule(rule)
+        step = partial(
+            self.step,
+            rule=chosen,
+            positions=self._positions(grid, device),
+            gate=trace or chosen.uses_gate,
+        )
+        if trace or not self.records_steps or not can_record(device):
+            return step
+        key = (grid, lanes, rule, self.dtype, self.pose_token.data_ptr())
+        return lambda *arguments: self._recordings.call(key, step, arguments)
+
     def _dual_decoder(
-        self, pose: Tensor, embedded: Tensor, tokens: Tensor, positions: Positions, *, gate: bool
+        self,
+        pose: Tensor,
+        embedded: Tensor,
+        tokens: Tensor,
+        positions: Positions,
+        *,
+        gate: bool,
+        side: torch.cuda.Stream | None,
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
         """Both sides read the other's previous layer (section 6.2).
 
@@ -429,12 +454,13 @@ class Model(nn.Module):
         layers, logits = [], []
         blocks = zip(self.dec_blocks, self.dec_blocks_state, strict=True)
         for index, (image_block, state_block) in enumerate(blocks, start=1):
-            (image, _), (scene, logit) = (
-                image_block(image, scene, positions.image_by_image, positions.state_by_image),
-                state_block(
+            with beside(side):
+                proposed, logit = state_block(
                     scene, image, positions.state_by_state, positions.image_by_state, gate=gate
-                ),
-            )
+                )
+            image, _ = image_block(image, scene, positions.image_by_image, positions.state_by_image)
+            joined(side)
+            scene = proposed
             logits.append(logit)
             if index in self.downstream_head.levels[:-1]:
                 layers.append(image)

@@ -66,6 +66,7 @@ class Settings:
     frames: int = 2
     batch_frames: int = 16
     outputs: tuple[str, ...] = ("cam",)
+    recorded: bool = True  # decoder steps, on a GPU
 
 
 def build(settings: Settings, dtype: torch.dtype) -> Model:
@@ -109,6 +110,7 @@ class Ours:
     def __init__(self, settings: Settings) -> None:
         dtype = getattr(torch, settings.precision)
         self.model = build(settings, dtype)
+        self.model.records_steps = settings.recorded
         self.state: State | None = None
 
     def round(self, settings: Settings) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -380,6 +382,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="rounds, after one to warm up")
     parser.add_argument("--naive-frames", type=int, default=1, help="of a round; 0: no naive mode")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--launched", action="store_true", help="no CUDA graphs of decoder steps")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     if "cam" not in args.outputs:
@@ -403,6 +406,7 @@ def rows_wanted(args: argparse.Namespace) -> list[Settings]:
         frames=args.frames,
         batch_frames=args.batch_frames,
         outputs=tuple(args.outputs),
+        recorded=not args.launched,
     )
     return [
         replace(plain, width=width, height=height, rule=rule, lanes=lanes)
