@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from tasks.budget import within_budget
 from tasks.config import BudgetConfig, ReconstructionConfig
 from tasks.finished import is_finished
 from tasks.infer import device_kind, resolve_device
+from tasks.memory import return_freed_memory
 from tasks.plan import read_aside
 
 DEPLOYMENT = "reconstruct-drive/fleet"
@@ -106,17 +106,6 @@ def reconstruct_here(
             outcomes.append(reconstruct_one(drive, output, config, budget.prices))
             return_freed_memory()
     return outcomes
-
-
-def return_freed_memory() -> None:
-    """Give what was freed back to the system.
-
-    glibc keeps freed memory in one arena a thread, and fragments of each drive's many threads
-    would pile up over days. Other C libraries have no such call and need none.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def reconstruct_elsewhere(

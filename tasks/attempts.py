@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from storage.reconstruction import ReconstructionStore, StoreError
 from tasks import metrics
+from tasks.memory import return_freed_memory
 
 ATTEMPTS = "attempts"
 HEARTBEAT_S = 15.0
@@ -91,6 +92,7 @@ def counted(stage: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
                 raise
             finally:
                 _current.reset(token)
+                return_freed_memory()  # or the next stage's peak comes on top
             attempt.end("done")
             return result
 
