@@ -25,7 +25,7 @@ from tasks.budget import within_budget
 from tasks.config import BudgetConfig, ReconstructionConfig
 from tasks.finished import is_finished
 from tasks.infer import device_kind, resolve_device
-from tasks.memory import return_freed_memory
+from tasks.memory import use_one_arena
 from tasks.plan import read_aside
 
 DEPLOYMENT = "reconstruct-drive/fleet"
@@ -72,6 +72,7 @@ def reconstruct_collection(
         CollectionIncomplete: after all drives, if any failed.
         OverBudget: before any drive.
     """
+    use_one_arena()
     for given in (collection, output, config.infer.weights, budget.prices, budget.rates):
         refuse_credentials(given or "")
     check_config(config, spread)
@@ -98,14 +99,12 @@ def reconstruct_here(
     """Reconstruct one drive after the other in this process."""
     kind = device_kind(resolve_device(config.infer))
     _, left = within_budget(drives, output, config, budget, kind)
-    outcomes = []
-    for drive in drives:
-        if drive in left:
-            outcomes.append(record_of(drive, output, is_left=True))
-        else:
-            outcomes.append(reconstruct_one(drive, output, config, budget.prices))
-            return_freed_memory()
-    return outcomes
+    return [
+        record_of(drive, output, is_left=True)
+        if drive in left
+        else reconstruct_one(drive, output, config, budget.prices)
+        for drive in drives
+    ]
 
 
 def reconstruct_elsewhere(

@@ -22,6 +22,7 @@ from tasks.config import ReconstructionConfig
 from tasks.finished import drop_outdated, write_finished
 from tasks.infer import resolve_device
 from tasks.ledger import write_ledger
+from tasks.memory import use_one_arena
 from tasks.plan import plan_stage
 from tasks.planner import record_prediction
 from tasks.prices import Prices, read_prices
@@ -67,6 +68,7 @@ def reconstruct_drive(
     Raises:
         Claimed: another run is at work on this drive.
     """
+    use_one_arena()
     for given in (location, output, config.infer.weights, prices or ""):
         refuse_credentials(given)
     url = store_url(output, name or drive_name(location))

@@ -1,16 +1,26 @@
-"""Memory that the allocator keeps."""
+"""Memory that the allocator keeps: glibc's settings; other C libraries have none of this."""
 
 from __future__ import annotations
 
 import ctypes
 
+M_ARENA_MAX = -8  # of malloc.h
+
+
+def use_one_arena() -> None:
+    """Let all threads that start from now on share what was freed.
+
+    By default threads have arenas of their own. Each drive has threads of its own, which leave
+    some small blocks in this arena and some in that one: a process that lives long grows by
+    some 0.4 MB a drive, though all that is in use stays the same.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(M_ARENA_MAX, 1)
+
 
 def return_freed_memory() -> None:
-    """Give what was freed back to the system.
-
-    glibc keeps freed memory in one arena a thread, and fragments of each stage's many threads
-    would pile up over days. Other C libraries have no such call and need none.
-    """
+    """Give pages on which nothing is in use back to the system."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
