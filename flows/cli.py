@@ -45,15 +45,44 @@ app.add_typer(weights_app, name="weights")
 USER_ERROR, WORK_ERROR, INCOMPLETE = 2, 1, 3
 STOPPED = 128 + signal.SIGTERM
 
-StoreUrl = Annotated[str, typer.Argument(help="A drive's reconstruction: DIR/NAME.zarr or a URL.")]
+
+def without_credentials(location: str | None) -> str | None:
+    """A location that may be repeated in messages, records and databases.
+
+    Raises:
+        ValueError: it holds credentials, which the message does not repeat.
+    """
+    from storage.credentials import refuse_credentials
+
+    return location and refuse_credentials(location)
+
+
+StoreUrl = Annotated[
+    str,
+    typer.Argument(
+        help="A drive's reconstruction: DIR/NAME.zarr or a URL.", callback=without_credentials
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Weights = Annotated[
-    str, typer.Option(help="Name, path or URL of the weights (`ttt3r weights list`).")
+    str,
+    typer.Option(
+        help="Name, path or URL of the weights (`ttt3r weights list`).",
+        callback=without_credentials,
+    ),
 ]
 Input = Annotated[
-    str, typer.Argument(metavar="INPUT", help="A drive, or a folder or glob of drives.")
+    str,
+    typer.Argument(
+        metavar="INPUT",
+        help="A drive, or a folder or glob of drives.",
+        callback=without_credentials,
+    ),
 ]
-Output = Annotated[str, typer.Option(help="Folder or URL that takes <drive>.zarr.")]
+Output = Annotated[
+    str,
+    typer.Option(help="Folder or URL that takes <drive>.zarr.", callback=without_credentials),
+]
 Rule = Annotated[str, typer.Option(help="Update rule of the state.")]
 SegmentFrames = Annotated[
     int | None, typer.Option(min=2, help="Frames of a segment [default: the weights' own].")
@@ -70,12 +99,17 @@ DepthLimitM = Annotated[
     float | None, typer.Option(help="Fuse no depth beyond [default: 3 x the median].")
 ]
 PriceTable = Annotated[
-    str | None, typer.Option("--prices", help="Price table (see deploy/prices.toml).")
+    str | None,
+    typer.Option(
+        "--prices", help="Price table (see deploy/prices.toml).", callback=without_credentials
+    ),
 ]
 RatesFile = Annotated[
     str | None,
     typer.Option(
-        "--rates", help="JSON of tests/benchmarks/pipeline.py, for where no drive is finished."
+        "--rates",
+        help="JSON of tests/benchmarks/pipeline.py, for where no drive is finished.",
+        callback=without_credentials,
     ),
 ]
 
@@ -215,7 +249,12 @@ def options(
 
 @app.command()
 def probe(
-    video: Annotated[str, typer.Argument(help="Video, folder of clips or folder of images.")],
+    video: Annotated[
+        str,
+        typer.Argument(
+            help="Video, folder of clips or folder of images.", callback=without_credentials
+        ),
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Say what a recording really holds, by decoding all of it."""
@@ -435,11 +474,8 @@ def run_reconstruction(source: str, output: str, config: Any, budget: Any) -> No
     from flows.prefect_home import use_home
     from flows.progress import progress_of
     from flows.reconstruct_drive import check_config, store_url
-    from storage.credentials import refuse_credentials
     from storage.video import is_collection, list_drives
 
-    for location in (source, output, config.infer.weights, budget.prices, budget.rates):
-        refuse_credentials(location or "")
     if os.environ.get("PREFECT_HOME") == str(prefect_cache()):
         use_home(prefect_cache())
     check_config(config)
@@ -541,7 +577,12 @@ def demo(
 
 @app.command()
 def status(
-    output: Annotated[str, typer.Argument(help="A reconstruction, or a folder or URL of them.")],
+    output: Annotated[
+        str,
+        typer.Argument(
+            help="A reconstruction, or a folder or URL of them.", callback=without_credentials
+        ),
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Say how far every drive under OUTPUT is."""
@@ -620,7 +661,11 @@ def export(
     url: StoreUrl,
     format: Annotated[ExportFormat, typer.Option(help="What to write.")],
     to: Annotated[
-        str | None, typer.Option(help="File or URL to write [default: <drive>.<ending> here].")
+        str | None,
+        typer.Option(
+            help="File or URL to write [default: <drive>.<ending> here].",
+            callback=without_credentials,
+        ),
     ] = None,
     part: Annotated[
         int | None, typer.Option(help="Trajectory part [default: the longest].")
@@ -647,10 +692,17 @@ def report(url: StoreUrl) -> None:
 @app.command()
 def evaluate(
     url: StoreUrl,
-    ground_truth: Annotated[str, typer.Option(help="Trajectory file, camera-to-world.")],
+    ground_truth: Annotated[
+        str,
+        typer.Option(help="Trajectory file, camera-to-world.", callback=without_credentials),
+    ],
     format: Annotated[TrajectoryFormat, typer.Option(help="Format of the file.")],
     depth: Annotated[
-        str | None, typer.Option(help="Folder of 16-bit PNG depth, named by frame, millimetres.")
+        str | None,
+        typer.Option(
+            help="Folder of 16-bit PNG depth, named by frame, millimetres.",
+            callback=without_credentials,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -695,10 +747,18 @@ def train(context: typer.Context) -> None:
 @app.command()
 def serve(
     collection: Annotated[
-        str | None, typer.Option(help="Folder, URL or glob of drives, where a run names none.")
+        str | None,
+        typer.Option(
+            help="Folder, URL or glob of drives, where a run names none.",
+            callback=without_credentials,
+        ),
     ] = None,
     output: Annotated[
-        str | None, typer.Option(help="Folder or URL that takes results, where a run names none.")
+        str | None,
+        typer.Option(
+            help="Folder or URL that takes results, where a run names none.",
+            callback=without_credentials,
+        ),
     ] = None,
     cron: Annotated[
         str | None,
@@ -724,18 +784,15 @@ def local_deployments(collection: str | None, output: str | None, cron: str | No
     """Both flows as `serve` offers them.
 
     Raises:
-        ValueError: there is no such time, or a location holds credentials.
+        ValueError: there is no such time.
     """
     from pydantic import ValidationError
 
     from flows.reconstruct_collection import reconstruct_collection
     from flows.reconstruct_drive import reconstruct_drive
-    from storage.credentials import refuse_credentials
 
     given = {"collection": collection, "output": output}
     parameters = {name: seen_from_anywhere(at) for name, at in given.items() if at is not None}
-    for location in parameters.values():
-        refuse_credentials(location)  # Prefect's database is no place for them
     try:
         nightly = reconstruct_collection.to_deployment("local", cron=cron, parameters=parameters)
     except ValidationError:

@@ -24,7 +24,10 @@ def refuse_credentials(location: str) -> str:
         scheme, _, rest = url.partition("://")
         host = rest.partition("/")[0]
         query = rest.partition("?")[2]
-        if "@" in host or SIGNED.search(query):
+        # A secret may have slashes: "KEY:se/cret@bucket". After a host a colon begins a port only.
+        _, colon, port = host.rpartition("]")[2].partition(":")
+        is_split = bool(colon) and (not port.isdigit() or "@" in rest)
+        if "@" in host or is_split or SIGNED.search(query):
             raise ValueError(
                 f"a {scheme} location holds credentials; they would be stored with the result: "
                 "give them by environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import fsspec
 
 from storage.reconstruction import ReconstructionStore
@@ -15,7 +18,7 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
     Args:
         url: the drive's store.
         format: tum, kitti (camera-to-world, metres as estimated), ply or glb.
-        to: file or URL; None: `<drive>.<ending>` in the working directory.
+        to: file or URL; None: in the working directory, named after the store.
         part: trajectory part; None: the longest.
 
     Returns:
@@ -27,12 +30,30 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
     store = ReconstructionStore.open(url)
     part = choose_part(store, part)
     ending = format if format in ("ply", "glb") else f"{format}.txt"
-    target = to or f"{store.attributes['drive']['name']}.{ending}"
+    target = to or f"{file_stem(url)}.{ending}"
     make = mesh_bytes if format in ("ply", "glb") else trajectory_bytes
-    data = make(store, format, part)  # before the file is opened: a failure leaves none
-    with fsspec.open(target, "wb") as file:
-        file.write(data)
+    write_whole(target, make(store, format, part))
     return target
+
+
+def file_stem(url: str) -> str:
+    """`street` of `out/street.zarr`: what the user typed, not what the store says of itself."""
+    return url.rstrip("/").rpartition("/")[2].removesuffix(".zarr")
+
+
+def write_whole(target: str, data: bytes) -> None:
+    """Write a file of the user's; if that fails, an earlier one is still there."""
+    path = Path(target)
+    if "://" in target or (path.exists() and not path.is_file()):  # a pipe is no file to replace
+        with fsspec.open(target, "wb") as file:
+            file.write(data)
+        return
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def choose_part(store: ReconstructionStore, part: int | None) -> int:

@@ -178,6 +178,61 @@ def test_export_writes_trajectories_that_read_back(run, store, tmp_path):
     np.testing.assert_allclose(poses, read_kitti(tmp_path / "k.txt"), atol=1e-6)
 
 
+def test_export_without_a_target_is_named_after_the_store_whatever_the_store_says(
+    run, store, tmp_path, monkeypatch
+):
+    copy, elsewhere = tmp_path / "copy.zarr", tmp_path / "elsewhere"
+    shutil.copytree(store, copy)
+    elsewhere.mkdir()
+    group = json.loads((copy / "zarr.json").read_text())
+    group["attributes"]["drive"]["name"] = str(elsewhere / "evil")
+    (copy / "zarr.json").write_text(json.dumps(group))
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("export", copy, "--format", "tum")
+    assert (code, out.strip()) == (0, "copy.tum.txt")
+    assert read_tum(tmp_path / "copy.tum.txt")
+    assert not list(elsewhere.iterdir())
+
+
+def test_export_that_fails_leaves_an_earlier_file(run, store, tmp_path, monkeypatch):
+    target = tmp_path / "t.txt"
+    target.write_text("earlier")
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    code, _, err = run("export", store, "--format", "tum", "--to", target)
+    assert (code, err) == (1, "ttt3r: full\n")
+    assert target.read_text() == "earlier"
+
+
+LOCATION = "s3://AKIACANARY:canary/secret@bucket/x"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("probe", LOCATION),
+        ("plan", "a.mp4", "--output", LOCATION),
+        ("plan", "https://host/a.mp4?X-Amz-Signature=canary", "--output", "o"),
+        ("reconstruct", LOCATION, "--output", "o"),
+        ("reconstruct", "a.mp4", "--output", "o", "--prices", LOCATION),
+        ("status", LOCATION),
+        ("inspect", LOCATION),
+        ("repair", LOCATION),
+        ("gc", LOCATION),
+        ("report", LOCATION),
+        ("export", LOCATION, "--format", "tum"),
+        ("export", "o", "--format", "tum", "--to", LOCATION),
+        ("evaluate", "o", "--ground-truth", LOCATION, "--format", "tum"),
+        ("serve", "--collection", LOCATION),
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_refuses_credentials_and_repeats_none(run, command):
+    code, out, err = run(*command)
+    assert code == 2
+    assert_one_line(code, err, "holds credentials")
+    assert "canary" not in (out + err).lower()
+
+
 def test_export_of_a_mesh_is_readable_or_says_that_it_is_empty(run, store, tmp_path):
     code, _, err = run("export", store, "--format", "ply", "--to", tmp_path / "m.ply")
     if code:

@@ -41,6 +41,8 @@ def assert_nowhere(folder: Path, said: bytes) -> None:
     "location",
     [
         f"s3://{KEY}:{SECRET}@bucket/out",
+        f"s3://{KEY}:with/{SECRET}@bucket/out",
+        f"s3://{KEY}:12/{SECRET}@bucket/out",
         f"https://host/a.mp4?X-Amz-Signature={SECRET}",
         f"https://host/a.mp4?x=1&token={SECRET}",
         f"simplecache::s3://{KEY}:{SECRET}@bucket/out",
@@ -54,7 +56,16 @@ def test_credentials_in_a_location_are_refused_and_not_repeated(location):
     assert SECRET not in str(refusal.value)
 
 
-@pytest.mark.parametrize("location", ["/a@b/c.mp4", "s3://bucket/a@b.mp4", "https://h/a.mp4?id=3"])
+@pytest.mark.parametrize(
+    "location",
+    [
+        "/a@b/c.mp4",
+        "s3://bucket/a@b.mp4",
+        "https://h/a.mp4?id=3",
+        "http://host:8080/a.mp4",
+        "http://[::1]:8080/a.mp4",
+    ],
+)
 def test_locations_without_credentials_are_taken(location):
     assert refuse_credentials(location) == location
 
