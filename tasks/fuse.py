@@ -376,12 +376,14 @@ def merge_part(
 def write_whole(
     store: ReconstructionStore, name: str, whole: PlyWriter, scratch: Path
 ) -> dict[str, str]:
-    """Write a mesh of any size as PLY, and as GLB unless it is too large for that."""
-    if whole.triangles <= LARGEST_GLB_TRIANGLES:
-        return write_mesh(store, name, whole.mesh())
-    log.info("%s: %s has %d triangles; no GLB of it", store.url, name, whole.triangles)
+    """Write a mesh of any size as PLY, and as GLB unless it is empty or too large for that."""
     whole.finish(scratch / "mesh.ply")
-    return {f"{name}.ply": store.put_file(f"{name}.ply", scratch / "mesh.ply")}
+    files = {f"{name}.ply": store.put_file(f"{name}.ply", scratch / "mesh.ply")}
+    if whole.triangles > LARGEST_GLB_TRIANGLES:
+        log.info("%s: %s has %d triangles; no GLB of it", store.url, name, whole.triangles)
+    elif whole.triangles:
+        files[f"{name}.glb"] = store.put_file(f"{name}.glb", write_glb(whole.mesh()))
+    return files
 
 
 def write_mesh(store: ReconstructionStore, name: str, mesh: Mesh) -> dict[str, str]:

@@ -246,15 +246,14 @@ def write_glb(mesh: Mesh) -> bytes:
     arrays = [positions, colors, mesh.triangles.astype("<u4")]
     description = json.dumps(_gltf_description(arrays), separators=(",", ":")).encode()
     description += b" " * (-len(description) % 4)
-    body = b"".join(array.tobytes() for array in arrays)
-    length = 12 + 8 + len(description) + 8 + len(body)
+    size = sum(array.nbytes for array in arrays)
     return b"".join(
         [
-            struct.pack("<4sII", b"glTF", 2, length),
+            struct.pack("<4sII", b"glTF", 2, 12 + 8 + len(description) + 8 + size),
             struct.pack("<I4s", len(description), b"JSON"),
             description,
-            struct.pack("<I4s", len(body), b"BIN\0"),
-            body,
+            struct.pack("<I4s", size, b"BIN\0"),
+            *(np.ascontiguousarray(array).data for array in arrays),
         ]
     )
 
