@@ -119,7 +119,7 @@ def test_a_job_that_is_told_to_go_has_two_minutes_and_is_scheduled_again(pool):
     assert environment["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
     assert job["spec"]["backoffLimit"] == 0
     notes = job["spec"]["template"]["metadata"]["annotations"]
-    assert notes["karpenter.sh/do-not-disrupt"] == "true"
+    assert "karpenter.sh/do-not-disrupt" not in notes  # a drain evicts no pod that has it
 
 
 def test_job_variables_of_a_deployment_keep_the_settings_of_the_pool(pool):
@@ -197,6 +197,17 @@ def test_nodes_come_and_go_with_the_work_and_never_exceed_a_limit():
         assert group["minSize"] == group["desiredCapacity"] == 0 < group["maxSize"]
         assert group["propagateASGTags"]  # else an empty group's labels are unknown
         assert group["spot"]
+
+
+def test_karpenter_disrupts_no_node_that_is_at_work():
+    for document in documents("karpenter"):
+        if document["kind"] == "NodePool":
+            spec = document["spec"]
+            assert spec["template"]["spec"]["expireAfter"] == "Never"
+            assert spec["disruption"]["consolidationPolicy"] == "WhenEmpty"
+            budgets = spec["disruption"]["budgets"]
+            at_once = {r: budget["nodes"] for budget in budgets for r in budget["reasons"]}
+            assert at_once == {"Drifted": "0", "Empty": "100%"}
 
 
 def gibibytes(size: str) -> int:
