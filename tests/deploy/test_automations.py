@@ -11,6 +11,13 @@ import pytest
 import yaml
 from local_fleet import LocalFleet
 from prefect.events.schemas.automations import AutomationCore
+from prefect.server.events.schemas.automations import EventTrigger
+from prefect.server.events.schemas.events import RelatedResource, Resource
+
+from flows.fuse_tiles import fuse_tiles
+from flows.infer_segments import infer_segments
+from flows.reconstruct_collection import reconstruct_collection
+from flows.reconstruct_drive import reconstruct_drive
 
 AUTOMATIONS = Path(__file__).resolve().parents[2] / "deploy" / "automations.yaml"
 
@@ -29,6 +36,26 @@ def test_both_are_taken_by_prefect_and_wait_long_enough():
     assert waits["lost-before-the-start"] >= 1800  # a node from zero, its driver, the image
 
 
+def related_flow(name: str) -> dict[str, str]:
+    """What an event of a run says of its flow."""
+    role = {"prefect.resource.role": "flow", "prefect.resource.name": name}
+    return {"prefect.resource.id": f"prefect.flow.{uuid4()}", **role}
+
+
+@pytest.mark.parametrize("automation", ["lost-runs", "lost-before-the-start"])
+def test_runs_of_our_flows_are_watched_and_no_others(automation):
+    trigger = EventTrigger.model_validate(entries()[automation]["trigger"])
+    run = Resource.model_validate({"prefect.resource.id": f"prefect.flow-run.{uuid4()}"})
+
+    def is_watched(flow_name: str) -> bool:
+        related = RelatedResource.model_validate(related_flow(flow_name))
+        return trigger.covers_resources(run, [related])
+
+    ours = (reconstruct_collection, reconstruct_drive, infer_segments, fuse_tiles)
+    assert all(is_watched(flow.name) for flow in ours)
+    assert not is_watched("nightly-report")
+
+
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
     """A server on SQLite, without workers."""
@@ -43,7 +70,12 @@ def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
 def pool_with_runs(fleet: LocalFleet, slots: int, runs: int) -> list[str]:
     """Ids of runs that wait in the pool `gpu`."""
     fleet.ask("work_pools/", {"name": "gpu", "type": "process", "concurrency_limit": slots})
-    flow = fleet.ask("flows/", {"name": "infer-segments"})["id"]
+    return runs_of(fleet, "infer-segments", runs)
+
+
+def runs_of(fleet: LocalFleet, flow_name: str, runs: int) -> list[str]:
+    """Ids of runs of a flow that wait in the pool `gpu`."""
+    flow = fleet.ask("flows/", {"name": flow_name})["id"]
     asked = {"name": "fleet", "flow_id": flow, "work_pool_name": "gpu"}
     deployment = fleet.ask("deployments/", asked)["id"]
     scheduled = {"state": {"type": "SCHEDULED"}}
@@ -56,11 +88,12 @@ def set_state(fleet: LocalFleet, run: str, kind: str, name: str) -> None:
     assert said["status"] == "ACCEPT"
 
 
-def give_sign_of_life(fleet: LocalFleet, run: str) -> None:
+def give_sign_of_life(fleet: LocalFleet, run: str, flow_name: str = "infer-segments") -> None:
     event = {
         "occurred": datetime.now(UTC).isoformat(),
         "event": "prefect.flow-run.heartbeat",
         "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"},
+        "related": [related_flow(flow_name)],
         "id": str(uuid4()),
     }
     fleet.ask("events", [event])
@@ -72,16 +105,41 @@ def handed_out(fleet: LocalFleet) -> list[str]:
     return [entry["flow_run"]["id"] for entry in found]
 
 
-@pytest.mark.slow
-def test_a_run_that_is_lost_before_its_first_heartbeat_gives_its_slot_back(fleet, tmp_path):
-    entry = entries()["lost-before-the-start"]
-    entry["trigger"]["within"] = 10  # the least that Prefect takes
-    shortened = tmp_path / "automations.yaml"
+def automate(fleet: LocalFleet, folder: Path, name: str) -> None:
+    """Create one of the automations, which waits as shortly as Prefect lets it."""
+    entry = entries()[name]
+    entry["trigger"]["within"] = 10
+    shortened = folder / "automations.yaml"
     shortened.write_text(yaml.safe_dump({"automations": [entry]}))
     fleet.prefect("automation", "create", "--from-file", str(shortened))
     time.sleep(5)  # until the server heeds it
-    *started, waiting = pool_with_runs(fleet, slots=5, runs=6)
-    for run in started:
+
+
+def crashed_runs(fleet: LocalFleet) -> set[str]:
+    return {run["id"] for run in fleet.flow_runs() if run["state_type"] == "CRASHED"}
+
+
+@pytest.mark.slow
+def test_a_run_that_falls_silent_is_lost_and_one_of_another_flow_is_left_alone(fleet, tmp_path):
+    automate(fleet, tmp_path, "lost-runs")
+    (ours,) = pool_with_runs(fleet, slots=2, runs=1)
+    (other,) = runs_of(fleet, "nightly-report", 1)
+    for run, flow_name in ((other, "nightly-report"), (ours, "infer-segments")):
+        set_state(fleet, run, "RUNNING", "Running")
+        give_sign_of_life(fleet, run, flow_name)
+    until = time.monotonic() + 120
+    while not crashed_runs(fleet) and time.monotonic() < until:
+        time.sleep(1)
+    time.sleep(5)  # the other one's time began and ended first
+    assert crashed_runs(fleet) == {ours}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_lost_before_its_first_heartbeat_gives_its_slot_back(fleet, tmp_path):
+    automate(fleet, tmp_path, "lost-before-the-start")
+    *started, waiting = pool_with_runs(fleet, slots=6, runs=6)
+    others = runs_of(fleet, "nightly-report", 1)
+    for run in (*started, *others):
         set_state(fleet, run, "PENDING", "Pending")
     _, handed_over, on_kubernetes, silent, alive = started
     set_state(fleet, handed_over, "PENDING", "Submitting")  # as workers do
@@ -94,7 +152,7 @@ def test_a_run_that_is_lost_before_its_first_heartbeat_gives_its_slot_back(fleet
     until = time.monotonic() + 180
     while time.monotonic() < until:
         give_sign_of_life(fleet, alive)
-        crashed = {r["id"] for r in fleet.flow_runs() if r["state_type"] == "CRASHED"}
+        crashed = crashed_runs(fleet)
         if crashed >= lost and not ended >= lost:
             until = time.monotonic() + 15  # the one that lives has its time, too
             assert handed_out(fleet) == [waiting]
