@@ -11,12 +11,14 @@ import promql_parser
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from tasks.prices import read_prices
 
 OBSERVABILITY = Path(__file__).resolve().parents[2] / "deploy" / "observability"
 
-# Prints all metrics as Prometheus names them. In a process of its own: the provider is global.
+# Prints all metrics as Prometheus names them: as a process begins, and after it has counted
+# everything. In a process of its own: the provider is global.
 EXPORT = """
 from unittest.mock import patch
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
@@ -26,6 +28,7 @@ from prometheus_client import generate_latest
 set_meter_provider(MeterProvider([PrometheusMetricReader()]))
 from tasks import metrics
 metrics.start_at_zero()
+print(generate_latest().decode(), "counted", sep="\\n")
 metrics.retried("infer")
 metrics.segment_set_aside()
 metrics.drive_failed()
@@ -44,14 +47,27 @@ with (
 
 
 @pytest.fixture(scope="module")
-def exported() -> dict[str, set[str]]:
-    """Labels of each metric."""
+def series() -> tuple[list[Sample], list[Sample]]:
+    """What a process sends when it begins, and after it has counted everything."""
     run = subprocess.run([sys.executable, "-c", EXPORT], capture_output=True, text=True, check=True)
+    begun, counted = (
+        [
+            sample
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name.startswith("ttt3r_")
+        ]
+        for text in run.stdout.split("counted\n")
+    )
+    return begun, counted
+
+
+@pytest.fixture(scope="module")
+def exported(series: tuple[list[Sample], list[Sample]]) -> dict[str, set[str]]:
+    """Labels of each metric."""
     labels: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(run.stdout):
-        for sample in family.samples:
-            if sample.name.startswith("ttt3r_"):
-                labels.setdefault(sample.name, set()).update(sample.labels)
+    for sample in series[1]:
+        labels.setdefault(sample.name, set()).update(sample.labels)
     return labels
 
 
@@ -82,6 +98,15 @@ def test_queries_parse_and_name_metrics_and_labels_that_exist(where, exported):
     known = set().union(*(exported[metric] for metric, _ in named)) | {"instance"}
     for names in re.findall(r"\b(?:by|on) \(([^)]*)\)", query):
         assert {name.strip() for name in names.split(",") if name} <= known
+
+
+@pytest.mark.parametrize("where", QUERIES)
+def test_increases_are_asked_only_of_series_that_begin_at_zero(where, series):
+    """Prometheus' rate() and increase() see nothing of what the first sample of a series holds."""
+    begun, counted = series
+    named = set(re.findall(r"\b(?:rate|increase)\((ttt3r_\w+)", QUERIES[where]))
+    at_zero = {(s.name, *s.labels.items()) for s in begun if s.value == 0}
+    assert {(s.name, *s.labels.items()) for s in counted if s.name in named} <= at_zero
 
 
 def test_every_metric_is_shown(exported):
