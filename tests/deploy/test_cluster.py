@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import kubernetes_validate
 import pytest
@@ -68,7 +69,7 @@ def reached_ports(role: str) -> set[int]:
 @pytest.mark.parametrize(
     ("role", "ports"),
     [
-        ("job", {53, 443, 4200, 9090}),  # names, object store, server, metrics
+        ("job", {53, 80, 443, 4200, 9090}),  # names, object store, server, metrics (service, pod)
         ("worker", {53, 443, 4200, 6443}),  # names, the cluster's API, server
         ("server", {53, 5432}),  # names, database
     ],
@@ -92,6 +93,16 @@ def test_the_job_that_migrates_the_database_reaches_it_and_what_it_runs_on_is_pi
     versions = [re.findall(r"--version (\S+)", command.splitlines()[0]) for command in commands]
     assert len(commands) == 2  # server, workers
     assert versions[0] == versions[1] != []
+
+
+def test_metrics_are_sent_to_the_port_of_a_service_that_jobs_reach():
+    (settings,) = (d["data"] for d in documents("fleet") if d["kind"] == "ConfigMap")
+    address = urlsplit(settings["OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"])
+    assert address.port in (None, 80)  # of prometheus-community's chart
+    _, namespace = str(address.hostname).split(".")
+    (rule,) = (r for r in rules("job", "Egress") if {"protocol": "TCP", "port": 80} in r["ports"])
+    (peer,) = rule["to"]
+    assert selects(peer["namespaceSelector"], {"kubernetes.io/metadata.name": namespace})
 
 
 def test_no_pod_reaches_the_credentials_of_its_node():

@@ -314,6 +314,14 @@ def test_docker_containers_are_as_locked_down(pool):
     assert settings["environment"]["PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"] == "reschedule"
 
 
+def test_the_guide_makes_credentials_that_a_docker_container_can_read(pool):
+    settings = container_settings(pool)
+    at = settings["environment"]["AWS_SHARED_CREDENTIALS_FILE"].replace("/run/", "/etc/")
+    guide = (DEPLOY.parent / "docs" / "cluster.md").read_text()
+    (owner,) = re.findall(rf"sudo install -o (\d+) -g \1 -m 400 \S+ {at}", guide)
+    assert settings["user"] == f"{owner}:{owner}"
+
+
 def test_a_docker_container_has_the_one_gpu_of_its_machine_and_the_guide_says_one_run(pool):
     gpus = container_settings(pool)["host_config"].get("DeviceRequests") or []
     asked = [(gpu["Count"], gpu["Capabilities"]) for gpu in gpus]
