@@ -7,6 +7,7 @@ from dataclasses import asdict
 from prefect import flow
 
 from flows.children import Child, ChildrenLost, Spread, run_children, work_key
+from flows.leaving import told_when_left
 from flows.telemetry import observed
 from storage.credentials import refuse_credentials
 from storage.reconstruction import ReconstructionStore
@@ -36,7 +37,7 @@ def fuse_tiles(
     """
     for given in (url, infer.weights):
         refuse_credentials(given)
-    with observed():
+    with told_when_left(), observed():
         for batch in batches:
             fuse_tiles_stage(url, batch, config, infer)
 

@@ -14,6 +14,7 @@ from prefect.exceptions import TerminationSignal
 
 from flows.artifacts import progress_of
 from flows.children import Child, ChildrenLost, Spread, run_children, work_key
+from flows.leaving import told_when_left
 from flows.telemetry import observed
 from storage.credentials import refuse_credentials
 from storage.errors import StoreError
@@ -52,7 +53,7 @@ def infer_segments(
     for given in (url, config.weights):
         refuse_credentials(given)
     size = 1 if alone else config.segments_per_task
-    with observed():
+    with told_when_left(), observed():
         for first in range(0, len(indices), size):
             group = indices[first : first + size]
             if alone:

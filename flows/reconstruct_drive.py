@@ -11,6 +11,7 @@ from flows.artifacts import publish_drive, publish_ledger
 from flows.children import Spread
 from flows.fuse_tiles import fuse_drive
 from flows.infer_segments import infer_drive
+from flows.leaving import told_when_left
 from flows.telemetry import observed
 from storage.claims import Claim
 from storage.credentials import refuse_credentials
@@ -74,7 +75,7 @@ def reconstruct_drive(
     url = store_url(output, name or drive_name(location))
     check_config(config, spread)
     table = read_prices(prices) if prices else None
-    with observed():
+    with told_when_left(), observed():
         try:
             with ReconstructionStore.create(url, {}).claim("drive") as claim:
                 name = name or drive_name(location)

@@ -16,6 +16,7 @@ from prefect.server.events.schemas.events import RelatedResource, Resource
 
 from flows.fuse_tiles import fuse_tiles
 from flows.infer_segments import infer_segments
+from flows.leaving import LEFT
 from flows.reconstruct_collection import reconstruct_collection
 from flows.reconstruct_drive import reconstruct_drive
 
@@ -88,15 +89,30 @@ def set_state(fleet: LocalFleet, run: str, kind: str, name: str) -> None:
     assert said["status"] == "ACCEPT"
 
 
-def give_sign_of_life(fleet: LocalFleet, run: str, flow_name: str = "infer-segments") -> None:
-    event = {
+def give_sign_of_life(
+    fleet: LocalFleet,
+    run: str,
+    flow_name: str = "infer-segments",
+    event: str = "prefect.flow-run.heartbeat",
+) -> None:
+    sign = {
         "occurred": datetime.now(UTC).isoformat(),
-        "event": "prefect.flow-run.heartbeat",
+        "event": event,
         "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"},
         "related": [related_flow(flow_name)],
         "id": str(uuid4()),
     }
-    fleet.ask("events", [event])
+    fleet.ask("events", [sign])
+
+
+def move(fleet: LocalFleet, run: str) -> None:
+    """What the server hears of a run whose pod got SIGTERM: a sign of life after its states."""
+    set_state(fleet, run, "SCHEDULED", "AwaitingRetry")
+    set_state(fleet, run, "PENDING", "Pending")
+    set_state(fleet, run, "PENDING", "Submitting")
+    give_sign_of_life(fleet, run)
+    time.sleep(2)  # the server handles two events at once
+    give_sign_of_life(fleet, run, event=LEFT)
 
 
 def handed_out(fleet: LocalFleet) -> list[str]:
@@ -120,32 +136,37 @@ def crashed_runs(fleet: LocalFleet) -> set[str]:
 
 
 @pytest.mark.slow
-def test_a_run_that_falls_silent_is_lost_and_one_of_another_flow_is_left_alone(fleet, tmp_path):
+def test_a_run_that_falls_silent_is_lost_and_one_that_moves_or_of_another_flow_is_not(
+    fleet, tmp_path
+):
     automate(fleet, tmp_path, "lost-runs")
-    (ours,) = pool_with_runs(fleet, slots=2, runs=1)
+    ours, moved = pool_with_runs(fleet, slots=3, runs=2)
     (other,) = runs_of(fleet, "nightly-report", 1)
+    set_state(fleet, moved, "RUNNING", "Running")
+    move(fleet, moved)
     for run, flow_name in ((other, "nightly-report"), (ours, "infer-segments")):
         set_state(fleet, run, "RUNNING", "Running")
         give_sign_of_life(fleet, run, flow_name)
     until = time.monotonic() + 120
     while not crashed_runs(fleet) and time.monotonic() < until:
         time.sleep(1)
-    time.sleep(5)  # the other one's time began and ended first
+    time.sleep(5)  # the others' time began and ended first
     assert crashed_runs(fleet) == {ours}
 
 
 @pytest.mark.slow
 def test_a_run_that_is_lost_before_its_first_heartbeat_gives_its_slot_back(fleet, tmp_path):
     automate(fleet, tmp_path, "lost-before-the-start")
-    *started, waiting = pool_with_runs(fleet, slots=6, runs=6)
+    *started, waiting = pool_with_runs(fleet, slots=7, runs=7)
     others = runs_of(fleet, "nightly-report", 1)
     for run in (*started, *others):
         set_state(fleet, run, "PENDING", "Pending")
-    _, handed_over, on_kubernetes, silent, alive = started
+    _, handed_over, on_kubernetes, silent, moved, alive = started
     set_state(fleet, handed_over, "PENDING", "Submitting")  # as workers do
     set_state(fleet, on_kubernetes, "PENDING", "InfrastructurePending")
-    for run in (silent, alive):
+    for run in (silent, moved, alive):
         set_state(fleet, run, "RUNNING", "Running")
+    move(fleet, moved)
     assert handed_out(fleet) == []
     lost = set(started) - {alive}
     ended: set[str] = set()

@@ -8,16 +8,19 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import httpx
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from prefect.deployments.runner import EntrypointType
+from prefect.events.filters import EventFilter, EventResourceFilter
 from prefect.settings import PREFECT_API_URL
 from recordings import moving_squares, write_video
 
 from flows.infer_segments import infer_segments
+from flows.leaving import LEFT
 from storage.reconstruction import ReconstructionStore
 from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
 from tasks.plan import plan_stage, read_plan
@@ -87,6 +90,7 @@ def test_sigterm_to_a_pod_commits_the_chunk_in_progress_and_schedules_the_run_ag
     assert 4 <= len(kept) < sum(len(s.chunks(4)) for s in read_plan(store_at(url)).segments)
     with get_client(sync_client=True) as client:
         assert client.read_flow_run(run.id).state.type.value == "SCHEDULED"
+        assert told(run)[-1] == LEFT  # after the last sign of life
         assert execute(run).wait() == 0
         assert client.read_flow_run(run.id).state.type.value == "COMPLETED"
     resumed = chunk_commits(Path(url))
@@ -104,6 +108,20 @@ def execute(run: FlowRun) -> subprocess.Popen[bytes]:
     }
     command = [sys.executable, "-m", "prefect", "flow-run", "execute", str(run.id)]
     return subprocess.Popen(command, env=environment)
+
+
+def told(run: FlowRun) -> list[str]:
+    """Names of the run's events, in the order of their times, once the server has written them."""
+    wanted = EventFilter(resource=EventResourceFilter(id=[f"prefect.flow-run.{run.id}"]))
+    body = {"filter": wanted.model_dump(mode="json"), "limit": 50}
+    names: list[str] = []
+    until = time.monotonic() + 20
+    while LEFT not in names and time.monotonic() < until:
+        time.sleep(1)
+        answer = httpx.post(f"{PREFECT_API_URL.value()}/events/filter", json=body)
+        found = sorted(answer.raise_for_status().json()["events"], key=lambda e: e["occurred"])
+        names = [event["event"] for event in found]
+    return names
 
 
 def store_at(url: str) -> ReconstructionStore:
