@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,8 @@ PICTURE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YC
 # Whatever a file is named: for others Pillow may start a program (EPS: Ghostscript).
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 # What Pillow raises for a file that is wrong; an OSError may be the disk's or a server's too.
-BAD_IMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+SENSELESS = (ArithmeticError, AttributeError, EOFError, LookupError, TypeError, struct.error)
+BAD_IMAGE = (*SENSELESS, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,8 @@ def _reason(error: Exception) -> str:
     """What is wrong with an image; a lost file or connection rises instead."""
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image that can be read"
+    if isinstance(error, SENSELESS) or getattr(error, "errno", None) == errno.EINVAL:
+        return f"its header makes no sense: {error}"  # EINVAL: it leads to before the file
     if isinstance(error, OSError) and error.errno is not None:
         raise error
     return str(error)
