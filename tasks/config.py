@@ -13,6 +13,10 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
+class AnotherConfiguration(ValueError):
+    """The drive was planned for other settings since: what is asked for is of no use any more."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class PlanConfig:
     """How a drive is cut."""

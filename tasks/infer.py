@@ -18,18 +18,18 @@ from prefect import task
 from torch import Tensor
 
 from storage.layout import GATE_QUANTILES, chunk_commit, segment_claim
-from storage.objects import in_parallel
+from storage.objects import in_parallel, redacted
 from storage.reconstruction import ReconstructionStore
 from storage.records import Chunk, Plan, Segment
 from tasks import metrics
 from tasks.attempts import attempt_id, counted, note
-from tasks.config import InferConfig
+from tasks.config import AnotherConfiguration, InferConfig
 from tasks.frames import DriveInput, Lanes, Round, read_rounds
 from tasks.interruption import run_until_stopped
 from tasks.keys import drop_later, stage_key
 from tasks.lanes import is_out_of_memory, settle_for_fewer, settled_lanes
 from tasks.pipelining import BackgroundWriter, Clock, prefetch
-from tasks.plan import read_plan, require_key
+from tasks.plan import read_plan, require_key, require_network
 from tasks.retries import STAGE_OPTIONS
 from tasks.transfer import Download, mark, to_device
 from ttt3r.geometry import camera_pose_to_matrix, estimate_focal, intrinsics_from_focal
@@ -120,9 +120,18 @@ def infer_stage(url: str, indices: Sequence[int], config: InferConfig) -> int:
 
     Finished chunks are skipped: a retry goes on after the last one, from the state stored
     with it. Only unfinished work loads the weights.
+
+    Raises:
+        AnotherConfiguration: the drive is planned for another network, or without such segments.
     """
     store = ReconstructionStore.open(url)
     plan, info = read_plan(store), weights_info(config.weights)
+    require_network(store, config, info)
+    if max(indices, default=0) >= len(plan.segments):
+        raise AnotherConfiguration(
+            f"there is no segment {max(indices)} in {redacted(url)}, which is planned with "
+            f"{len(plan.segments)}; a run of an earlier plan is of no use any more"
+        )
     segments = [plan.segments[i] for i in indices]
     keys = segment_keys(store, plan, segments, config, info)
     if _all_done(store, plan, segments, keys):
@@ -259,7 +268,9 @@ class LaneRun:
         wanted = [segment for segment in self._segments if not work.is_done(segment)]
         in_parallel(self._claim, wanted)
         if wanted:  # else another worker has finished them since they were looked at
+            require_network(work.store, work.config, work.info)
             drop_later(work.store, "infer")
+            in_parallel(self._drop_stale, wanted)
         work.store.create_segments(
             self._segments,
             plan.chunk_frames,
@@ -280,7 +291,7 @@ class LaneRun:
         return self.lanes
 
     def _claim(self, segment: Segment) -> None:
-        """Claim a segment; take back what of it is out of date."""
+        """Claim a segment, unless it kills whoever does."""
         store = self._work.store
         done = len(store.commit_names(f"infer/{segment.index:04d}"))
         claim = self._claims.enter_context(store.claim(segment_claim(segment.index), done))
@@ -289,7 +300,10 @@ class LaneRun:
                 f"the process that computed segment {segment.index} (frames {segment.start}.."
                 f"{segment.stop}) died {claim.deaths} times in a row at chunk {done}"
             )
-        _drop_stale(store, self._work.drive.plan, segment, self._work.keys[segment.index])
+
+    def _drop_stale(self, segment: Segment) -> None:
+        work = self._work
+        _drop_stale(work.store, work.drive.plan, segment, work.keys[segment.index])
 
     def close(self) -> None:
         """Give the claims up."""

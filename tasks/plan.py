@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from prefect import task
 
+from storage.objects import redacted
 from storage.reconstruction import ReconstructionStore
 from storage.records import NOWHERE, DriveRecord, Plan, Segment
 from tasks.attempts import attempt_id, counted
-from tasks.config import PlanConfig, ReconstructionConfig
+from tasks.config import AnotherConfiguration, InferConfig, PlanConfig, ReconstructionConfig
 from tasks.keys import drop_later, stage_key
 from tasks.retries import STAGE_OPTIONS
-from ttt3r.weights import weights_info
+from ttt3r.weights import WeightsInfo, weights_info
 
 VERSION = 1
 ASIDE = "aside"  # commits "aside/0003": why the drive goes on without a segment
@@ -110,6 +111,37 @@ def _remove_surplus(store: ReconstructionStore, plan: Plan) -> None:
 def read_plan(store: ReconstructionStore) -> Plan:
     """The plan in a store."""
     return Plan.from_json(store.attributes["plan"])
+
+
+def network_settings(config: InferConfig, info: WeightsInfo) -> dict[str, str]:
+    """What of a configuration decides what is inferred.
+
+    As set, not as resolved: machines differ in what `auto` means.
+    """
+    return {"rule": config.rule, "precision": config.precision, "weights": info.sha256}
+
+
+def planned_network(store: ReconstructionStore) -> dict[str, str | None]:
+    """The `network_settings` that the drive is planned for."""
+    attributes = store.attributes
+    infer = attributes.get("configuration", {}).get("infer", {})
+    weights = attributes.get("weights", {}).get("sha256")
+    return {"rule": infer.get("rule"), "precision": infer.get("precision"), "weights": weights}
+
+
+def require_network(store: ReconstructionStore, config: InferConfig, info: WeightsInfo) -> None:
+    """Make sure that the drive is still to be inferred so.
+
+    Raises:
+        AnotherConfiguration: it is planned for other weights, another rule or another precision.
+    """
+    planned, asked = planned_network(store), network_settings(config, info)
+    others = [f"{n} {planned[n]!r}, not {asked[n]!r}" for n in asked if planned[n] != asked[n]]
+    if others:
+        raise AnotherConfiguration(
+            f"{redacted(store.url)} is planned for {'; '.join(others)}; run `ttt3r reconstruct` "
+            "with the settings that you want: a run of others is of no use any more"
+        )
 
 
 def read_placed_plan(store: ReconstructionStore) -> Plan:

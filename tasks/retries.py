@@ -24,6 +24,7 @@ from storage.errors import (
 )
 from storage.objects import is_expired
 from tasks import metrics
+from tasks.config import AnotherConfiguration
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,10 @@ FINAL_ERRORS = (
     StoreRefused,
     StoreTooNew,
 )
-# What is wrong with the store, the machine or the Prefect server is no fault of one segment.
+# What is wrong with the store, the machine, the Prefect server or the whole run is no fault of one
+# segment.
 DRIVE_ERRORS = (
+    AnotherConfiguration,
     Claimed,
     ClaimLost,
     NotAStore,

@@ -15,7 +15,7 @@ from flows.infer_segments import infer_segments
 from flows.reconstruct_drive import reconstruct_drive
 from storage.errors import StoreUnavailable
 from storage.reconstruction import Claimed, ReconstructionStore
-from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
+from tasks.config import AnotherConfiguration, InferConfig, PlanConfig, ReconstructionConfig
 from tasks.infer import infer_stage
 from tasks.plan import read_aside, read_plan
 from tasks.summary import progress
@@ -112,6 +112,18 @@ def test_interruption_of_a_segment_tried_alone_is_no_fault_of_it(tmp_path, monke
     found = read_aside(store)
     assert list(found) == [1]
     assert earlier.items() <= found[1].items()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_run_of_an_earlier_configuration_sets_no_segment_aside(tmp_path, alone):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(10))
+    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    store = ReconstructionStore.open(url)
+    before = store.commits()
+    late = replace(CONFIG.infer, rule="cut3r")
+    with pytest.raises(AnotherConfiguration):
+        infer_segments(url, [0], late, alone=alone)
+    assert store.commits() == before
 
 
 def test_prefect_server_in_trouble_is_no_fault_of_a_segment(tmp_path, monkeypatch):

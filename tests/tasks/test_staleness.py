@@ -7,12 +7,18 @@ import pytest
 
 from storage.reconstruction import ReconstructionStore
 from tasks.align import align_stage
-from tasks.config import AlignConfig, InferConfig, PlanConfig
+from tasks.config import AlignConfig, AnotherConfiguration, PlanConfig, ReconstructionConfig
 from tasks.infer import infer_stage
+from tasks.lanes import settled_lanes
 from tasks.plan import plan_stage, read_plan
 from tasks.summary import progress
 
 LATER = ("align", "tiles", "fuse/0000", "fuse/merged", "report")
+
+
+def of_rule(config: ReconstructionConfig, rule: str) -> ReconstructionConfig:
+    """The same with another update rule."""
+    return replace(config, infer=replace(config.infer, rule=rule))
 
 
 @pytest.fixture
@@ -30,16 +36,47 @@ def finished(corridor_drive):
 def test_new_weights_or_rule_take_back_the_trajectory_and_the_chunks_of_the_old(
     finished, corridor_drive
 ):
-    infer_stage.fn(finished.url, (0,), replace(corridor_drive.config.infer, rule="cut3r"))
+    other = of_rule(corridor_drive.config, "cut3r")
+    plan_stage.fn(finished.url, other)
+    infer_stage.fn(finished.url, (0,), other.infer)
     assert not set(LATER) & set(finished.commit_names())
     assert progress(finished.url)["stage"] != "done"
 
 
-def test_interrupted_change_of_rule_leaves_no_old_chunk_as_progress(finished):
-    missing = InferConfig("untrained", rule="no-such-rule")
+def test_interrupted_change_of_rule_leaves_no_old_chunk_as_progress(finished, corridor_drive):
+    missing = of_rule(corridor_drive.config, "no-such-rule")
+    plan_stage.fn(finished.url, missing)
     with pytest.raises(ValueError, match="no-such-rule"):
-        infer_stage.fn(finished.url, (0, 1), missing)
+        infer_stage.fn(finished.url, (0, 1), missing.infer)
     assert progress(finished.url)["chunks_done"] == 0
+
+
+def test_run_of_an_earlier_configuration_or_plan_infers_nothing(finished, corridor_drive):
+    before, config = finished.commits(), corridor_drive.config
+    for late in (of_rule(config, "cut3r").infer, replace(config.infer, precision="float32")):
+        with pytest.raises(AnotherConfiguration, match="is planned for"):
+            infer_stage.fn(finished.url, (0, 1), late)
+    with pytest.raises(AnotherConfiguration, match=r"no segment 2 in .* planned with 2"):
+        infer_stage.fn(finished.url, (2,), config.infer)
+    assert finished.commits() == before
+    elsewhere = replace(config.infer, device="cpu", lanes=1)
+    assert infer_stage.fn(finished.url, (0, 1), elsewhere) == 0
+
+
+def test_configuration_that_changes_while_weights_are_loaded_ends_the_run_that_loads_them(
+    finished, corridor_drive, monkeypatch
+):
+    finished.drop_commits("infer/0001")
+    kept, other = finished.commits("infer"), of_rule(corridor_drive.config, "cut3r")
+
+    def settled_meanwhile(*arguments):
+        plan_stage.fn(finished.url, other)
+        return settled_lanes(*arguments)
+
+    monkeypatch.setattr("tasks.infer.settled_lanes", settled_meanwhile)
+    with pytest.raises(AnotherConfiguration, match="rule 'cut3r', not 'ttt3r'"):
+        infer_stage.fn(finished.url, (0, 1), corridor_drive.config.infer)
+    assert finished.commits("infer") == kept
 
 
 def test_new_plan_removes_what_the_old_one_had(finished, corridor_drive):
