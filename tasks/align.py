@@ -17,7 +17,7 @@ from storage.reconstruction import ReconstructionStore
 from storage.records import NOWHERE, DriveRecord, Plan, Segment
 from tasks.attempts import attempt_id, counted
 from tasks.config import AlignConfig, InferConfig
-from tasks.infer import segment_keys
+from tasks.infer import require_inferred, segment_keys
 from tasks.keys import drop_later, stage_key
 from tasks.plan import read_aside, read_plan
 from tasks.retries import STAGE_OPTIONS
@@ -68,7 +68,7 @@ def align_stage(url: str, config: AlignConfig, infer: InferConfig) -> None:
     Segments that are set aside are left out: a part ends before and another starts after them.
 
     Raises:
-        ChunkMissing: a segment has not been inferred.
+        ChunkMissing: a segment has not been inferred, or by another network.
     """
     store, info = ReconstructionStore.open(url), weights_info(infer.weights)
     missing = sorted(read_aside(store))
@@ -76,7 +76,8 @@ def align_stage(url: str, config: AlignConfig, infer: InferConfig) -> None:
     key = align_key(store, plan, config, infer, info)
     if (store.read_commit("align") or {}).get("key") == key:
         return
-    began = time.perf_counter()
+    began, present = time.perf_counter(), [segment.index for segment in plan.present]
+    require_inferred(store, present, infer, info)
     views = read_views(store, plan)
     focal, spread, focal_source = camera_focal(store, views, config, info.config)
     fits = fit_seams(store, plan, focal, AlignSettings(scale_prior_sigma=config.scale_prior_sigma))
@@ -93,6 +94,7 @@ def align_stage(url: str, config: AlignConfig, infer: InferConfig) -> None:
         "seams": [{"segment": i, **fit.to_json()} for i, fit in sorted(fits.items())],
         "missing": missing,
     }
+    require_inferred(store, present, infer, info)  # all that was read was of one network
     store.commit("align", {"key": key, **record})
 
 

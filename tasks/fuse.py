@@ -39,9 +39,16 @@ from tasks.fusion import (
     group_tiles,
     plan_tiles,
 )
+from tasks.infer import require_inferred
 from tasks.keys import drop_later, stage_key
 from tasks.meshes import Mesh, PlyWriter, read_ply, write_glb, write_ply
-from tasks.plan import longest_part, read_placed_plan, read_plan, require_key
+from tasks.plan import (
+    longest_part,
+    read_placed_plan,
+    read_plan,
+    require_key,
+    require_network,
+)
 from tasks.retries import STAGE_OPTIONS
 from tasks.tile_merge import TileIndex, TileSet, merge_tiles
 from ttt3r.images import preprocess_fast
@@ -66,6 +73,10 @@ class DepthSource:
         self.frames = frames[::step]
         self.intrinsics = np.asarray(self._trajectory["intrinsics"], np.float64)
         self.focal_px = float(self.intrinsics[0, 0])
+
+    def owners(self, frames: NDArray[Any]) -> list[int]:
+        """Indices of the segments that frames are read from."""
+        return [int(index) for index in np.unique(self._trajectory["segment"][frames])]
 
     def sample(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Depths and confidences of some frames over the whole part."""
@@ -192,13 +203,17 @@ def fuse_tiles_stage(url: str, batch: int, config: FuseConfig, infer: InferConfi
     """Fuse one batch of tiles and write their meshes.
 
     Raises:
+        AnotherConfiguration: the drive is planned for another network by now.
+        ChunkMissing: depth that the batch needs is of another one.
         Claimed: another worker is at this batch.
         ValueError: the tiles are planned for other settings by now, or not at all.
     """
     store, name = ReconstructionStore.open(url), _fused_name(batch)
+    info = weights_info(infer.weights)
     if batch not in unfused_batches(url, batch + 1):
         return
     with store.claim(name) as claim:
+        require_network(store, infer, info)
         planned = _read_planned(store, batch)
         if planned["key"] != _tiles_key(store, config):
             raise ValueError(
@@ -210,10 +225,11 @@ def fuse_tiles_stage(url: str, batch: int, config: FuseConfig, infer: InferConfi
             return
         began = time.perf_counter()
         tiles, grid, part = _planned_tiles(planned), _grid(planned), planned["part"]
-        drive = DriveInput.from_store(store, weights_info(infer.weights).config)
+        drive = DriveInput.from_store(store, info.config)
         source = DepthSource(store, drive.plan, part, config.frame_step)
         meshes = fuse_tiles(tiles, colored_frames(drive, source, tiles, grid), grid)
         made = {tile_name(part, t.index): write_ply(m) for t, m in zip(tiles, meshes, strict=True)}
+        require_inferred(store, source.owners(source.frames[frames_of(tiles)]), infer, info)
         claim.check()
         files = {n: store.put_file(n, data) for n, data in made.items()}
         seconds = time.perf_counter() - began

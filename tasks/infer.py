@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from prefect import task
 from torch import Tensor
 
+from storage.errors import ChunkMissing
 from storage.layout import GATE_QUANTILES, chunk_commit, segment_claim
 from storage.objects import in_parallel, redacted
 from storage.reconstruction import ReconstructionStore
@@ -164,18 +165,45 @@ class Work:
 
 def unfinished_segments(url: str, indices: Sequence[int], config: InferConfig) -> list[int]:
     """Those of the segments `indices` of the drive at `url` that are not inferred."""
-    store = ReconstructionStore.open(url)
-    plan, info = read_plan(store), weights_info(config.weights)
+    store, info = ReconstructionStore.open(url), weights_info(config.weights)
+    is_chunk_done = _look_at_chunks(store, indices, config, info)
+    unfinished = {segment for (segment, _), is_done in is_chunk_done.items() if not is_done}
+    return [index for index in indices if index in unfinished]
+
+
+def require_inferred(
+    store: ReconstructionStore, indices: Sequence[int], config: InferConfig, info: WeightsInfo
+) -> None:
+    """Make sure that all of the segments is inferred, and by this network.
+
+    Raises:
+        ChunkMissing: some is not.
+    """
+    is_chunk_done = _look_at_chunks(store, indices, config, info)
+    left = [at for at, is_done in is_chunk_done.items() if not is_done]
+    if left:
+        segment, chunk = left[0]
+        raise ChunkMissing(
+            f"{len(left)} of {len(is_chunk_done)} chunks of {redacted(store.url)} are not there or "
+            "not inferred as the drive is configured, the first is chunk "
+            f"{chunk} of segment {segment}; cancel runs of earlier configurations, then run "
+            "`ttt3r reconstruct` again"
+        )
+
+
+def _look_at_chunks(
+    store: ReconstructionStore, indices: Sequence[int], config: InferConfig, info: WeightsInfo
+) -> dict[tuple[int, int], bool]:
+    """Whether chunks are finished under their segment's key, by numbers of segment and chunk."""
+    plan = read_plan(store)
     segments = [plan.segments[i] for i in indices]
     keys = segment_keys(store, plan, segments, config, info)
     finished = store.finished_chunks(segments, plan.chunk_frames)
-
-    def is_done(segment: Segment) -> bool:
-        chunks = segment.chunks(plan.chunk_frames)
-        key = keys[segment.index]
-        return all(finished.get((segment.index, chunk.index)) == key for chunk in chunks)
-
-    return [segment.index for segment in segments if not is_done(segment)]
+    return {
+        (s.index, c.index): finished.get((s.index, c.index)) == keys[s.index]
+        for s in segments
+        for c in s.chunks(plan.chunk_frames)
+    }
 
 
 def _infer_in_lanes(work: Work, segments: Sequence[Segment], stop: threading.Event) -> int:

@@ -1,6 +1,6 @@
 """A drive of known geometry: a straight corridor, and a network that is never wrong."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -60,6 +60,14 @@ class Corridor:
                 arrays = self._arrays(range(chunk.start, chunk.stop), segment.start, scale)
                 store.write_chunk(segment, chunk, arrays)
                 store.commit_chunk(segment, chunk, {"key": key})
+
+    def infer_one_chunk_otherwise(self) -> None:
+        """Leave a chunk of the second segment as one of another rule."""
+        store, name = ReconstructionStore.open(self.url), "infer/0001/0001"
+        plan, other = read_plan(store), replace(self.config.infer, rule="cut3r")
+        info = weights_info(other.weights)
+        key = segment_key(store, plan, plan.segments[1], other, info)
+        store.commit(name, {**(store.read_commit(name) or {}), "key": key})
 
     @staticmethod
     def _arrays(frames: range, first: int, scale: float) -> dict[str, np.ndarray]:

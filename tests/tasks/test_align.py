@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from storage.reconstruction import ChunkMissing, ReconstructionStore
-from tasks.align import align_stage
+from tasks.align import align_stage, build_trajectory
 from tasks.config import AlignConfig
 
 STEP_M = 0.15
@@ -44,6 +44,27 @@ def test_align_takes_a_given_focal_length(corridor_drive):
 def test_align_refuses_segments_that_are_not_inferred(corridor_drive):
     with pytest.raises(ChunkMissing):
         align(corridor_drive)
+
+
+def test_align_refuses_segments_of_which_one_is_inferred_otherwise(corridor_drive):
+    corridor_drive.infer_perfectly()
+    corridor_drive.infer_one_chunk_otherwise()
+    with pytest.raises(ChunkMissing, match=r"1 of 6 chunks .* first is chunk 1 of segment 1"):
+        align(corridor_drive)
+    assert ReconstructionStore.open(corridor_drive.url).read_commit("align") is None
+
+
+def test_align_is_not_committed_if_a_segment_changes_meanwhile(corridor_drive, monkeypatch):
+    corridor_drive.infer_perfectly()
+
+    def build_meanwhile(*arguments):
+        corridor_drive.infer_one_chunk_otherwise()
+        return build_trajectory(*arguments)
+
+    monkeypatch.setattr("tasks.align.build_trajectory", build_meanwhile)
+    with pytest.raises(ChunkMissing, match="not inferred as the drive is configured"):
+        align(corridor_drive)
+    assert ReconstructionStore.open(corridor_drive.url).read_commit("align") is None
 
 
 def test_align_does_nothing_the_second_time_and_all_again_with_a_new_calibration(corridor_drive):

@@ -4,11 +4,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from storage.errors import Claimed, DataDamaged
+from storage.errors import ChunkMissing, Claimed, DataDamaged
 from storage.reconstruction import ReconstructionStore
 from tasks import fuse
 from tasks.align import align_stage
-from tasks.config import AlignConfig, FuseConfig
+from tasks.config import AlignConfig, AnotherConfiguration, FuseConfig
 from tasks.frames import DriveInput
 from tasks.fuse import fuse_tiles_stage, merge_tiles_stage, plan_tiles_stage, read_some, runs_of
 from tasks.fusion import choose_grid
@@ -142,6 +142,17 @@ def test_batch_is_fused_by_one_worker_and_for_the_settings_that_it_is_planned_fo
     fuse_tiles_stage.fn(aligned.url, 0, CONFIG, infer)
     with store.claim("fuse/0000"):
         fuse_tiles_stage.fn(aligned.url, 0, CONFIG, infer)  # is finished: nobody is needed
+
+
+def test_batch_is_fused_of_depth_of_one_network_only(aligned):
+    plan_tiles_stage.fn(aligned.url, CONFIG)
+    store, infer = ReconstructionStore.open(aligned.url), aligned.config.infer
+    with pytest.raises(AnotherConfiguration, match="rule 'ttt3r', not 'cut3r'"):
+        fuse_tiles_stage.fn(aligned.url, 0, CONFIG, replace(infer, rule="cut3r"))
+    aligned.infer_one_chunk_otherwise()
+    with pytest.raises(ChunkMissing, match="first is chunk 1 of segment 1"):
+        fuse_tiles_stage.fn(aligned.url, 0, CONFIG, infer)
+    assert store.commit_names("fuse") == []
 
 
 @pytest.mark.parametrize(
