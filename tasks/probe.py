@@ -99,6 +99,7 @@ def probe_stage(location: str, name: str, url: str) -> None:
     record = replace(record, name=name)
     log.info("%s: %d frames, %d x %d", name, record.frames, record.width, record.height)
     drop_later(store, "probe")
+    store.drop_commits("probe")  # of the old table: it must not vouch for the new record
     store.update_attributes({"drive": record.to_json()})
     store.write_frames(**frames.to_arrays())
     seconds = time.perf_counter() - began

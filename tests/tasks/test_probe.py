@@ -44,6 +44,23 @@ def test_probe_is_done_again_when_a_clip_is_added(drive, tmp_path):
     assert record_of(store).frames == 12
 
 
+def test_probe_that_is_killed_between_record_and_table_is_done_again(drive, tmp_path, monkeypatch):
+    probe(drive, tmp_path)
+    kept = shutil.copy2(drive / "1.mp4", tmp_path / "kept.mp4")
+    write_video(drive / "1.mp4", moving_squares(6))
+
+    def killed(self, **arrays):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReconstructionStore, "write_frames", killed)
+        with pytest.raises(KeyboardInterrupt):
+            probe(drive, tmp_path)
+    shutil.move(kept, drive / "1.mp4")
+    store = probe(drive, tmp_path)
+    assert record_of(store).frames == len(store.read_frames()["index"]) == 8
+
+
 def test_probe_follows_a_drive_that_was_moved(drive, tmp_path):
     before = probe(drive, tmp_path).read_commit("probe")
     shutil.move(drive, tmp_path / "archive")
