@@ -88,6 +88,8 @@ def plan_stage(url: str, config: ReconstructionConfig) -> list[tuple[int, ...]]:
         store.drop_commits(ASIDE)
         drop_later(store, "plan")
         _remove_surplus(store, plan)
+    elif planned_network(store) != network_settings(config.infer, info):
+        drop_later(store, "infer")  # else it would stand there under the name of other weights
     store.update_attributes(
         {
             "plan": plan.to_json(),

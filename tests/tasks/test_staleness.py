@@ -38,9 +38,19 @@ def test_new_weights_or_rule_take_back_the_trajectory_and_the_chunks_of_the_old(
 ):
     other = of_rule(corridor_drive.config, "cut3r")
     plan_stage.fn(finished.url, other)
+    for name in LATER:  # by a run that was at it meanwhile
+        finished.commit(name, {"key": "of the trajectory before"})
     infer_stage.fn(finished.url, (0,), other.infer)
     assert not set(LATER) & set(finished.commit_names())
     assert progress(finished.url)["stage"] != "done"
+
+
+@pytest.mark.parametrize("change", [{"weights": "compact"}, {"rule": "cut3r"}])
+def test_result_does_not_stand_under_the_name_of_another_network(finished, corridor_drive, change):
+    config = corridor_drive.config
+    plan_stage.fn(finished.url, replace(config, infer=replace(config.infer, **change)))
+    assert not set(LATER) & set(finished.commit_names())
+    assert progress(finished.url)["stage"] == "align"
 
 
 def test_interrupted_change_of_rule_leaves_no_old_chunk_as_progress(finished, corridor_drive):
