@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import httpx
+import torch
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -55,6 +56,8 @@ DRIVE_ERRORS = (
     PermissionError,
     ImportError,
     MemoryError,
+    torch.OutOfMemoryError,  # of one lane, or of the weights: more lanes become fewer before
+    torch.AcceleratorError,
     httpx.HTTPError,
     ConcurrencySlotAcquisitionError,
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+import torch
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.exceptions import TerminationSignal
 from recordings import moving_squares, write_video
@@ -19,6 +20,9 @@ from tasks.config import AnotherConfiguration, InferConfig, PlanConfig, Reconstr
 from tasks.infer import infer_stage
 from tasks.plan import read_aside, read_plan
 from tasks.summary import progress
+from ttt3r.config import TINY
+from ttt3r.model import Model
+from ttt3r.weights import WeightsInfo, save_weights
 
 CONFIG = ReconstructionConfig(
     plan=PlanConfig(segment_frames=12, overlap_frames=4, chunk_frames=4),
@@ -124,6 +128,31 @@ def test_run_of_an_earlier_configuration_sets_no_segment_aside(tmp_path, alone):
     with pytest.raises(AnotherConfiguration):
         infer_segments(url, [0], late, alone=alone)
     assert store.commits() == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700),
+    ],
+)
+@pytest.mark.parametrize("place", ["tasks.infer.load_model", "ttt3r.stream.Stream.feed"])
+def test_gpu_that_is_taken_or_broken_sets_no_segment_aside(tmp_path, monkeypatch, error, place):
+    weights = tmp_path / "tiny.safetensors"  # that no test before has loaded
+    info = WeightsInfo("tiny", TINY, "", "Apache-2.0", "random", 12, False)
+    save_weights(weights, Model(TINY), info)
+    video = write_video(tmp_path / "squares.mp4", moving_squares(22))
+    config = replace(CONFIG, infer=replace(CONFIG.infer, weights=str(weights), lanes=1))
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(place, fail)
+    monkeypatch.setattr("flows.infer_segments.infer_stage", infer_stage.with_options(retries=0))
+    with pytest.raises(type(error)):
+        reconstruct_drive(str(video), str(tmp_path / "out"), config)
+    assert read_aside(ReconstructionStore.open(tmp_path / "out" / "squares.zarr")) == {}
 
 
 def test_prefect_server_in_trouble_is_no_fault_of_a_segment(tmp_path, monkeypatch):
