@@ -70,21 +70,21 @@ def infer_drive(
     Those that an earlier run set aside are tried again, each alone and after all others.
 
     Raises:
-        Exception: the failure of the last segment tried, if none of the drive could be done.
+        Exception: the failure of the last segment tried, if no segment of the drive is finished.
         ChildrenLost: runs elsewhere ended without finishing their groups.
     """
     if spread == "deployments":
         infer_elsewhere(url, name, groups, config)
         return
-    earlier = give_up_deadly(url)
+    earlier, failures = give_up_deadly(url), []
     with progress_of(f"inference of {name}", len(groups)) as advance:
         for group in groups:
-            failures = infer_group(url, group, config)
+            failures += infer_group(url, group, config)
             if failures and not ReconstructionStore.open(url).commit_names("infer"):
                 raise failures[-1]
             advance()
-    for index in earlier:
-        infer_alone(url, index, config)
+    failures += [e for e in (infer_alone(url, i, config) for i in earlier) if e is not None]
+    require_segments(url, failures)
 
 
 def infer_elsewhere(
@@ -121,9 +121,25 @@ def infer_elsewhere(
     lost = [c for c in children if c.error]
     if lost:
         raise ChildrenLost(lost)
-    reasons = [record["reason"] for record in read_aside(store).values()]
-    if reasons and not store.commit_names("infer"):
-        raise RuntimeError(f"no segment could be inferred; the last one: {reasons[-1]}")
+    require_segments(url)
+
+
+def require_segments(url: str, failures: Sequence[Exception] = ()) -> None:
+    """Make sure that not all segments of the drive are set aside.
+
+    Raises:
+        Exception: the last of `failures`, or else RuntimeError with the last reason.
+    """
+    store = ReconstructionStore.open(url)
+    aside = read_aside(store)
+    if any(segment.index not in aside for segment in read_plan(store).segments):
+        return
+    if failures:
+        raise failures[-1]
+    last = max(aside)
+    raise RuntimeError(
+        f"no segment could be inferred; the last one, segment {last}: {aside[last]['reason']}"
+    )
 
 
 def bundle(plan: Plan, groups: Sequence[Sequence[int]], frames: int) -> list[list[int]]:

@@ -62,6 +62,22 @@ def test_parent_that_is_run_again_asks_for_the_same_runs_of_segments(tmp_path, a
     assert alone["indices"] == [3]
 
 
+def test_parent_of_runs_that_set_all_segments_aside_says_why(tmp_path, asked):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(14))
+    infer = InferConfig(weights="untrained")
+    url = str(tmp_path / "drive.zarr")
+    probe_stage.fn(str(video), "squares", url)
+    groups = plan_stage.fn(url, ReconstructionConfig(plan=PlanConfig(8, 2, 4), infer=infer))
+    store = ReconstructionStore.open(url)
+    store.commit("infer/0000/0000", {"key": "k"})
+    aside = {"attempts": 1, "time": "", "reason": "it is damaged", "is_running": False}
+    store.commit("aside/0000", aside)
+    infer_segments.infer_elsewhere(url, "drive", groups, infer)
+    store.commit("aside/0001", aside)
+    with pytest.raises(RuntimeError, match=r"no segment could .* segment 1: it is damaged"):
+        infer_segments.infer_elsewhere(url, "drive", groups, infer)
+
+
 def test_store_that_is_away_while_a_child_is_lost_costs_no_more_than_its_crash():
     def away():
         raise StoreUnavailable("the server does not answer")

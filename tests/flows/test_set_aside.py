@@ -14,7 +14,7 @@ from seaweed import SeaweedProcess
 
 from flows.infer_segments import infer_segments
 from flows.reconstruct_drive import reconstruct_drive
-from storage.errors import StoreUnavailable
+from storage.errors import DataDamaged, StoreUnavailable
 from storage.reconstruction import Claimed, ReconstructionStore
 from tasks.config import AnotherConfiguration, InferConfig, PlanConfig, ReconstructionConfig
 from tasks.infer import infer_stage
@@ -82,6 +82,22 @@ def test_failure_of_every_segment_is_the_failure_of_the_drive(tmp_path):
     with pytest.raises(Exception, match=r"segments/0000|zarr|node"):
         reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
     assert store.read_commit("failed") is not None
+
+
+def test_failure_of_every_segment_is_told_though_a_chunk_is_finished(tmp_path):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(22))
+    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    store = ReconstructionStore.open(url)
+    for segment in read_plan(store).segments:
+        store.drop_commits(f"infer/{segment.index:04d}/0001")
+        store.drop_commits(f"infer/{segment.index:04d}/0002")
+        state = Path(url) / f"segments/{segment.index:04d}/state/tokens/c/0/0/0"
+        state.write_bytes(state.read_bytes()[:100])
+    for _ in range(2):
+        with pytest.raises(DataDamaged, match="state"):
+            reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+        assert list(read_aside(store)) == [s.index for s in read_plan(store).segments]
+        assert "DataDamaged" in store.read_commit("failed")["error"]
 
 
 def test_second_run_of_a_drive_at_work_is_refused_and_leaves_no_trace(tmp_path):
