@@ -679,13 +679,14 @@ def export(
 
 @app.command()
 def report(url: StoreUrl) -> None:
-    """Write the report of a drive anew and print where it is."""
+    """Write the report of a drive that no run is at work on anew and print where it is."""
     from storage.reconstruction import ReconstructionStore
     from tasks.report import report_stage
 
     store = ReconstructionStore.open(url)
-    store.drop_commits("report")
-    report_stage.fn(url)
+    with store.claim("drive"):
+        store.drop_commits("report")
+        report_stage.fn(url)
     typer.echo(store.file_url("report/report.html"))
 
 

@@ -10,6 +10,7 @@ import trimesh
 from recordings import moving_squares, write_video
 
 from flows.cli import main
+from storage.reconstruction import ReconstructionStore
 from ttt3r.metrics import read_kitti, read_tum
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -168,6 +169,19 @@ def test_inspect_verify_names_damaged_data(run, store, tmp_path):
     _, out, _ = run("status", copy, "--json")
     state = json.loads(out)[0]
     assert state["chunks_done"] == state["chunks"] - 1
+
+
+def test_report_is_left_alone_while_a_run_is_at_work_on_the_drive(run, store):
+    opened = ReconstructionStore.open(store)
+    before = opened.commits()
+    with opened.claim("drive"):
+        code, _, err = run("report", store)
+    assert code == 1
+    assert len(err.strip().splitlines()) == 1
+    assert "'drive' is being worked on" in err
+    assert opened.commits() == before
+    assert run("report", store)[0] == 0
+    assert opened.read_commit("report")["commit_id"] != before["report"]["commit_id"]
 
 
 def test_export_writes_trajectories_that_read_back(run, store, tmp_path):
