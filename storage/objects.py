@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial, wraps
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any, ParamSpec, TypeVar
 
@@ -288,6 +289,7 @@ class LocalFolder(Folder):
         self, objects: Mapping[str, bytes], publish: Callable[[Path, Path], object]
     ) -> None:
         """Write all, then wait for the disk: one wait serves many files."""
+        self._check_links(objects)
         places = {self.root / name: data for name, data in objects.items()}
         changed = {target.parent for target in places}
         for folder in sorted(changed):
@@ -322,6 +324,7 @@ class LocalFolder(Folder):
         fill: Callable[[Path], object],
         publish: Callable[[Path, Path], object],
     ) -> None:
+        self._check_links([name])
         target = self.root / name
         _make_folder(target.parent)
         temporary = _temporary(target)
@@ -341,6 +344,7 @@ class LocalFolder(Folder):
 
     @explained
     def delete(self, name: str) -> None:
+        self._check_links([name])
         target = self.root / name
         try:
             target.unlink()
@@ -350,10 +354,15 @@ class LocalFolder(Folder):
 
     @explained
     def delete_tree(self, prefix: str) -> None:
+        self._check_links([prefix])
         target = self.root / prefix
-        if target.is_dir():
+        if prefix and target.is_symlink():
+            target.unlink()
+        elif target.is_dir():
             shutil.rmtree(target)
-            _fsync(target.parent)
+        else:
+            return
+        _fsync(target.parent)
 
     @explained
     def sizes(self, prefix: str = "") -> dict[str, int]:
@@ -365,12 +374,27 @@ class LocalFolder(Folder):
         return self._walk("")
 
     def _walk(self, prefix: str) -> dict[str, ObjectInfo]:
+        self._check_links([f"{prefix}/"] if prefix else [])
         found = {}
         for folder, _, files in os.walk(self.root / prefix):
             for file in files:
                 path = Path(folder, file)
                 found[path.relative_to(self.root).as_posix()] = _info(path)
         return {name: info for name, info in sorted(found.items()) if info is not None}
+
+    def _check_links(self, names: Iterable[str]) -> None:
+        """Make sure that no folder above one of the objects is a link out of this one.
+
+        Each folder is looked at once, however many objects are in it.
+        """
+        for folder in sorted(_folders_above(names)):
+            path = self.root / folder
+            if path.is_symlink() and not _is_inside(self.root, path):
+                raise DataDamaged(
+                    f"{redacted(self.url)}: {folder!r} is a link that leads out of the store, and "
+                    "nothing is listed, written or removed through it; remove the link, and run "
+                    "again"
+                )
 
     @explained
     def is_file(self) -> bool:
@@ -624,10 +648,20 @@ def in_parallel(act: Callable[[T], object], items: Iterable[T]) -> None:
 def _own_file(root: Path, name: str) -> Path:
     """Where an object lies; DataDamaged if it is a link to elsewhere, or a device or pipe."""
     path = root / name
-    is_inside = path.resolve().is_relative_to(root.resolve())
-    if not is_inside or (path.exists() and not (path.is_file() or path.is_dir())):
+    if not _is_inside(root, path) or (path.exists() and not (path.is_file() or path.is_dir())):
         raise DataDamaged(f"{name} is no file of this store: a link out of it, a pipe or a device")
     return path
+
+
+def _is_inside(root: Path, path: Path) -> bool:
+    """Whether a path ends in the folder once all links are followed."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+def _folders_above(names: Iterable[str]) -> set[str]:
+    """Names of the folders that objects are in, at any depth."""
+    parents = {name.rpartition("/")[0] for name in names} - {""}
+    return {f for parent in parents for f in accumulate(parent.split("/"), "{}/{}".format)}
 
 
 def _check_size(name: str, size: int, most: int) -> None:

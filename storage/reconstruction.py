@@ -827,7 +827,7 @@ class ReconstructionStore:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 return _file_digest(self.local_copy(name, folder))
-            except FileNotFoundError:
+            except (FileNotFoundError, DataDamaged):
                 return None
 
     def _stored_digest(self, path: str, record: dict[str, Any], chunk: int | None) -> str | None:

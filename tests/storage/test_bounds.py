@@ -3,6 +3,7 @@
 import json
 import shutil
 import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 
 import google_crc32c
@@ -293,3 +294,118 @@ def test_link_out_of_a_store_is_not_followed(store, name, read, target):
     with pytest.raises((StoreError, FileNotFoundError)) as refused:
         read(store)
     assert "root:" not in str(refused.value)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def move_behind_link(path: Path, place: Path) -> None:
+    """Move a folder, or make one, and leave a link to it."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.rename(place)
+    else:
+        place.mkdir()
+    path.symlink_to(place)
+
+
+OTHER_FRAMES = [np.zeros(9, t) for t in ("f8", "i4", "i4", "u1")]
+
+
+@pytest.mark.parametrize(
+    ("link", "act"),
+    [
+        ("report", lambda s: s.put_file("report/report.html", b"<html>")),
+        ("report", lambda s: s.put_file("report/report.html", Path(__file__))),
+        ("fusion/tiles", lambda s: s.put_file("fusion/tiles/a/b.ply", b"mesh")),
+        ("fusion", lambda s: s.delete_files("fusion/")),
+        ("fusion", lambda s: s.list_files("fusion/")),
+        ("fusion", lambda s: s.describe()),
+        ("commits", lambda s: s.commit("plan", {"key": "k"})),
+        ("commits", lambda s: s.commit("plan", {"key": "k"}, exclusive=True)),
+        ("commits", lambda s: s.commit_names()),
+        ("commits", lambda s: s.drop_commits("")),
+        ("commits", lambda s: s.verify()),
+        ("commits", lambda s: s.repair()),
+        ("commits", lambda s: s.delete_garbage(0)),
+        ("commits/infer", lambda s: s.drop_commits("infer")),
+        ("claims", lambda s: s.claim("drive").__enter__()),
+        ("claims", lambda s: s.delete_garbage(0)),
+        ("segments", lambda s: s.remove_segment(0)),
+        ("segments", lambda s: s.delete_garbage(0)),
+        ("segments/0000", lambda s: s.remove_segment(0)),
+        ("segments/0000/depth/c", lambda s: s.write_chunk(SEGMENT, FIRST, chunk_arrays(FIRST, 2))),
+        ("segments", lambda s: s.create_segment(Segment(1, 40, 46, 0), 8, **SHAPE)),
+        ("frames/clip", lambda s: s.write_frames(*OTHER_FRAMES)),
+        ("frames", lambda s: s.write_frames(*OTHER_FRAMES)),
+        ("trajectory", lambda s: s.write_trajectory({"scale": np.ones(2)})),
+        ("fusion", lambda s: s.delete_garbage(0)),
+        ("fusion", lambda s: s.repair()),
+        ("segments/0000", lambda s: s.repair()),
+    ],
+)
+def test_nothing_is_listed_written_or_removed_through_a_link_out_of_a_store(
+    full, tmp_path, link, act
+):
+    victim = tmp_path / "victim"
+    move_behind_link(path_of(full, link), victim)
+    (victim / "notes.json").write_text("{}")
+    before = contents(victim)
+    with suppress(DataDamaged):
+        act(full)
+    assert contents(victim) == before
+
+
+@pytest.mark.parametrize(
+    ("link", "act"),
+    [
+        ("report", lambda store: store.put_file("report/report.html", b"<html>")),
+        ("fusion", lambda store: store.list_files("fusion/")),
+        ("commits", lambda store: store.repair()),
+        ("segments/0000", lambda store: store.remove_segment(0)),
+    ],
+)
+def test_link_out_of_a_store_is_named_in_one_line(full, tmp_path, link, act):
+    move_behind_link(path_of(full, link), tmp_path / "victim")
+    with pytest.raises(DataDamaged, match=rf"'{link}' is a link .* out of .*; remove the link"):
+        act(full)
+
+
+@pytest.mark.parametrize("link", ["commits", "fusion", "segments/0000", "trajectory"])
+def test_links_to_a_store_and_inside_of_it_are_followed(full, tmp_path, link):
+    moved = tmp_path / "elsewhere" / "drive.zarr"
+    move_behind_link(Path(full.url), moved)
+    move_behind_link(moved / link, moved / "large" / "place")
+    (tmp_path / "parent").symlink_to(tmp_path)
+    store = ReconstructionStore.open(tmp_path / "parent" / "drive.zarr")
+    assert store.verify() == []
+    second = SEGMENT.chunks(8)[1]
+    store.write_chunk(SEGMENT, second, chunk_arrays(second, 2.0))
+    store.commit_chunk(SEGMENT, second, {"key": "k"})
+    store.write_trajectory({"scale": np.full(2, 3.0)})
+    store.commit("align", {"key": "k"})
+    store.delete_files("fusion/")
+    assert store.list_files() == []
+    assert store.read(SEGMENT, "depth", 8, 16).max() == 2.0
+    assert store.read_trajectory()["scale"].tolist() == [3.0, 3.0]
+    assert store.repair() == ["fuse/merged"]
+
+
+def test_committed_file_that_became_a_link_out_of_a_store_is_named_and_mended(full, tmp_path):
+    path_of(full, "fusion/mesh.ply").rename(tmp_path / "mesh.ply")
+    path_of(full, "fusion/mesh.ply").symlink_to(tmp_path / "mesh.ply")
+    assert full.verify() == ["fusion/mesh.ply"]
+    assert full.repair() == ["fuse/merged"]
+    full.put_file("fusion/mesh.ply", b"new")
+    assert (tmp_path / "mesh.ply").read_bytes() == b"mesh"
+
+
+def test_link_that_leads_to_itself_is_one_line(full):
+    shutil.rmtree(path_of(full, "fusion"))
+    path_of(full, "fusion").symlink_to("fusion")
+    with pytest.raises(StoreError):
+        full.put_file("fusion/mesh.ply", b"mesh")
+    with pytest.raises((StoreError, FileNotFoundError)):
+        full.get_file("fusion/mesh.ply")
