@@ -630,7 +630,7 @@ def repair(url: StoreUrl) -> None:
     dropped = ReconstructionStore.open(url).repair()
     for name in dropped:
         typer.echo(name)
-    typer.echo(f"{len(dropped)} damaged commits dropped", err=True)
+    typer.echo(f"{len(dropped)} damaged commits and segments dropped", err=True)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from zarr.codecs import BloscCodec
 from zarr.core.array import Array
 from zarr.core.array_spec import ArraySpec as ChunkSpec
 from zarr.core.buffer import Buffer
+from zarr.core.metadata import ArrayV3Metadata
 from zarr.registry import register_codec
 
 from storage.errors import DataDamaged
@@ -29,6 +30,8 @@ MOST_WHOLE_BYTES = 2**32  # of an array that is read as a whole
 MOST_DIMENSIONS = 8
 MOST_PARTS = 2**16  # of an object that are compressed each by itself
 CODECS = frozenset({"bytes", "blosc", "crc32c", "sharding_indexed"})
+# What a parser raises at metadata that are none.
+ILLEGIBLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 BLOSC_HEADER = 16  # bytes; 4 to 7 hold the size before compression
 
 
@@ -43,13 +46,21 @@ def check_array(path: str, document: bytes, spec: ArraySpec) -> None:
         raise DataDamaged(f"array {path} is none of this software's: {fault}")
 
 
+def is_array(document: bytes | None, spec: ArraySpec) -> bool:
+    """Whether it is there and `check_array` takes it."""
+    return document is not None and _fault(document, spec) is None
+
+
 @lru_cache(maxsize=256)
 def _fault(document: bytes, spec: ArraySpec) -> str | None:
     """What is not as in the layout."""
     try:
         node = json.loads(document)
-        return _fault_of_shape(node, spec)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        fault = _fault_of_shape(node, spec)
+        if fault is None:
+            ArrayV3Metadata.from_dict(node)
+        return fault
+    except ILLEGIBLE as error:
         return f"its metadata cannot be understood ({type(error).__name__}: {error})"
 
 

@@ -18,7 +18,7 @@ from zarr.core.array import Array
 from zarr.storage import StorePath
 
 from storage import layout
-from storage.bounds import check_array, check_whole
+from storage.bounds import check_array, check_whole, is_array
 from storage.claims import Claim, check_held, claimed_names
 from storage.commits import Commits, mapping_in, plain
 from storage.encoding import (
@@ -289,7 +289,7 @@ class ReconstructionStore:
             )
         written = {path.rpartition("/")[2] for path in mapping_in(record, "digests")}
         names = [spec.name for spec in specs if spec.name in written]
-        what = f"{group}; drop commit {stage!r} and run the stage again"
+        what = f"{group}; {how_to_mend(self.url)}"
         with self._vouched({stage: record}, group), self._damage_named(what):
             return {name: self._whole(f"{group}/{name}") for name in names}
 
@@ -439,8 +439,12 @@ class ReconstructionStore:
         """
         document = self._folder.read(f"{path}/zarr.json")
         if document is None:
-            raise DataDamaged(f"array {path} of {redacted(self.url)} is gone; {_redo(segment)}")
-        shard = encode_rows(document, _rows(path, segment, chunk), values)
+            raise _gone(path, self.url)
+        try:
+            check_array(path, document, layout.spec_at(path))
+            shard = encode_rows(document, _rows(path, segment, chunk), values)
+        except UNDECODABLE as error:
+            raise _unusable(error, self.url) from error
         return {f"{path}/{name}": data for name, data in shard.items()}
 
     def commit_chunk(self, segment: Segment, chunk: Chunk, record: Mapping[str, Any]) -> None:
@@ -552,7 +556,7 @@ class ReconstructionStore:
         frames = f"frames {segment.start + rows.start}..{segment.start + rows.stop}"
         values = {}
         for name, path in paths.items():
-            with self._damage_named(f"{path}, {frames}; {_redo(segment)}"):
+            with self._damage_named(f"{path}, {frames}; {how_to_mend(self.url)}"):
                 stored = shards.get(path)
                 read = self._array(path)[rows] if stored is None else stored.decode()
             values[name] = _widened(np.asarray(read))
@@ -566,7 +570,10 @@ class ReconstructionStore:
         documents = self._folder.read_many([f"{path}/zarr.json" for path in paths])
         for name, document in documents.items():
             path = name.removesuffix("/zarr.json")
-            check_array(path, document, layout.spec_at(path))
+            try:
+                check_array(path, document, layout.spec_at(path))
+            except DataDamaged as error:
+                raise _unusable(error, self.url) from error
         found = {
             name.removesuffix("/zarr.json"): small
             for name, document in documents.items()
@@ -591,7 +598,7 @@ class ReconstructionStore:
         found = self._require_layout(segment)
         records = self._require_chunks(segment, [chunk], found)
         group = f"{segment_name(segment.index)}/state"
-        what = f"{group}, chunk {chunk.index}; {_redo(segment)}"
+        what = f"{group}, chunk {chunk.index}; {how_to_mend(self.url)}"
         with self._vouched(records, group), self._damage_named(what):
             values = {n: np.asarray(self._array(f"{group}/{n}")[chunk.index]) for n in STATE_SPECS}
         return {**values, "first": bool(values["first"]), "frame": chunk.stop}
@@ -739,10 +746,12 @@ class ReconstructionStore:
     def verify(self) -> list[str]:
         """Read back all that is committed and compare digests; names of what is damaged.
 
-        A commit that is no record of ours is named itself, "commits/align.json".
+        A commit that is no record of ours is named itself, "commits/align.json", and so is the
+        metadata of a segment's array, "segments/0000/gate/zarr.json", whatever is committed of it.
         """
         commits = self._commits.with_malformed().items()
-        return [name for commit, record in commits for name in self._damage(commit, record)]
+        damaged = [name for commit, record in commits for name in self._damage(commit, record)]
+        return damaged + [name for names in self._broken_segments().values() for name in names]
 
     def repair(self) -> list[str]:
         """Declare what `verify` finds damaged unfinished, so that the next run makes it anew.
@@ -751,16 +760,17 @@ class ReconstructionStore:
         metadata are damaged is removed, as none of its chunks can be read or written.
 
         Returns:
-            Names of the dropped commits, such as "infer/0000/0001".
+            Names of the dropped commits, such as "infer/0000/0001", and of the removed segments,
+            such as "segments/0000".
         """
+        broken = self._broken_segments()
         records = self._commits.with_malformed().items()
         damaged = [name for name, record in records if self._damage(name, record)]
         for commit in damaged:
             self._folder.delete(f"{layout.COMMITS}/{commit}.json")
-        for index in sorted({at[0] for n in damaged if (at := layout.chunk_numbers(n))}):
-            if not self._is_writable(index):
-                self.remove_segment(index)
-        return damaged
+        for index in broken:
+            self.remove_segment(index)
+        return damaged + [segment_name(index) for index in broken]
 
     def garbage(self, age_s: float) -> dict[str, int]:
         """Names and sizes of what no commit refers to and was written `age_s` seconds ago or more.
@@ -812,15 +822,22 @@ class ReconstructionStore:
         broken = [name for name, d in files.items() if self._stored_file_digest(name) != d]
         return [f"{path}{named}" for path in arrays] + broken
 
-    def _is_writable(self, index: int) -> bool:
-        """Whether all arrays of a segment can be opened."""
+    def _broken_segments(self) -> dict[int, list[str]]:
+        """Objects of metadata that are not those of an array of ours, by index of the segment."""
+        listed = map(layout.segment_index, self._folder.sizes(layout.SEGMENTS))
+        found = {i: self._broken_metadata(i) for i in sorted({i for i in listed if i is not None})}
+        return {index: names for index, names in found.items() if names}
+
+    def _broken_metadata(self, index: int) -> list[str]:
+        """Of one segment; none while it is being made or removed."""
         group = segment_name(index)
-        try:
-            for name in CHUNK_SPECS:
-                self._array(_array_path(group, name))
-        except UNDECODABLE:
-            return False
-        return True
+        paths = [_array_path(group, name) for name in CHUNK_SPECS]
+        names = {path: f"{path}/zarr.json" for path in paths}
+        documents = self._folder.read_records(names.values())
+        broken = [n for p, n in names.items() if not is_array(documents.get(n), layout.spec_at(p))]
+        # Looked at last: it is written after the arrays, and removed before them.
+        made = self._folder.read_records([f"{group}/zarr.json"]).values() if broken else ()
+        return broken if any(map(_layout_in, made)) else []
 
     def _stored_file_digest(self, name: str) -> str | None:
         """Through a local copy: a mesh may be larger than memory."""
@@ -854,12 +871,12 @@ class ReconstructionStore:
         """An array of the layout, found to be one before anything is allocated for it."""
         document = self._folder.read(f"{path}/zarr.json")
         if document is None:
-            raise DataDamaged(f"array {path} of {redacted(self.url)} is gone")
+            raise _gone(path, self.url)
         try:
             check_array(path, document, layout.spec_at(path))
             return Array.from_dict(StorePath(self._zarr, path), json.loads(document))
         except UNDECODABLE as error:
-            raise DataDamaged(f"{redacted(self.url)}: {error}") from error
+            raise _unusable(error, self.url) from error
 
     def _whole(self, path: str) -> np.ndarray:
         array = self._array(path)
@@ -874,6 +891,11 @@ class ReconstructionStore:
                 yield
         except (ValueError, RuntimeError) as error:
             raise DataDamaged(f"{redacted(self.url)}: cannot decode {what} ({error})") from error
+
+
+def how_to_mend(url: str) -> str:
+    """What to do about damaged data of the store, for the end of a message."""
+    return f"run `ttt3r repair {redacted(url)}`, then `ttt3r reconstruct` again"
 
 
 def _new_root(folder: Folder, attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -1013,8 +1035,12 @@ def _rows(path: str, segment: Segment, chunk: Chunk) -> slice:
     return slice(chunk.start - segment.start, chunk.stop - segment.start)
 
 
-def _redo(segment: Segment) -> str:
-    return f"drop commits 'infer/{segment.index:04d}' and run the infer stage again"
+def _gone(path: str, url: str) -> DataDamaged:
+    return DataDamaged(f"array {path} of {redacted(url)} is gone; {how_to_mend(url)}")
+
+
+def _unusable(error: Exception, url: str) -> DataDamaged:
+    return DataDamaged(f"{redacted(url)}: {error}; {how_to_mend(url)}")
 
 
 def _widened(values: np.ndarray) -> np.ndarray:

@@ -81,7 +81,7 @@ def test_array_of_another_layout_is_refused(store, change, said):
     document.write_text(json.dumps({**json.loads(document.read_text()), **change}))
     with pytest.raises(DataDamaged, match=said):
         store.read(SEGMENT, "depth", 0, 8)
-    assert store.verify() == [f"{DEPTH} chunk 0"]
+    assert store.verify() == [f"{DEPTH} chunk 0", f"{DEPTH}/zarr.json"]
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "null", "[" * 100_000, '{"shape": {}}', "\x00"])

@@ -511,7 +511,7 @@ def test_verify_names_what_is_damaged(finished):
     write_object(f"{finished.url}/fusion/mesh.ply", b"mess")
     expected = ["fusion/mesh.ply", "segments/0000/depth chunk 1"]
     assert sorted(finished.verify()) == [*expected, "segments/0000/state/tokens chunk 2"]
-    with pytest.raises(DataDamaged, match=r"depth, frames 14\.\.15; drop commits 'infer/0000'"):
+    with pytest.raises(DataDamaged, match=r"depth, frames 14\.\.15; run `ttt3r repair .*`"):
         finished.read(SEGMENT, "depth", 14, 15)
     with pytest.raises(DataDamaged, match="chunk 2"):
         finished.read_state(SEGMENT, CHUNKS[2])
@@ -553,19 +553,58 @@ def test_repair_declares_only_the_damaged_unfinished(finished):
     )
 
 
-@pytest.mark.parametrize("document", [None, b"{}", b"nonsense"])
-def test_repair_makes_a_segment_with_broken_metadata_writable_again(finished, document):
-    path = f"{finished.url}/segments/0000/gate/zarr.json"
-    if document is None:
-        filesystem, local = fsspec.core.url_to_fs(path)
-        filesystem.rm_file(local)
-    else:
+def break_metadata(store: ReconstructionStore, document: bytes | None) -> None:
+    """Replace or remove zarr.json of an array."""
+    path = f"{store.url}/segments/0000/gate/zarr.json"
+    if document is not None:
         write_object(path, document)
-    assert len(finished.repair()) == len(CHUNKS)
+        return
+    filesystem, local = fsspec.core.url_to_fs(path)
+    filesystem.rm_file(local)
+
+
+@pytest.mark.parametrize("document", [None, b"{}", b"nonsense"])
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_repair_makes_a_segment_with_broken_metadata_writable_again(
+    finished, document, is_committed
+):
+    if not is_committed:  # as where another rule was asked for, or a repair was killed
+        finished.drop_commits("infer")
+    break_metadata(finished, document)
+    create_segment(finished)  # is there already
+    with pytest.raises(DataDamaged, match=r"segments/0000/gate .*run `ttt3r repair .*drive\.zarr`"):
+        finish(finished, CHUNKS[0])
+    assert finished.verify()[-1] == "segments/0000/gate/zarr.json"
+    assert finished.repair()[-1] == "segments/0000"
+    assert finished.verify() == finished.commit_names("infer") == []
     create_segment(finished)
     for chunk in CHUNKS:
         finish(finished, chunk)
     assert finished.verify() == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codecs": [{"name": "bytes"}, {"name": "gzip", "configuration": {"level": 1}}]},
+        {"fill_value": "nothing"},
+        {"fill_value": 10**400},
+        {"zarr_format": 2},
+    ],
+)
+def test_chunk_is_not_written_to_an_array_that_could_not_be_read(store, change):
+    with fsspec.open(f"{store.url}/segments/0000/gate/zarr.json") as file:
+        node = json.load(file)
+    break_metadata(store, json.dumps({**node, **change}).encode())
+    with pytest.raises(DataDamaged, match="segments/0000/gate is none of this software's"):
+        finish(store, CHUNKS[0])
+    assert store.commit_names("infer") == []
+
+
+def test_segment_that_is_being_made_is_not_damaged(store):
+    remove_object(store, "segments/0000/zarr.json")
+    break_metadata(store, None)
+    assert store.verify() == store.repair() == []
 
 
 def test_damaged_commit_of_a_stage_does_not_take_those_below_it(finished):
@@ -594,12 +633,12 @@ def test_committed_object_that_is_gone_raises_instead_of_reading_as_fill_values(
     remove_object(finished, "trajectory/scale/c/0")
     reopened = ReconstructionStore.open(finished.url)
     for name in ("depth", "gate"):
-        with pytest.raises(DataDamaged, match=rf"{name}, frames 12\.\.20; drop.*c/1/0.*is gone"):
+        with pytest.raises(DataDamaged, match=rf"{name}, frames 12\.\.20; run.*c/1/0.*is gone"):
             reopened.read(SEGMENT, name, 12, 20)
         assert np.isfinite(reopened.read(SEGMENT, name, 10, 14)).all()
-    with pytest.raises(DataDamaged, match=r"chunk 1; drop commits 'infer/0000'.*is gone"):
+    with pytest.raises(DataDamaged, match=r"chunk 1; run `ttt3r repair .*`.*is gone"):
         reopened.read_state(SEGMENT, CHUNKS[1])
-    with pytest.raises(DataDamaged, match="trajectory; drop commit 'align'"):
+    with pytest.raises(DataDamaged, match=r"trajectory; run `ttt3r repair .*`"):
         reopened.read_trajectory()
     expected = ["segments/0000/depth", "segments/0000/gate", "segments/0000/state/tokens"]
     assert sorted(reopened.verify()) == [*(f"{n} chunk 1" for n in expected), "trajectory/scale"]
