@@ -64,9 +64,10 @@ class Commits:
         """Records by name, in name order, as `names`."""
         return self.read_many(self.names(prefix))
 
-    def with_malformed(self) -> dict[str, dict[str, Any]]:
-        """All records by name; empty where an object is none, as it is torn or too large."""
-        contents = self._folder.read_records(_object(name) for name in self.names())
+    def with_malformed(self, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+        """All records, or those of `names`; empty where an object is none: torn or too large."""
+        wanted = self.names() if names is None else names
+        contents = self._folder.read_records(_object(name) for name in wanted)
         return {_name(n): _parsed(_name(n), data) or {} for n, data in sorted(contents.items())}
 
     def read_many(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:

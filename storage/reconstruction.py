@@ -759,18 +759,58 @@ class ReconstructionStore:
         Only the commits whose own data or files are damaged are dropped. A segment whose array
         metadata are damaged is removed, as none of its chunks can be read or written.
 
+        Holds the claim on the drive while it reads and, before it drops anything, those on all
+        that it drops: it could take back what a run has made anew meanwhile.
+
         Returns:
             Names of the dropped commits, such as "infer/0000/0001", and of the removed segments,
             such as "segments/0000".
+
+        Raises:
+            Claimed: a run is at work; nothing is dropped.
+            ClaimLost: this process stood still; nothing more is dropped.
         """
-        broken = self._broken_segments()
-        records = self._commits.with_malformed().items()
-        damaged = [name for name, record in records if self._damage(name, record)]
-        for commit in damaged:
-            self._folder.delete(f"{layout.COMMITS}/{commit}.json")
-        for index in broken:
-            self.remove_segment(index)
-        return damaged + [segment_name(index) for index in broken]
+        with ExitStack() as stack:
+            claims = {"drive": stack.enter_context(self.claim("drive"))}
+            self._claim_others(stack, claims, ())
+            broken = {segment_claim(index): index for index in self._broken_segments()}
+            records = self._commits.with_malformed().items()
+            damaged = {
+                name: _claim_for(name) for name, record in records if self._damage(name, record)
+            }
+            self._claim_others(stack, claims, {*damaged.values(), *broken})
+            return [
+                *(n for n, claim in damaged.items() if self._drop_damaged(n, claims[claim])),
+                *(segment_name(i) for c, i in broken.items() if self._remove_broken(i, claims[c])),
+            ]
+
+    def _claim_others(
+        self, stack: ExitStack, claims: dict[str, Claim], names: Iterable[str]
+    ) -> None:
+        """Add to `claims` those on `names` and on all that anybody, dead or alive, has claimed.
+
+        Raises:
+            Claimed: somebody is at work.
+        """
+        for name in sorted({*names, *claimed_names(self._folder)} - claims.keys()):
+            claims[name] = stack.enter_context(self.claim(name))
+
+    def _drop_damaged(self, commit: str, claim: Claim) -> bool:
+        """Drop a commit unless what it vouches for was made anew meanwhile; say whether it is."""
+        records = self._commits.with_malformed([commit])
+        if not any(self._damage(commit, record) for record in records.values()):
+            return False
+        claim.check()
+        self._folder.delete(f"{layout.COMMITS}/{commit}.json")
+        return True
+
+    def _remove_broken(self, index: int, claim: Claim) -> bool:
+        """Remove a segment unless it was made anew meanwhile; say whether it was removed."""
+        if not self._broken_metadata(index):
+            return False
+        claim.check()
+        self.remove_segment(index)
+        return True
 
     def garbage(self, age_s: float) -> dict[str, int]:
         """Names and sizes of what no commit refers to and was written `age_s` seconds ago or more.
@@ -799,14 +839,13 @@ class ReconstructionStore:
             ClaimLost: this process stood still; nothing more is removed.
         """
         with ExitStack() as stack:
-            drive = stack.enter_context(self.claim("drive"))
+            claims = {"drive": stack.enter_context(self.claim("drive"))}
             mine = {claim for name in self.garbage(age_s) if (claim := _claim_on(name))}
-            names = {*mine, *claimed_names(self._folder)} - {"drive"}
-            claims = {name: stack.enter_context(self.claim(name)) for name in sorted(names)}
+            self._claim_others(stack, claims, mine)
             # Looked at again: what another worker finished before the claims is no garbage now.
             found = {n: s for n, s in self.garbage(age_s).items() if _claim_on(n) in {None, *mine}}
             for name in found:
-                claims.get(_claim_on(name) or "", drive).check()
+                claims[_claim_on(name) or "drive"].check()
                 self._folder.delete(name)
         return found
 
@@ -1060,6 +1099,12 @@ def _claim_on(name: str) -> str | None:
     """The claim of who may work on an object of a segment; None of all other objects."""
     index = layout.segment_index(name)
     return None if index is None else segment_claim(index)
+
+
+def _claim_for(commit: str) -> str:
+    """The claim of who may make anew what a commit vouches for."""
+    numbers = layout.chunk_numbers(commit)
+    return commit if numbers is None else segment_claim(numbers[0])
 
 
 def _check_file_name(name: str) -> str:

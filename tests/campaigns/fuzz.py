@@ -17,6 +17,7 @@ import importlib
 import io
 import json
 import logging
+import os
 import pickle
 import pkgutil
 import resource
@@ -71,6 +72,8 @@ FORBIDDEN = (
     "import", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.",
     "exec", "compile", "ctypes.", "shutil.", "os.remove", "os.rename",
 )  # fmt: skip
+# What a claim says of its holder.
+HOLDER = ("/proc/sys/kernel/random/boot_id", f"/proc/{os.getpid()}/stat")
 CHANGES = ("shutil.copyfile", "shutil.rmtree", "os.remove")  # of the case's own files: allowed
 WORDS = (
     b"../", b"/etc/passwd", b"\0", b"\xff" * 8, b"cposix\nsystem\n", b"c__builtin__\neval\n",
@@ -113,7 +116,9 @@ class Watch:
         if self.allowed is None:
             return
         if event == "open":
-            if not isinstance(arguments[0], int) and not str(arguments[0]).startswith(self.allowed):
+            if isinstance(arguments[0], int) or str(arguments[0]) in HOLDER:
+                return
+            if not str(arguments[0]).startswith(self.allowed):
                 self.escapes.append(f"open {arguments[0]!r}")
         elif event in CHANGES:
             if not self._is_allowed(event, arguments):

@@ -113,6 +113,15 @@ def test_commands_on_a_store_that_is_not_there_are_one_line_errors(run, tmp_path
         assert_one_line(code, err, "no reconstruction")
 
 
+def test_repair_of_a_drive_that_is_worked_on_is_a_one_line_error(run, tmp_path):
+    url = tmp_path / "drive.zarr"
+    with ReconstructionStore.create(url, {}).claim("drive"):
+        code, out, err = run("repair", url)
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert "'drive' is being worked on by process" in err
+    assert run("repair", url) == (0, "", "0 damaged commits and segments dropped\n")
+
+
 def test_wrong_settings_are_one_line_errors_before_anything_is_computed(run, tmp_path):
     video = write_video(tmp_path / "v.mp4", moving_squares(4))
     wrong = {

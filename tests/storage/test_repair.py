@@ -1,0 +1,112 @@
+"""Repair: what is damaged is declared unfinished, and never anything else."""
+
+import fsspec
+import pytest
+from small_segment import SEGMENT, SHAPE, chunk_arrays
+
+from storage.errors import Claimed, ClaimLost
+from storage.reconstruction import ReconstructionStore
+
+CHUNKS = SEGMENT.chunks(16)
+GATE = "segments/0000/gate"
+
+
+def finish(store: ReconstructionStore, number: int) -> None:
+    store.write_chunk(SEGMENT, CHUNKS[number], chunk_arrays(CHUNKS[number], 1.0))
+    store.commit_chunk(SEGMENT, CHUNKS[number], {"key": "key"})
+
+
+def overwrite(store: ReconstructionStore, name: str) -> None:
+    """Damage an object behind the store's back."""
+    with fsspec.open(f"{store.url}/{name}", "wb") as file:
+        file.write(b"{}")
+
+
+@pytest.fixture
+def store(output_url: str) -> ReconstructionStore:
+    """A store of one finished segment and a mesh."""
+    made = ReconstructionStore.create(f"{output_url}/drive.zarr", {})
+    made.create_segment(SEGMENT, 16, **SHAPE)
+    for number in range(len(CHUNKS)):
+        finish(made, number)
+    files = {"fusion/a.ply": made.put_file("fusion/a.ply", b"mesh")}
+    made.commit("fuse/0000", {"key": "key", "files": files})
+    return made
+
+
+@pytest.mark.parametrize("name", ["drive", "infer/0000", "fuse/0000", "fuse/0001"])
+def test_nothing_is_dropped_while_a_run_is_at_work(store, name):
+    overwrite(store, f"{GATE}/c/1/0")
+    with store.claim(name), pytest.raises(Claimed, match=f"'{name}' is being worked on"):
+        ReconstructionStore.open(store.url).repair()
+    assert len(store.commit_names("infer")) == len(CHUNKS)
+    assert store.repair() == ["infer/0000/0001"]
+    assert store._folder.sizes("claims").keys() == {"claims/zarr.json"}
+
+
+def meanwhile(store, monkeypatch, act):
+    """Let another worker act once `repair` has found the damage of a chunk."""
+    find, todo = store._damage, [act]
+
+    def find_late(commit, record):
+        found = find(commit, record)
+        if found and todo:
+            todo.pop()(ReconstructionStore.open(store.url))
+        return found
+
+    monkeypatch.setattr(store, "_damage", find_late)
+
+
+def test_chunk_that_is_computed_again_while_repair_reads_is_kept(store, monkeypatch):
+    def compute_again(orphan):
+        with orphan.claim("infer/0000"):
+            orphan.drop_commits("infer/0000/0001")
+            finish(orphan, 1)
+
+    overwrite(store, f"{GATE}/c/1/0")
+    meanwhile(store, monkeypatch, compute_again)
+    assert store.repair() == []
+    assert store.verify() == []
+    assert store.is_chunk_done(SEGMENT, CHUNKS[1], "key")
+
+
+def test_segment_that_is_made_anew_while_repair_reads_is_kept(store, monkeypatch):
+    def make_anew(orphan):
+        with orphan.claim("infer/0000"):
+            orphan._folder.delete_tree("segments/0000")
+            orphan.create_segment(SEGMENT, 16, **SHAPE)
+            finish(orphan, 0)
+
+    overwrite(store, f"{GATE}/zarr.json")
+    meanwhile(store, monkeypatch, make_anew)
+    store.repair()
+    assert store.verify() == []
+    assert store.is_chunk_done(SEGMENT, CHUNKS[0], "key")
+
+
+@pytest.mark.parametrize("name", ["infer/0000", "fuse/0001"])
+def test_worker_that_begins_while_repair_reads_stops_it(store, monkeypatch, name):
+    other = ReconstructionStore.open(store.url)
+    claim = other.claim(name)
+    overwrite(store, f"{GATE}/c/1/0")
+    meanwhile(store, monkeypatch, lambda _: claim.__enter__())
+    with pytest.raises(Claimed):
+        store.repair()
+    claim.__exit__(None, None, None)
+    assert len(store.commit_names("infer")) == len(CHUNKS)
+
+
+def test_nothing_more_is_dropped_once_the_claim_is_lost(store, monkeypatch):
+    delete = store._folder.delete
+
+    def delete_and_stand_still(name):
+        delete(name)
+        if name.startswith("commits/"):
+            store._folder.delete_tree("claims/infer/0000")
+
+    monkeypatch.setattr(store._folder, "delete", delete_and_stand_still)
+    for number in (0, 1):
+        overwrite(store, f"{GATE}/c/{number}/0")
+    with pytest.raises(ClaimLost):
+        store.repair()
+    assert len(store.commit_names("infer")) == len(CHUNKS) - 1
