@@ -27,6 +27,8 @@ from storage.records import MOST_FRAMES
 
 MOST_OBJECT_BYTES = 2**30  # of an object, before compression
 MOST_WHOLE_BYTES = 2**32  # of an array that is read as a whole
+MOST_METADATA_BYTES = 2**16  # of zarr.json of an array; ours have some 2 kB
+MOST_RECORDS_BYTES = 2**31  # of all commits together; those of 2^24 frames have half of it
 MOST_DIMENSIONS = 8
 MOST_PARTS = 2**16  # of an object that are compressed each by itself
 CODECS = frozenset({"bytes", "blosc", "crc32c", "sharding_indexed"})
@@ -41,14 +43,20 @@ def check_array(path: str, document: bytes, spec: ArraySpec) -> None:
     Raises:
         DataDamaged: it is not, or it is so large that reading it would fill the memory.
     """
-    fault = _fault(document, spec)
+    fault = _fault_of(document, spec)
     if fault:
         raise DataDamaged(f"array {path} is none of this software's: {fault}")
 
 
 def is_array(document: bytes | None, spec: ArraySpec) -> bool:
     """Whether it is there and `check_array` takes it."""
-    return document is not None and _fault(document, spec) is None
+    return document is not None and _fault_of(document, spec) is None
+
+
+def _fault_of(document: bytes, spec: ArraySpec) -> str | None:
+    if len(document) > MOST_METADATA_BYTES:
+        return f"its metadata has {len(document)} bytes"
+    return _fault(document, spec)
 
 
 @lru_cache(maxsize=256)

@@ -6,14 +6,15 @@ import json
 import logging
 import math
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from storage.errors import CommitExists
+from storage.bounds import MOST_RECORDS_BYTES
+from storage.errors import CommitExists, DataDamaged
 from storage.layout import COMMITS
-from storage.objects import Folder, check_name, is_name
+from storage.objects import Folder, check_name, in_batches, is_name, redacted
 
 logger = logging.getLogger(__name__)
 
@@ -51,24 +52,62 @@ class Commits:
 
         What `check_name` refuses is none of ours, and counts for nothing.
         """
+        return sorted(self._sizes(prefix))
+
+    def _sizes(self, prefix: str = "") -> dict[str, int]:
+        """Sizes in bytes of the records that `names` gives."""
         if prefix:
             check_name(prefix)
-        below = self._folder.sizes(f"{COMMITS}/{prefix}".rstrip("/"))
-        found = [n for n in below if n.endswith(SUFFIX) and n != ZARR_OBJECT and is_name(n)]
-        names = [_name(n) for n in found]
-        if prefix and self._folder.read(_object(prefix)) is not None:
-            names.append(prefix)
-        return sorted(names)
+        below = self._folder.sizes(f"{COMMITS}/{prefix}".rstrip("/")).items()
+        found = {n: s for n, s in below if n.endswith(SUFFIX) and n != ZARR_OBJECT and is_name(n)}
+        sizes = {_name(name): size for name, size in found.items()}
+        if prefix and (data := self._folder.read(_object(prefix))) is not None:
+            sizes[prefix] = len(data)
+        return sizes
 
     def all(self, prefix: str = "") -> dict[str, dict[str, Any]]:
-        """Records by name, in name order, as `names`."""
-        return self.read_many(self.names(prefix))
+        """Records by name, in name order, as `names`.
 
-    def with_malformed(self, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-        """All records, or those of `names`; empty where an object is none: torn or too large."""
-        wanted = self.names() if names is None else names
-        contents = self._folder.read_records(_object(name) for name in wanted)
-        return {_name(n): _parsed(_name(n), data) or {} for n, data in sorted(contents.items())}
+        Raises:
+            DataDamaged: one, or all together, would fill the memory; nothing of ours does.
+        """
+        sizes = self._sizes(prefix)
+        self._check_sum(sizes)
+        batches = map(self.read_many, in_batches(dict(sorted(sizes.items()))))
+        return {name: record for records in batches for name, record in records.items()}
+
+    def each(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """All records with their names, in name order; empty where an object is none.
+
+        A few are held at a time, so that any number of them can be read, large or torn ones too.
+        """
+        sizes = {_object(name): size for name, size in sorted(self._sizes().items())}
+        for name, data in self._folder.each_record(sizes):
+            yield _name(name), _parsed(_name(name), data) or {}
+
+    def read_malformed(self, name: str) -> dict[str, Any] | None:
+        """The record, empty where the object is none; None where there is no object."""
+        for data in self._folder.read_records([_object(name)]).values():
+            return _parsed(name, data) or {}
+        return None
+
+    def check_sum(self) -> None:
+        """Make sure, before something of each record is kept, that it will fit into memory.
+
+        Raises:
+            DataDamaged: it may not.
+        """
+        self._check_sum(self._sizes())
+
+    def _check_sum(self, sizes: Mapping[str, int]) -> None:
+        size = sum(sizes.values())
+        if size > MOST_RECORDS_BYTES:
+            url = redacted(self._folder.url)
+            raise DataDamaged(
+                f"{url}: {len(sizes)} commits have {size >> 20} MiB, more than the "
+                f"{MOST_RECORDS_BYTES >> 20} MiB of any drive; run `ttt3r repair {url}`, which "
+                "drops those that are none of this software's"
+            )
 
     def read_many(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Those of the records that are there, by name, in name order."""

@@ -17,19 +17,8 @@ OWN = {
 }
 
 
-def find_garbage(
-    folder: Folder,
-    commits: Mapping[str, Mapping[str, Any]],
-    segments: Iterable[int],
-    age_s: float,
-) -> dict[str, int]:
-    """Names and sizes of what nothing refers to, of objects written at least `age_s` ago.
-
-    Args:
-        commits: all valid commits by name.
-        segments: indices of the segments that the plan has or that a commit vouches for.
-    """
-    kept = _Referenced(commits, segments)
+def find_garbage(folder: Folder, kept: Referenced, age_s: float) -> dict[str, int]:
+    """Names and sizes of what nothing refers to, of objects written at least `age_s` ago."""
     latest = time.time() - age_s
     return {
         name: info.size
@@ -38,20 +27,22 @@ def find_garbage(
     }
 
 
-class _Referenced:
-    """What the commits refer to."""
+class Referenced:
+    """What the plan and the commits refer to."""
 
-    def __init__(self, commits: Mapping[str, Mapping[str, Any]], segments: Iterable[int]) -> None:
+    def __init__(self, segments: Iterable[int]) -> None:
+        """`segments`: indices of those that the plan has."""
         self._segments = {layout.segment_name(index) for index in segments}
         self._arrays: set[str] = set()  # that are written as a whole
         self._rows: set[str] = set()  # first index of what lies in an array: "segments/0/depth/c/3"
         self._files: set[str] = set()
         self._kept_folders: set[str] = set()  # of commits that do not say what their files are
-        for name, record in commits.items():
-            self._add(name, record)
 
-    def _add(self, name: str, record: Mapping[str, Any]) -> None:
+    def add(self, name: str, record: Mapping[str, Any]) -> None:
+        """Keep what a valid commit refers to."""
         chunk = layout.chunk_numbers(name)
+        if chunk is not None:
+            self._segments.add(layout.segment_name(chunk[0]))
         for path in mapping_in(record, "digests"):
             if chunk is not None:
                 self._rows.add(f"{path}/c/{chunk[1]}")

@@ -236,6 +236,14 @@ class Folder(ABC):
             found = {name: self._read_record(name) for name in wanted}
         return {name: data for name, data in found.items() if data is not None}
 
+    def each_record(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+        """As `read_records`, one by one, of objects whose sizes in bytes are known by name.
+
+        Held at a time are so many as are together no larger than the largest record.
+        """
+        for names in in_batches(sizes):
+            yield from self.read_records(names).items()
+
     def _read_record(self, name: str) -> bytes | None:
         try:
             return self.read(name)
@@ -423,7 +431,8 @@ class RemoteFolder(Folder):
 
     def __init__(self, url: str) -> None:
         self.url = url
-        is_s3 = split_protocol(url)[0] in ("s3", "s3a")
+        protocol = split_protocol(url)[0]
+        is_s3, self._is_web = protocol in ("s3", "s3a"), protocol in ("http", "https")
         self._options = {**REMOTE_OPTIONS, **(S3_OPTIONS if is_s3 else {})}
         self.filesystem, root = fsspec.core.url_to_fs(url, **self._options)
         self.root = root.rstrip("/")
@@ -434,7 +443,7 @@ class RemoteFolder(Folder):
     @explained
     def read(self, name: str, most: int = MOST_DOCUMENT_BYTES) -> bytes | None:
         try:
-            data = self.filesystem.cat_file(self._path(name), start=0, end=most + 1)
+            data = self._start_of(self._path(name), most + 1)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -444,11 +453,36 @@ class RemoteFolder(Folder):
         _check_size(name, len(data), most)
         return data
 
+    def _start_of(self, path: str, count: int) -> bytes:
+        """The first bytes of an object, `count` at most."""
+        if not self._is_web:
+            return bytes(self.filesystem.cat_file(path, start=0, end=count))
+        # A server that knows no ranges sends all of it: no more is taken than was asked for.
+        headers = {**self.filesystem.kwargs.get("headers", {}), "Range": f"bytes=0-{count - 1}"}
+        data = bytearray()
+        with self.filesystem.open(path, block_size=0, size=count, headers=headers) as stream:
+            while len(data) < count and (part := stream.read(count - len(data))):
+                data += part
+        return bytes(data)
+
+    def _read_from_web(self, names: Iterable[str]) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+
+        def read(name: str) -> None:
+            data = self.read(name)
+            if data is not None:
+                found[name] = data
+
+        in_parallel(read, names)
+        return found
+
     @explained
     def read_many(self, names: Iterable[str]) -> dict[str, bytes]:
         wanted = list(names)
         if not wanted:
             return {}
+        if self._is_web:
+            return self._read_from_web(wanted)
         paths, stop = [self._path(name) for name in wanted], MOST_DOCUMENT_BYTES + 1
         found = self.filesystem.cat_ranges(paths, 0, stop, on_error="return")
         found = [b"" if _is_empty(content) else content for content in found]
@@ -643,6 +677,20 @@ def in_parallel(act: Callable[[T], object], items: Iterable[T]) -> None:
     with ThreadPoolExecutor(WRITERS) as pool:
         for _ in pool.map(lambda do: do(), work):
             pass
+
+
+def in_batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names in their order, cut so that objects of these sizes fit into the largest document."""
+    batch: list[str] = []
+    held = 0
+    for name, size in sizes.items():
+        if batch and held + size > MOST_DOCUMENT_BYTES:
+            yield batch
+            batch, held = [], 0
+        batch.append(name)
+        held += size
+    if batch:
+        yield batch
 
 
 def _own_file(root: Path, name: str) -> Path:

@@ -18,7 +18,7 @@ from zarr.core.array import Array
 from zarr.storage import StorePath
 
 from storage import layout
-from storage.bounds import check_array, check_whole, is_array
+from storage.bounds import MOST_METADATA_BYTES, check_array, check_whole, is_array
 from storage.claims import Claim, check_held, claimed_names
 from storage.commits import Commits, mapping_in, plain
 from storage.encoding import (
@@ -42,7 +42,7 @@ from storage.errors import (
     StoreTooNew,
     StoreUnavailable,
 )
-from storage.garbage import find_garbage
+from storage.garbage import Referenced, find_garbage
 from storage.layout import ArraySpec, by_name, chunk_commit, segment_claim, segment_name
 from storage.objects import MOST_FILE_BYTES, Folder, check_name, explaining, open_folder, redacted
 from storage.records import MOST_FRAMES, Chunk, Segment
@@ -66,6 +66,28 @@ SEGMENT_SPECS = by_name(layout.SEGMENT_ARRAYS)
 STATE_SPECS = by_name(layout.STATE_ARRAYS)
 CHUNK_SPECS = SEGMENT_SPECS | {f"state_{name}": spec for name, spec in STATE_SPECS.items()}
 UNDECODABLE = (ValueError, TypeError, LookupError, RuntimeError, DataDamaged)
+
+
+@dataclass
+class SegmentProgress:
+    """How far a segment is."""
+
+    frames: tuple[int, int]
+    chunks: int
+    creation: str
+    committed: int = 0
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Count the commit of one of its chunks, unless it is of an earlier creation."""
+        self.committed += record.get("creation") == self.creation
+
+    def to_json(self) -> dict[str, Any]:
+        """For people."""
+        return {
+            "frames": list(self.frames),
+            "chunks_committed": self.committed,
+            "chunks_total": self.chunks,
+        }
 
 
 @dataclass(frozen=True)
@@ -724,24 +746,43 @@ class ReconstructionStore:
             finished stages other than chunks; `files` {name: bytes}.
         """
         sizes = self._folder.sizes()
-        names = [n for n in sizes if n.endswith("/zarr.json")]
-        documents = self._folder.read_records(names)
-        arrays = {n: node for n, d in documents.items() if (node := _array_node(d))}
         stored: Counter[str] = Counter()
         for name, size in sizes.items():
             stored[name.partition("/c/")[0].removesuffix("/zarr.json")] += size
-        commits = self._commits.with_malformed()
+        arrays, segments = self._described_nodes(sizes)
+        stages = []
+        for name, record in self._commits.each():
+            numbers = layout.chunk_numbers(name)
+            if numbers is not None and numbers[0] in segments:
+                segments[numbers[0]].add(record)
+            if record and not _is_of_chunk(name):
+                stages.append(name)
         return {
             "url": redacted(self.url),
             "bytes": sum(sizes.values()),
-            "arrays": {
-                path: {"shape": n["shape"], "dtype": n["data_type"], "bytes": stored[path]}
-                for path, n in ((name.removesuffix("/zarr.json"), n) for name, n in arrays.items())
-            },
-            "segments": _segment_progress(documents, commits),
-            "commits": [n for n, record in commits.items() if record and not _is_of_chunk(n)],
+            "arrays": {path: {**about, "bytes": stored[path]} for path, about in arrays.items()},
+            "segments": {f"{index:04d}": found.to_json() for index, found in segments.items()},
+            "commits": stages,
             "files": {name: sizes[name] for name in self.list_files() if name in sizes},
         }
+
+    def _described_nodes(
+        self, sizes: Mapping[str, int]
+    ) -> tuple[dict[str, dict[str, Any]], dict[int, SegmentProgress]]:
+        """Shapes and types of arrays by path, and the segments by index, nothing finished yet."""
+        arrays, segments = {}, {}
+        documents = {
+            n: s for n, s in sizes.items() if n.endswith("/zarr.json") and s <= MOST_METADATA_BYTES
+        }
+        for name, document in self._folder.each_record(documents):
+            path = name.removesuffix("/zarr.json")
+            index = layout.segment_index(path)
+            if about := _array_node(document):
+                arrays[path] = about
+            elif index is not None and path == segment_name(index) and (at := _layout_in(document)):
+                frames = (at["start"], at["stop"])
+                segments[index] = SegmentProgress(frames, at["sizes"]["chunk"], at["creation"])
+        return arrays, segments
 
     def verify(self) -> list[str]:
         """Read back all that is committed and compare digests; names of what is damaged.
@@ -749,7 +790,7 @@ class ReconstructionStore:
         A commit that is no record of ours is named itself, "commits/align.json", and so is the
         metadata of a segment's array, "segments/0000/gate/zarr.json", whatever is committed of it.
         """
-        commits = self._commits.with_malformed().items()
+        commits = self._commits.each()
         damaged = [name for commit, record in commits for name in self._damage(commit, record)]
         return damaged + [name for names in self._broken_segments().values() for name in names]
 
@@ -774,7 +815,7 @@ class ReconstructionStore:
             claims = {"drive": stack.enter_context(self.claim("drive"))}
             self._claim_others(stack, claims, ())
             broken = {segment_claim(index): index for index in self._broken_segments()}
-            records = self._commits.with_malformed().items()
+            records = self._commits.each()
             damaged = {
                 name: _claim_for(name) for name, record in records if self._damage(name, record)
             }
@@ -797,8 +838,8 @@ class ReconstructionStore:
 
     def _drop_damaged(self, commit: str, claim: Claim) -> bool:
         """Drop a commit unless what it vouches for was made anew meanwhile; say whether it is."""
-        records = self._commits.with_malformed([commit])
-        if not any(self._damage(commit, record) for record in records.values()):
+        record = self._commits.read_malformed(commit)
+        if record is None or not self._damage(commit, record):
             return False
         claim.check()
         self._folder.delete(f"{layout.COMMITS}/{commit}.json")
@@ -817,16 +858,21 @@ class ReconstructionStore:
 
         What a run at work has written and not committed yet is younger than a day.
         """
-        commits = self._commits.with_malformed()
-        listed = {layout.segment_index(n) for n in self._folder.sizes(layout.SEGMENTS)}
-        groups = {f"{segment_name(i)}/zarr.json": i for i in listed if i is not None}
-        documents = self._folder.read_records(groups)
-        layouts = {groups[n]: found for n, d in documents.items() if (found := _attributes(d))}
-        valid = {n: record for n, record in commits.items() if _is_valid(n, record, layouts)}
-        planned = _planned(self.attributes, layouts.keys())
-        vouched = {at[0] for n in valid if (at := layout.chunk_numbers(n))}
-        segments = (planned & layouts.keys()) | vouched
-        return find_garbage(self._folder, valid, segments, age_s)
+        self._commits.check_sum()
+        creations = self._creations()
+        kept = Referenced(_planned(self.attributes, creations.keys()) & creations.keys())
+        for name, record in self._commits.each():
+            if _is_valid(name, record, creations):
+                kept.add(name, record)
+        return find_garbage(self._folder, kept, age_s)
+
+    def _creations(self) -> dict[int, Any]:
+        """What the groups of all segments are called by the commits of their chunks, by index."""
+        listed = self._folder.sizes(layout.SEGMENTS)
+        indices = {i for name in listed if (i := layout.segment_index(name)) is not None}
+        groups = {n: i for i in indices if (n := f"{segment_name(i)}/zarr.json") in listed}
+        documents = self._folder.each_record({name: listed[name] for name in groups})
+        return {groups[n]: a.get("creation") for n, data in documents if (a := _attributes(data))}
 
     def delete_garbage(self, age_s: float) -> dict[str, int]:
         """Remove what `garbage` gives, as the only one at work on the store.
@@ -871,9 +917,10 @@ class ReconstructionStore:
         """Of one segment; none while it is being made or removed."""
         group = segment_name(index)
         paths = [_array_path(group, name) for name in CHUNK_SPECS]
-        names = {path: f"{path}/zarr.json" for path in paths}
-        documents = self._folder.read_records(names.values())
-        broken = [n for p, n in names.items() if not is_array(documents.get(n), layout.spec_at(p))]
+        specs = {f"{path}/zarr.json": layout.spec_at(path) for path in paths}
+        sizes = {n: s for n, s in self._folder.sizes(group).items() if n in specs}
+        sound = {n for n, data in self._folder.each_record(sizes) if is_array(data, specs[n])}
+        broken = [name for name in specs if name not in sound]
         # Looked at last: it is written after the arrays, and removed before them.
         made = self._folder.read_records([f"{group}/zarr.json"]).values() if broken else ()
         return broken if any(map(_layout_in, made)) else []
@@ -1153,16 +1200,14 @@ def _is_file_name(name: str) -> bool:
         return False
 
 
-def _is_valid(
-    name: str, record: Mapping[str, Any], layouts: Mapping[int, Mapping[str, Any]]
-) -> bool:
+def _is_valid(name: str, record: Mapping[str, Any], creations: Mapping[int, Any]) -> bool:
     """Whether a commit counts: one of a chunk belongs to the segment as it was created last."""
     if not _is_of_chunk(name):
         return bool(record)
     numbers = layout.chunk_numbers(name)
     if numbers is None:
         return False
-    return record.get("creation") == layouts.get(numbers[0], {}).get("creation")
+    return bool(record.get("creation") == creations.get(numbers[0]))
 
 
 def _planned(attributes: Mapping[str, Any], there: Collection[int]) -> set[int]:
@@ -1177,29 +1222,10 @@ def _planned(attributes: Mapping[str, Any], there: Collection[int]) -> set[int]:
 
 
 def _array_node(document: bytes) -> dict[str, Any] | None:
-    """zarr.json of an array, as far as it is described; None where it is none."""
+    """Shape and type in zarr.json of an array; None where it is none."""
     try:
         node: dict[str, Any] = json.loads(document)
-        is_array = node["node_type"] == "array" and {"shape", "data_type"} <= set(node)
+        about = {"shape": node["shape"], "dtype": node["data_type"]}
+        return about if node["node_type"] == "array" else None
     except (ValueError, TypeError, LookupError, RecursionError):
         return None
-    return node if is_array else None
-
-
-def _segment_progress(
-    documents: Mapping[str, bytes], commits: Mapping[str, Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Frames and finished chunks of every segment, by its number."""
-    progress = {}
-    for path, document in documents.items():
-        index, found = layout.segment_index(path), _layout_in(document)
-        if found is None or index is None or path != f"{segment_name(index)}/zarr.json":
-            continue
-        number = f"{index:04d}"
-        mine = [r for name, r in commits.items() if name.startswith(f"infer/{number}/")]
-        progress[number] = {
-            "frames": [found["start"], found["stop"]],
-            "chunks_committed": sum(r.get("creation") == found["creation"] for r in mine),
-            "chunks_total": found["sizes"]["chunk"],
-        }
-    return progress

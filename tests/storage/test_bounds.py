@@ -1,9 +1,12 @@
 """Stores that somebody else wrote: what is none of ours costs one line, not the memory."""
 
+import http.server
 import json
 import shutil
+import threading
 import tracemalloc
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import google_crc32c
@@ -56,6 +59,86 @@ def test_records_of_gigabytes_are_not_read(store):
     grow(path_of(store, "zarr.json"))
     with pytest.raises(DataDamaged, match="larger"):
         ReconstructionStore.open(store.url)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda store: store.verify(),
+        lambda store: store.describe(),
+        lambda store: store.garbage(0),
+        lambda store: store.repair(),
+        lambda store: store.commits("large"),
+    ],
+)
+def test_many_large_records_are_not_held_at_once(store, act):
+    for number in range(12):
+        for name in ("commits/large/{}.json", "segments/0000/{}/zarr.json"):
+            path = path_of(store, name.format(number))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            with path.open("r+b") as file:
+                file.truncate(32 * 2**20)
+    tracemalloc.start()
+    try:
+        act(store)
+        assert tracemalloc.get_traced_memory()[1] < 2**27
+    finally:
+        tracemalloc.stop()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A web server that knows no ranges."""
+
+    def handle_error(self, *_: object) -> None:
+        """Whoever asked may hang up."""
+
+
+@pytest.fixture
+def web(store):
+    """URL of a web server that has the store."""
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=Path(store.url).parent)
+    with Server(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/drive.zarr"
+        server.shutdown()
+        thread.join()
+
+
+def test_web_server_that_knows_no_ranges_is_read_up_to_the_limit(store, web):
+    there = ReconstructionStore.open(web)
+    np.testing.assert_array_equal(there.read(SEGMENT, "depth", 0, 8), 1.0)
+    for name in ("probe", "infer/0000/0000"):
+        with path_of(store, f"commits/{name}.json").open("r+b") as file:
+            file.truncate(2**28)
+    tracemalloc.start()
+    try:
+        for read in (there.read_frames, lambda: there.read(SEGMENT, "depth", 0, 8)):
+            with pytest.raises(DataDamaged, match="is larger than 32 MiB"):
+                read()
+        assert tracemalloc.get_traced_memory()[1] < 2**27
+    finally:
+        tracemalloc.stop()
+
+
+def test_records_larger_than_memory_together_are_refused(store):
+    for number in range(70):
+        path = path_of(store, f"commits/{number}.json")
+        path.touch()
+        grow(path)
+    with pytest.raises(DataDamaged, match=r"72 commits have 2310 MiB, more than .* any drive; run"):
+        store.commits()
+    with pytest.raises(DataDamaged, match="any drive"):
+        store.garbage(0)
+
+
+def test_array_with_metadata_of_megabytes_is_refused(store):
+    document = path_of(store, f"{DEPTH}/zarr.json")
+    node = json.loads(document.read_text())
+    document.write_text(json.dumps({**node, "attributes": {"note": "x" * 2**20}}))
+    with pytest.raises(DataDamaged, match="its metadata has 1"):
+        store.read(SEGMENT, "depth", 0, 8)
 
 
 @pytest.mark.parametrize(
