@@ -697,9 +697,20 @@ class ReconstructionStore:
         self._folder.upload(name, data)
         return _file_digest(data)
 
-    def get_file(self, name: str) -> bytes:
-        """Content of a stored file; FileNotFoundError where there is none."""
+    def get_file(self, name: str, digest: str | None = None) -> bytes:
+        """Content of a stored file; FileNotFoundError where there is none.
+
+        Args:
+            name: as for `put_file`.
+            digest: SHA-256 that a commit says it has.
+
+        Raises:
+            DataDamaged: with `digest`, the file is gone or another.
+        """
         data = self._folder.read(_check_file_name(name), MOST_FILE_BYTES)
+        if digest is not None and (data is None or hashlib.sha256(data).hexdigest() != digest):
+            state = "gone" if data is None else "not what was committed"
+            raise DataDamaged(f"{name} of {redacted(self.url)} is {state}; {how_to_mend(self.url)}")
         if data is None:
             raise FileNotFoundError(f"no file {name!r} in {redacted(self.url)}")
         return data

@@ -7,7 +7,6 @@ them holds more than a batch of tiles in memory, however long the drive.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import tempfile
 import time
@@ -20,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 from prefect import task
 
-from storage.errors import DataDamaged
 from storage.reconstruction import ReconstructionStore
 from storage.records import Plan
 from storage.video import read_frames
@@ -344,13 +342,7 @@ def _require_fused(store: ReconstructionStore, batches: int) -> dict[str, str]:
 
 
 def _read_tile(store: ReconstructionStore, name: str, digest: str) -> Mesh:
-    data = store.get_file(name)
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise DataDamaged(
-            f"{name} of {store.url} is not what was fused; run `ttt3r repair {store.url}`, then "
-            "`ttt3r reconstruct` again"
-        )
-    return read_ply(data)
+    return read_ply(store.get_file(name, digest))
 
 
 def merge_part(
@@ -365,7 +357,7 @@ def merge_part(
     `digests`: of the tiles' files, by name.
 
     Raises:
-        DataDamaged: a tile is not what was fused.
+        DataDamaged: a tile is gone, or not what was fused.
     """
     if not planned:
         files = write_mesh(store, f"{folder}/mesh", Mesh.empty())

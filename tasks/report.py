@@ -187,7 +187,9 @@ def render(
 
     record = DriveRecord.from_json(store.attributes["drive"])
     plan = Plan.from_json(store.attributes["plan"])
-    mesh = read_ply(store.get_file("fusion/preview.ply"))
+    merged = store.read_commit("fuse/merged") or {}
+    preview = "fusion/preview.ply"
+    mesh = read_ply(store.get_file(preview, merged.get("files", {}).get(preview)))
     summary = summarise(store)
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         Path(__file__).with_name("report.html.jinja").read_text()

@@ -127,8 +127,14 @@ def test_merge_takes_no_tile_of_another_plan_and_none_that_is_not_what_was_fused
     store.commit("fuse/0001", fused)
     tile = next(iter(fused["files"]))
     store.put_file(tile, b"what a worker wrote that was taken for dead")
-    with pytest.raises(DataDamaged, match=f"{tile} of .* is not what was fused"):
+    with pytest.raises(DataDamaged, match=f"{tile} of .* is not what was committed; run `ttt3r re"):
         merge_tiles_stage.fn(aligned.url, CONFIG)
+    store.delete_files(tile)
+    with pytest.raises(DataDamaged, match=f"{tile} of .* is gone; run `ttt3r repair {store.url}`"):
+        merge_tiles_stage.fn(aligned.url, CONFIG)
+    assert store.repair() == ["fuse/0001"]
+    fuse_drive(aligned)
+    assert store.verify() == []
 
 
 def test_batch_is_fused_by_one_worker_and_for_the_settings_that_it_is_planned_for(aligned):

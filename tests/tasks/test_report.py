@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
+from storage.errors import DataDamaged
 from storage.reconstruction import ReconstructionStore
 from storage.records import Plan, Segment
 from tasks import fuse
@@ -107,6 +108,12 @@ def test_damaged_report_is_named_and_made_anew(fused):
     assert fused.repair() == ["report"]
     assert "furlongs" not in page_of(fused)
     assert fused.verify() == []
+
+
+def test_preview_that_is_gone_is_damage(fused):
+    fused.delete_files("fusion/preview.ply")
+    with pytest.raises(DataDamaged, match=r"fusion/preview.ply of .* is gone; run `ttt3r repair"):
+        report_stage.fn(fused.url)
 
 
 def test_names_from_outside_cannot_break_out_of_the_page(fused):
