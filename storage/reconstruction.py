@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import time
 import uuid
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -897,10 +898,13 @@ class ReconstructionStore:
         """
         with ExitStack() as stack:
             claims = {"drive": stack.enter_context(self.claim("drive"))}
-            mine = {claim for name in self.garbage(age_s) if (claim := _claim_on(name))}
-            self._claim_others(stack, claims, mine)
-            # Looked at again: what another worker finished before the claims is no garbage now.
-            found = {n: s for n, s in self.garbage(age_s).items() if _claim_on(n) in {None, *mine}}
+            began = time.monotonic()
+            before = self.garbage(age_s)
+            self._claim_others(stack, claims, filter(None, map(_claim_on, before)))
+            # Looked at again: what another worker finished before the claims is no garbage now, and
+            # what one writes that begins after them was not there, or was older.
+            now = self.garbage(age_s + time.monotonic() - began)
+            found = {name: size for name, size in now.items() if name in before}
             for name in found:
                 claims[_claim_on(name) or "drive"].check()
                 self._folder.delete(name)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
+from storage import reconstruction
 from storage.errors import Claimed, ClaimLost
 from storage.reconstruction import ReconstructionStore
 from storage.records import Segment
@@ -135,6 +136,26 @@ def test_chunk_that_an_orphan_finishes_before_its_segment_is_claimed_is_kept(sto
     monkeypatch.setattr(store, "claim", claim_late)
     assert store.delete_garbage(0) == {}
     assert store.verify() == []
+
+
+def test_files_of_a_batch_that_begins_after_the_claims_are_kept(store, monkeypatch):
+    orphan, listing = ReconstructionStore.open(store.url), reconstruction.claimed_names
+    for name in ("a", "b"):
+        store.put_file(f"fusion/tiles/left_{name}.ply", b"of a killed run")
+    batch = orphan.claim("fuse/0000")
+
+    def list_and_begin(folder):
+        found = listing(folder)
+        batch.__enter__()
+        time.sleep(1.1)  # S3 says when an object was written in whole seconds
+        for name in ("left_b", "new"):
+            orphan.put_file(f"fusion/tiles/{name}.ply", b"to be committed")
+        return found
+
+    monkeypatch.setattr(reconstruction, "claimed_names", list_and_begin)
+    assert list(store.delete_garbage(0)) == ["fusion/tiles/left_a.ply"]
+    batch.__exit__(None, None, None)
+    assert {"fusion/tiles/left_b.ply", "fusion/tiles/new.ply"} < set(store.list_files("fusion/"))
 
 
 def test_nothing_more_is_removed_once_the_claim_is_lost(store, monkeypatch):
