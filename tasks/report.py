@@ -72,10 +72,16 @@ def report_stage(url: str) -> None:
 
 
 def report_key(store: ReconstructionStore) -> str:
-    """Key of all that the page shows."""
+    """Key of all that the page shows.
+
+    Raises:
+        ValueError: a stage has not finished.
+    """
+    for stage in ("probe", "plan"):
+        require_key(store, stage)
+    stages = [require_key(store, stage) for stage in ("align", "fuse/merged")]
     attributes = store.attributes
     shown = {name: attributes[name] for name in SHOWN_ATTRIBUTES}
-    stages = [require_key(store, stage) for stage in ("align", "fuse/merged")]
     return stage_key("report", VERSION, stages, shown)
 
 

@@ -122,6 +122,15 @@ def test_repair_of_a_drive_that_is_worked_on_is_a_one_line_error(run, tmp_path):
     assert run("repair", url) == (0, "", "0 damaged commits and segments dropped\n")
 
 
+def test_report_of_a_drive_that_failed_early_names_the_stage_that_is_missing(run, tmp_path):
+    url = tmp_path / "drive.zarr"
+    ReconstructionStore.create(url, {}).commit("failed", {"error": "nothing decodes"})
+    code, _, err = run("report", url)
+    assert_one_line(
+        code, err, "stage 'probe' of", "has not finished; run `ttt3r reconstruct` again"
+    )
+
+
 def test_wrong_settings_are_one_line_errors_before_anything_is_computed(run, tmp_path):
     video = write_video(tmp_path / "v.mp4", moving_squares(4))
     wrong = {
