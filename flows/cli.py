@@ -776,6 +776,8 @@ def serve(
     os.environ.setdefault("PREFECT_API_URL", "http://127.0.0.1:4200/api")
     os.environ["PREFECT_LOGGING_LEVEL"] = "INFO"  # runs log to the server
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "flows,tasks,storage,ttt3r")
+    # Automations that are made as docs/fleet.md says take a run for lost after 100 s without one.
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
     from prefect import serve as serve_deployments
 
     serve_deployments(*local_deployments(collection, output, cron))

@@ -1,7 +1,10 @@
 """What `deploy/` and `ttt3r serve` promise to Prefect is what the flows are."""
 
+import os
+import sys
 from pathlib import Path
 
+import prefect
 import pytest
 import yaml
 from prefect import get_client
@@ -11,7 +14,7 @@ from prefect.flows import load_flow_from_entrypoint
 from recordings import moving_squares, write_video
 
 from flows import fuse_tiles, infer_segments, reconstruct_collection
-from flows.cli import local_deployments
+from flows.cli import local_deployments, main
 from storage.records import Plan, Segment
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -87,3 +90,19 @@ def test_the_server_schedules_runs(nightly):
         runs = client.read_flow_runs(deployment_filter=own)
     assert runs
     assert all(run.parameters == nightly.parameters for run in runs)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, "30"), ("60", "60")])
+def test_runs_of_serve_give_a_heartbeat_before_automations_miss_it(monkeypatch, given, wanted):
+    found = []
+    for name in ("PREFECT_API_URL", "PREFECT_LOGGING_LEVEL", "PREFECT_LOGGING_EXTRA_LOGGERS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # restored after the test
+    heartbeat = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
+    monkeypatch.setenv(heartbeat, given or "")
+    if given is None:
+        monkeypatch.delenv(heartbeat)
+    monkeypatch.setattr(prefect, "serve", lambda *offered: found.append(os.environ.get(heartbeat)))
+    monkeypatch.setattr(sys, "argv", ["ttt3r", "serve"])
+    with pytest.raises(SystemExit):
+        main()
+    assert found == [wanted]
