@@ -38,7 +38,7 @@ from tasks.rates import (
 from tasks.summary import STAGES, count_chunks, list_stores
 from ttt3r.weights import weights_info
 
-STORES_READ = 32  # that are looked into for rates, evenly over all
+ENOUGH = 32  # drives that rates are learnt from: more say little more
 LOOKERS = 32  # threads that look at drives: each waits for the store most of the time
 NOTHING = Usage(0.0, 0.0, 0.0)
 COMMIT_OF = {stage: "fuse/merged" if stage == "fuse" else stage for stage in STAGES}
@@ -72,40 +72,62 @@ def known_rates(
         device_kind: as ledgers name it, "cpu" or "NVIDIA H100".
         benchmark: JSON of `throughput.py` or `pipeline.py`, for where no drive is finished.
     """
-    seen = by_most_common_device(observations(output, weights, benchmark), device_kind)
+    known = observations(_stores_in(output), weights, benchmark, device_kind)
+    seen = by_most_common_device(known, device_kind)
     return fit_rates(seen) if seen else None
 
 
 def observations(
-    output: str, weights: str, benchmark: str | None = None, without: str | None = None
+    urls: Sequence[str],
+    weights: str,
+    benchmark: str | None = None,
+    device_kind: str | None = None,
 ) -> list[Observation]:
-    """What drives under `output` took, but that at `without`; of any kind of device."""
+    """What drives took, on any kind of device; until `ENOUGH` finished ones, of the kind, are seen.
+
+    Args:
+        urls: of their stores, in the order in which they are looked into.
+        weights: rates of other weights say nothing.
+        benchmark: stands in where no drive is finished.
+        device_kind: None: any kind counts.
+    """
     info = weights_info(weights)
     finished: list[Observation] = []
     unfinished: list[Observation] = []
-    for url in _some_stores(output):
-        if url == without:
-            continue
-        try:
-            store = ReconstructionStore.open(url)
-            ledger = store.read_commit(LEDGER)
-            if ledger is None:
-                unfinished += _observe_unfinished(store, info.sha256)
-            elif ledger["weights_sha256"] == info.sha256:
-                finished += observed(ledger)
-        except StoreError:  # a damaged neighbour: others tell the rates
-            continue
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        for first in range(0, len(urls), ENOUGH):
+            batch = urls[first : first + ENOUGH]
+            for done, begun in pool.map(lambda url: _observe(url, info.sha256), batch):
+                finished += done
+                unfinished += begun
+            if sum(device_kind in (None, o.device_kind) for o in finished) >= ENOUGH:
+                break
     if finished:
         return finished
     return unfinished + (read_benchmark(benchmark, info.segment_frames) if benchmark else [])
 
 
-def _some_stores(output: str) -> list[str]:
+def _stores_in(output: str) -> list[str]:
+    """All stores, first `ENOUGH` that lie evenly over all."""
     try:
         urls = list_stores(output)
     except ValueError:  # nothing there yet
         return []
-    return urls[:: max(1, len(urls) // STORES_READ)]
+    count = min(ENOUGH, len(urls))
+    evenly = [urls[i * len(urls) // count] for i in range(count)]
+    return list(dict.fromkeys(evenly + urls))
+
+
+def _observe(url: str, sha256: str) -> tuple[list[Observation], list[Observation]]:
+    """What a drive took if it is finished, and what it took so far if it is not."""
+    try:
+        store = ReconstructionStore.open(url)
+        ledger = store.read_commit(LEDGER)
+        if ledger is None:
+            return [], _observe_unfinished(store, sha256)
+        return (observed(ledger) if ledger["weights_sha256"] == sha256 else []), []
+    except StoreError:  # a damaged neighbour: others tell the rates
+        return [], []
 
 
 def _observe_unfinished(store: ReconstructionStore, sha256: str) -> list[Observation]:
@@ -168,7 +190,9 @@ def record_prediction(url: str, config: ReconstructionConfig) -> None:
     plan_key = (store.read_commit("plan") or {}).get("key")
     if (store.read_commit(PREDICTED) or {}).get("plan_key") == plan_key:
         return
-    seen = observations(url.rpartition("/")[0], config.infer.weights, without=url)
+    others = [other for other in _stores_in(url.rpartition("/")[0]) if other != url]
+    # Every drive's run looks: if each looked at all, that would be a look for each pair of drives.
+    seen = observations(others[:ENOUGH], config.infer.weights)
     work = Work.of(DriveRecord.from_json(store.attributes["drive"]), read_plan(store))
     by_device = {}
     for kind in {observation.device_kind for observation in seen}:

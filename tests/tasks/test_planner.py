@@ -1,0 +1,47 @@
+"""What a plan learns from the drives under an output."""
+
+import pytest
+
+from storage.reconstruction import ReconstructionStore
+from tasks.planner import known_rates
+from ttt3r.weights import weights_info
+
+
+def finish(store: ReconstructionStore, weights: str, kind: str = "cpu") -> None:
+    """The ledger of a drive of a hundred frames, each inferred in a second."""
+    stages = dict.fromkeys(("probe", "plan", "infer", "align", "fuse", "report"), 100.0)
+    record = {
+        "drive": store.url.rpartition("/")[2],
+        "weights_sha256": weights_info(weights).sha256,
+        **dict.fromkeys(("frames", "frames_inferred", "megapixels"), 100),
+        "segments": 1,
+        "seconds": stages,
+        "lost_seconds": {},
+        "used": {"stored_bytes": 1000},
+        "devices": {kind: {"seconds": 100.0, "lost_seconds": 0.0, "frames_inferred": 100}},
+    }
+    store.commit("ledger", record)
+
+
+@pytest.fixture
+def stores(tmp_path):
+    """A hundred and one stores that are begun."""
+    urls = [tmp_path / f"{i:03d}.zarr" for i in range(101)]
+    return [ReconstructionStore.create(url, {}) for url in urls]
+
+
+def test_drives_that_are_finished_are_found_wherever_they_are(stores, tmp_path):
+    assert known_rates(str(tmp_path), "compact") is None
+    for store in stores[:90]:
+        finish(store, "untrained")
+    for i in (1, 64, 100):
+        finish(stores[i], "compact")
+    assert known_rates(str(tmp_path), "compact").sources == ("001.zarr", "064.zarr", "100.zarr")
+
+
+def test_drives_on_the_device_that_is_asked_for_are_found_among_others(stores, tmp_path):
+    for store in stores:
+        finish(store, "compact", "NVIDIA H100")
+    finish(stores[100], "compact")
+    assert known_rates(str(tmp_path), "compact", "cpu").sources == ("100.zarr",)
+    assert len(known_rates(str(tmp_path), "compact").sources) == 32
