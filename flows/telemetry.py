@@ -17,6 +17,7 @@ from opentelemetry.metrics import set_meter_provider
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME, Resource
+from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
 from tasks import metrics
@@ -29,16 +30,27 @@ FLUSH_MS = 5000  # a receiver that is away must not keep a machine
 def observed() -> Iterator[None]:
     """Count the flow run at hand while the block runs; send what it counted before it ends."""
     provider = start_export()
-    due = flow_run.scheduled_start_time
-    queued_s = (datetime.now(UTC) - due).total_seconds() if due else 0.0
     try:
-        with metrics.run_active(flow_run.flow_name or "none", max(0.0, queued_s)):
+        with metrics.run_active(flow_run.flow_name or "none", queued_s()):
             if provider:
                 provider.force_flush(FLUSH_MS)
             yield
     finally:
         if provider:
             provider.force_flush(FLUSH_MS)
+
+
+def queued_s() -> float | None:
+    """Seconds that the flow run at hand waited to begin; None if it has begun before.
+
+    A run that replaces a lost one is due when that was, and waits since it was made.
+    """
+    context = FlowRunContext.get()
+    run = context.flow_run if context else None
+    if run is None or run.run_count > 1:
+        return None
+    due = max(filter(None, (run.expected_start_time, run.created)), default=None)
+    return max(0.0, (datetime.now(UTC) - due).total_seconds()) if due else 0.0
 
 
 def start_export() -> MeterProvider | None:

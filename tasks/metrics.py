@@ -100,9 +100,10 @@ def retried(stage: str) -> None:
 
 
 @contextmanager
-def run_active(flow: str, queued_s: float) -> Iterator[None]:
+def run_active(flow: str, queued_s: float | None) -> Iterator[None]:
     """Count a flow run as active while the block runs, after it had waited `queued_s`."""
-    _queued.record(queued_s, {"flow": flow})
+    if queued_s is not None:
+        _queued.record(queued_s, {"flow": flow})
     _active.add(1, {"flow": flow})
     try:
         yield

@@ -4,15 +4,20 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from otlp import Received, receiver
+from prefect import flow, get_client
+from prefect.flow_engine import run_flow
+from prefect.states import Scheduled
 from recordings import moving_squares, write_video
 
-from flows.telemetry import start_export
+from flows.telemetry import queued_s, start_export
 from storage.reconstruction import ReconstructionStore
 
 LOGGING = Path(__file__).resolve().parents[2] / "deploy" / "logging.yaml"
@@ -133,3 +138,21 @@ def test_nothing_is_started_where_no_receiver_is_named(monkeypatch):
     for name in [name for name in os.environ if name.startswith("OTEL_")]:
         monkeypatch.delenv(name)
     assert start_export() is None
+
+
+@flow
+def waited() -> float | None:
+    """How long its run had waited."""
+    return queued_s()
+
+
+def test_work_of_earlier_attempts_is_no_wait(prefect_server):
+    hours_ago = Scheduled(scheduled_time=datetime.now(UTC) - timedelta(hours=2))
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(waited, state=hours_ago)  # replaces one that was due then
+        time.sleep(1)
+        assert 1 <= run_flow(waited, flow_run=run) < 600
+        client.set_flow_run_state(run.id, hours_ago, force=True)  # as a pod that gets SIGTERM
+        again = client.read_flow_run(run.id)
+        assert run_flow(waited, flow_run=again) is None
+    assert queued_s() is None
