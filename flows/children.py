@@ -78,7 +78,7 @@ class ChildrenLost(RuntimeError):
 
 
 def family_tag(of: str) -> str:
-    """The tag of all children that work for the store or output `of`."""
+    """The tag of all runs below one that works for the store or output `of`."""
     return f"of:{of}"
 
 
@@ -103,7 +103,7 @@ def run_children(
     Args:
         deployment: as "flow/deployment".
         family: what the children work for. If this run is cancelled, so are all children of
-            the family, also those that a run before this one started.
+            the family and theirs, also those that a run before this one started.
         children: distinct works.
         at_once: runs that are not ended at any time; None: all.
         on_end: called for each child that has ended.
@@ -177,7 +177,7 @@ def create(deployment: str, family: str, child: Child) -> FlowRun:
                     scheduled_time=child.since,
                     flow_run_name=child.name,
                     timeout=0,
-                    tags=[family_tag(family), work_tag(child)],
+                    tags=[family_tag(family), *inherited_tags(), work_tag(child)],
                     idempotency_key=f"{child.work}:{child.attempt}",
                 ),
             )
@@ -188,6 +188,11 @@ def create(deployment: str, family: str, child: Child) -> FlowRun:
             "--no-prompt deploy --all --prefect-file deploy/prefect.yaml`, or run with "
             "spread=here"
         ) from None
+
+
+def inherited_tags() -> list[str]:
+    """Tags of what the run at hand works for itself: whoever cancels that, cancels its children."""
+    return [tag for tag in flow_run.get_tags() if tag.startswith(family_tag(""))]
 
 
 def work_tag(child: Child) -> str:
@@ -299,7 +304,10 @@ def is_cancelled() -> bool:
 
 
 def cancel_children(family: str) -> None:
-    """Cancel all children that work for `family` and have not ended."""
+    """Cancel all runs that work for `family`, at any depth, and have not ended.
+
+    Those of a parent that is between two attempts would not hear of it from that one.
+    """
     wanted = FlowRunFilter(
         tags=FlowRunFilterTags(all_=[family_tag(family)]),
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED)),

@@ -1,12 +1,16 @@
 """What a parent asks of others: the same whatever is finished, so that nothing is started twice."""
 
 from contextlib import nullcontext
+from uuid import UUID, uuid4
 
 import pytest
+from prefect import flow, get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.flow_engine import run_flow
 from recordings import moving_squares, write_video
 
 from flows import fuse_tiles, infer_segments
-from flows.children import MOST_CRASHES, Child, settle
+from flows.children import MOST_CRASHES, Child, cancel_children, family_tag, settle, start
 from storage.errors import StoreUnavailable
 from storage.reconstruction import ReconstructionStore
 from tasks.config import FuseConfig, InferConfig, PlanConfig, ReconstructionConfig
@@ -29,6 +33,36 @@ def asked(monkeypatch):
     # Prefect takes artifacts of its flows only.
     monkeypatch.setattr(infer_segments, "progress_of", lambda *what: nullcontext(lambda: None))
     return found
+
+
+@pytest.fixture
+def deployment(prefect_server) -> str:
+    """A deployment whose runs nobody takes."""
+    with get_client(sync_client=True) as client:
+        part = client.create_flow_from_name("part")
+        client.create_deployment(part, "nobody")
+    return "part/nobody"
+
+
+@pytest.fixture
+def output() -> str:
+    """An output of which the server knows nothing yet."""
+    return f"memory://{uuid4()}"
+
+
+def child(work: str) -> Child:
+    return Child("part", {}, work, lambda: None)
+
+
+def read(run_id: UUID) -> FlowRun:
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(run_id)
+
+
+@flow
+def parent(deployment: str, family: str) -> UUID:
+    """Starts one child."""
+    return start(deployment, family, child(family))
 
 
 def test_parent_that_is_run_again_asks_for_the_same_runs_of_tiles(tmp_path, asked, monkeypatch):
@@ -88,3 +122,14 @@ def test_store_that_is_away_while_a_child_is_lost_costs_no_more_than_its_crash()
         assert child.crashes == crashes
     assert settle(child, None)
     assert "lost 7 times in a row" in child.error
+
+
+def test_cancelling_reaches_runs_below_a_run_that_is_between_two_attempts(deployment, output):
+    with get_client(sync_client=True) as client:
+        drive = client.create_flow_run(parent, tags=[family_tag(output)])
+        given = {"deployment": deployment, "family": f"{output}/a.zarr"}
+        part = run_flow(parent, flow_run=drive, parameters=given)  # and the drive's run is gone
+    alone = parent(deployment, f"{output}/b.zarr")
+    cancel_children(output)
+    assert read(part).state.is_cancelled()
+    assert not read(alone).state.is_cancelled()
