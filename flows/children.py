@@ -38,6 +38,7 @@ FIRST_POLL_S, LONGEST_POLL_S, POLL_GROWTH = 1.0, 15.0, 1.3
 MOST_CRASHES = 7  # of one child, one after the other and without getting on
 OUTAGE_S = 1800.0  # of the Prefect server, that a parent waits for
 PAGE = 200  # runs that the server returns at once
+FROM_ABOVE = "cancelled-from-above"  # tag of runs that nobody cancelled for their own sake
 UNFINISHED = [
     StateType.SCHEDULED,
     StateType.PENDING,
@@ -98,7 +99,9 @@ def run_children(
 
     A child whose run crashes (its machine is lost) runs again, until it crashes `MOST_CRASHES`
     times in a row without getting on. One that fails does not: its tasks have been retried; but
-    if another run holds the claim on its work, it waits as after a crash.
+    if another run holds the claim on its work, it waits as after a crash. So it does if its run
+    was cancelled with another parent that had joined it; one that was cancelled by itself has
+    ended.
 
     Args:
         deployment: as "flow/deployment".
@@ -154,9 +157,9 @@ def await_children(
 def start(deployment: str, family: str, child: Child) -> UUID:
     """Start a child, or join the run of it that a parent before this one has started."""
     run = create(deployment, family, child)
-    if is_ended(run):  # of an earlier time: what it did is in the store, and did not suffice
+    if is_past(run):  # of an earlier time: what it did is in the store, and did not suffice
         latest = latest_run(child)
-        child.attempt = attempt_of(latest) + is_ended(latest)
+        child.attempt = attempt_of(latest) + is_past(latest)
         run = create(deployment, family, child)
     return run.id
 
@@ -217,6 +220,11 @@ def is_ended(run: FlowRun) -> bool:
     return run.state is not None and run.state.is_final()
 
 
+def is_past(run: FlowRun) -> bool:
+    """Whether the run has ended, or was told to and does no more than its claims let it."""
+    return is_ended(run) or (run.state is not None and run.state.is_cancelling())
+
+
 def settle(child: Child, run: FlowRun | None) -> bool:
     """Whether an ended child needs no further run; `None`: the server has forgotten its run."""
     message = said_by(run)
@@ -254,10 +262,18 @@ def said_by(run: FlowRun | None) -> str:
 
 
 def is_worth_another(run: FlowRun) -> bool:
-    """Whether the run was lost, or refused since another one, taken for lost, is still at work."""
+    """Whether the run ended for a reason that is not its own.
+
+    It was lost; or refused, since another one, taken for lost, is still at work; or cancelled
+    with another parent than this one.
+    """
     state = run.state
+    if state is None or state.is_crashed():
+        return True
+    if state.is_cancelled():
+        return FROM_ABOVE in run.tags and not is_cancelled()
     refused = said_by(run).startswith((f"{Claimed.__name__}:", f"{ClaimLost.__name__}:"))
-    return state is None or state.is_crashed() or (state.is_failed() and refused)
+    return state.is_failed() and refused
 
 
 def read_runs(ids: Sequence[UUID]) -> dict[UUID, FlowRun]:
@@ -317,5 +333,6 @@ def cancel_children(family: str) -> None:
         with get_client(sync_client=True) as client:
             for run in runs:
                 message = "the run that it works for was cancelled"
+                client.update_flow_run(run.id, tags=[*run.tags, FROM_ABOVE])
                 client.set_flow_run_state(run.id, Cancelling(message=message))
                 asked.add(run.id)

@@ -7,6 +7,8 @@ import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.flow_engine import run_flow
+from prefect.runtime import flow_run
+from prefect.states import Cancelled, Cancelling, Running, State
 from recordings import moving_squares, write_video
 
 from flows import fuse_tiles, infer_segments
@@ -57,6 +59,13 @@ def child(work: str) -> Child:
 def read(run_id: UUID) -> FlowRun:
     with get_client(sync_client=True) as client:
         return client.read_flow_run(run_id)
+
+
+def put(run_id: UUID, state: State) -> FlowRun:
+    """The run after the server was told its state."""
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run_id, state, force=True)
+    return read(run_id)
 
 
 @flow
@@ -133,3 +142,46 @@ def test_cancelling_reaches_runs_below_a_run_that_is_between_two_attempts(deploy
     cancel_children(output)
     assert read(part).state.is_cancelled()
     assert not read(alone).state.is_cancelled()
+
+
+def test_run_that_was_told_to_end_is_not_joined(deployment, output):
+    first = start(deployment, output, child(output))
+    assert start(deployment, output, child(output)) == first
+    put(first, Running())
+    assert put(first, Cancelling()).state.is_cancelling()
+    second = start(deployment, output, child(output))
+    assert second != first
+    put(first, Cancelled())
+    assert start(deployment, output, child(output)) == second
+
+
+def test_child_that_was_cancelled_with_another_parent_is_run_again_so_many_times(
+    deployment, output
+):
+    part = child(output)
+    for attempt in range(1, MOST_CRASHES + 1):
+        run_id = start(deployment, output, part)
+        cancel_children(output)
+        assert settle(part, read(run_id)) == (attempt == MOST_CRASHES)
+        assert part.attempt == attempt
+    assert "lost 7 times in a row" in part.error
+
+
+def test_child_that_was_cancelled_by_itself_has_ended(deployment, output):
+    part = child(output)
+    assert settle(part, put(start(deployment, output, part), Cancelled(message="by hand")))
+    assert part.error == "by hand"
+
+
+@flow
+def cancelled_parent(deployment: str, family: str) -> bool:
+    """Whether a child has ended after it was cancelled with this run."""
+    part = child(family)
+    run_id = start(deployment, family, part)
+    put(UUID(flow_run.get_id()), Cancelling())
+    cancel_children(family)
+    return settle(part, read(run_id)) and part.error is not None
+
+
+def test_child_of_a_parent_that_is_cancelled_is_not_run_again(deployment, output):
+    assert cancelled_parent(deployment, output)
