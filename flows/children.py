@@ -68,6 +68,11 @@ class Child:
     since: datetime | None = None  # when its first run was asked for
     error: str | None = None  # why it ended without finishing
 
+    @property
+    def is_given_up(self) -> bool:
+        """Whether its runs were lost so often that there will be no other."""
+        return self.crashes >= MOST_CRASHES
+
 
 class ChildrenLost(RuntimeError):
     """Runs of some children ended without finishing their work; what they did is kept."""
@@ -236,7 +241,7 @@ def settle(child: Child, run: FlowRun | None) -> bool:
     child.crashes = 1 if got_on else child.crashes + 1
     child.attempt += 1
     log.warning("%s was lost (%s), %d times in a row", child.name, message, child.crashes)
-    if child.crashes >= MOST_CRASHES:
+    if child.is_given_up:
         child.error = f"lost {child.crashes} times in a row, the last time: {message}"
         return True
     is_free = run is None or run.state is None or run.state.is_crashed()

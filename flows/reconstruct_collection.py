@@ -14,10 +14,10 @@ from pydantic import Field
 
 from flows.artifacts import publish_collection
 from flows.children import Child, Spread, run_children, work_key
-from flows.reconstruct_drive import check_config, reconstruct_drive, store_url
+from flows.reconstruct_drive import check_config, reconstruct_drive, record_failure, store_url
 from flows.telemetry import observed
 from storage.credentials import refuse_credentials
-from storage.errors import StoreError
+from storage.errors import Claimed, StoreError
 from storage.objects import open_folder
 from storage.reconstruction import ReconstructionStore, StoreMissing
 from storage.video import DriveLocation, list_drives
@@ -42,6 +42,10 @@ class CollectionIncomplete(RuntimeError):
         reasons = "; ".join(f"{outcome['name']}: {outcome['error']}" for outcome in failed)
         super().__init__(f"{len(failed)} of {len(outcomes)} drives failed: {reasons}")
         self.outcomes = outcomes
+
+
+class DriveLost(RuntimeError):
+    """The runs of a drive were lost one after the other, before one could say why it failed."""
 
 
 @flow(name="reconstruct-collection", flow_run_name="{collection}", persist_result=False)
@@ -125,13 +129,31 @@ def reconstruct_elsewhere(
     log.info("%d of %d drives are not finished", len(todo), len(drives))
     taken, left = within_budget(todo, output, config, budget)
     children = {d: drive_child(d, output, config, budget.prices) for d in taken}
-    run_children(DEPLOYMENT, output, list(children.values()), at_once)
+    urls = {child.work: store_url(output, d.name) for d, child in children.items()}
+    with ThreadPoolExecutor(LOOKERS) as pool:
+
+        def on_end(child: Child) -> None:
+            if child.is_given_up:
+                pool.submit(record_lost, urls[child.work], DriveLost(child.error))
+
+        run_children(DEPLOYMENT, output, list(children.values()), at_once, on_end)
     return [
         outcome_of(d, output, children[d].error)
         if d in children
         else record_of(d, output, d in left)
         for d in drives
     ]
+
+
+def record_lost(url: str, error: DriveLost) -> None:
+    """Record, as its own run would, that a drive failed; not if some run is at work on it."""
+    try:
+        with ReconstructionStore.create(url, {}).claim("drive"):
+            record_failure(url, error)
+    except Claimed:
+        log.warning("%s: a run is at work on it all the same: %s", url, error)
+    except (StoreError, OSError):
+        record_failure(url, error)  # counts it, and says that the store cannot be written
 
 
 def drive_child(

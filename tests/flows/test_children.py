@@ -11,13 +11,14 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Cancelling, Running, State
 from recordings import moving_squares, write_video
 
-from flows import fuse_tiles, infer_segments
+from flows import fuse_tiles, infer_segments, reconstruct_collection
 from flows.children import MOST_CRASHES, Child, cancel_children, family_tag, settle, start
 from storage.errors import StoreUnavailable
 from storage.reconstruction import ReconstructionStore
 from tasks.config import FuseConfig, InferConfig, PlanConfig, ReconstructionConfig
 from tasks.plan import plan_stage
 from tasks.probe import probe_stage
+from tasks.summary import progress
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -185,3 +186,26 @@ def cancelled_parent(deployment: str, family: str) -> bool:
 
 def test_child_of_a_parent_that_is_cancelled_is_not_run_again(deployment, output):
     assert cancelled_parent(deployment, output)
+
+
+def test_drive_whose_runs_are_all_lost_has_failed_unless_one_is_at_work(tmp_path, monkeypatch):
+    for name in ("idle", "busy"):
+        write_video(tmp_path / f"{name}.mp4", moving_squares(4))
+    urls = {name: str(tmp_path / "out" / f"{name}.zarr") for name in ("idle", "busy")}
+
+    def lose(deployment, family, children, at_once, on_end=lambda child: None):
+        for part in children:
+            while not settle(part, None):
+                pass
+            on_end(part)
+
+    monkeypatch.setattr(reconstruct_collection, "run_children", lose)
+    collect = reconstruct_collection.reconstruct_collection
+    with (
+        ReconstructionStore.create(urls["busy"], {}).claim("drive"),
+        pytest.raises(reconstruct_collection.CollectionIncomplete) as failed,
+    ):
+        collect(f"{tmp_path}/*.mp4", str(tmp_path / "out"), spread="deployments")
+    assert [o["name"] for o in failed.value.outcomes if o["error"]] == ["busy", "idle"]
+    assert "DriveLost: lost 7 times in a row" in progress(urls["idle"])["error"]
+    assert progress(urls["busy"])["error"] is None

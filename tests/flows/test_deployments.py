@@ -48,7 +48,7 @@ def test_a_slash_at_the_end_of_the_output_makes_no_other_work(tmp_path, monkeypa
     write_video(tmp_path / "a.mp4", moving_squares(4))
     asked = []
 
-    def ask(deployment, family, children, at_once):
+    def ask(deployment, family, children, *rest):
         asked.append((family, [(child.work, child.parameters) for child in children]))
         raise InterruptedError
 
