@@ -406,7 +406,7 @@ def plan(
     )
     table = read_prices(prices) if prices else None
     known = known_rates(output, weights, device_kind, rates)
-    estimates = estimate_drives(list_drives(source), output, config, known, table)
+    estimates = estimate_drives(list_drives(source, output), output, config, known, table)
     (print_plan_json if as_json else print_plan)(estimates, known, table)
 
 
@@ -479,7 +479,7 @@ def run_reconstruction(source: str, output: str, config: Any, budget: Any) -> No
     if os.environ.get("PREFECT_HOME") == str(prefect_cache()):
         use_home(prefect_cache())
     check_config(config)
-    drives = list_drives(source)
+    drives = list_drives(source, output)
     with progress_of([store_url(output, drive.name) for drive in drives]):
         if is_collection(source):
             outcomes = run_collection(source, output, config, budget)

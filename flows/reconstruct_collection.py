@@ -17,10 +17,10 @@ from flows.children import Child, Spread, run_children, work_key
 from flows.reconstruct_drive import check_config, reconstruct_drive, record_failure, store_url
 from flows.telemetry import observed
 from storage.credentials import refuse_credentials
+from storage.drives import DriveLocation, hold_name, list_drives
 from storage.errors import Claimed, StoreError
 from storage.objects import open_folder
 from storage.reconstruction import ReconstructionStore, StoreMissing
-from storage.video import DriveLocation, list_drives
 from tasks.budget import within_budget
 from tasks.config import BudgetConfig, ReconstructionConfig
 from tasks.finished import is_finished
@@ -81,7 +81,7 @@ def reconstruct_collection(
         refuse_credentials(given or "")
     check_config(config, spread)
     output = output.rstrip("/")  # or the same work would have other keys, and be done twice
-    drives = list_drives(collection)
+    drives = list_drives(collection, output)
     with observed():
         if spread == "deployments":
             outcomes = reconstruct_elsewhere(drives, output, config, drives_at_once, budget)
@@ -102,7 +102,8 @@ def reconstruct_here(
 ) -> list[dict[str, Any]]:
     """Reconstruct one drive after the other in this process."""
     kind = device_kind(resolve_device(config.infer))
-    _, left = within_budget(drives, output, config, budget, kind)
+    taken, left = within_budget(drives, output, config, budget, kind)
+    hold_names(taken, output)
     return [
         record_of(drive, output, is_left=True)
         if drive in left
@@ -128,6 +129,7 @@ def reconstruct_elsewhere(
     todo = [d for d in drives if not finished[d]]
     log.info("%d of %d drives are not finished", len(todo), len(drives))
     taken, left = within_budget(todo, output, config, budget)
+    hold_names(taken, output)
     children = {d: drive_child(d, output, config, budget.prices) for d in taken}
     urls = {child.work: store_url(output, d.name) for d, child in children.items()}
     with ThreadPoolExecutor(LOOKERS) as pool:
@@ -154,6 +156,19 @@ def record_lost(url: str, error: DriveLost) -> None:
         log.warning("%s: a run is at work on it all the same: %s", url, error)
     except (StoreError, OSError):
         record_failure(url, error)  # counts it, and says that the store cannot be written
+
+
+def hold_names(drives: Sequence[DriveLocation], output: str) -> None:
+    """Keep the names of drives for all runs to come, whatever drives these find beside them."""
+
+    def hold(drive: DriveLocation) -> None:
+        try:
+            hold_name(store_url(output, drive.name), drive.location)
+        except StoreError as error:  # its run will say so
+            log.warning("%s: its name is not held: %s", drive.name, error)
+
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        list(pool.map(hold, drives))
 
 
 def drive_child(

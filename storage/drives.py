@@ -6,6 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from glob import has_magic
 from pathlib import PurePosixPath
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from storage.errors import NotAStore, StoreMissing, StoreTooNew
 from storage.images import is_picture
 from storage.media import (
     IMAGE_SUFFIXES,
@@ -28,11 +30,13 @@ from storage.media import (
     qualified,
 )
 from storage.objects import explaining, is_expired
+from storage.reconstruction import ReconstructionStore
 
 log = logging.getLogger(__name__)
 
 DEEPEST = 8  # folders below the collection that are looked into
 LONGEST_NAME = 120  # characters
+LOOKERS = 32  # threads that look whose a name is
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class DriveLocation:
     location: str
 
 
-def list_drives(collection: str) -> list[DriveLocation]:
+def list_drives(collection: str, output: str | None = None) -> list[DriveLocation]:
     """The drives at a path, fsspec URL or glob, in natural name order.
 
     - A video file is a drive, named after the file.
@@ -57,11 +61,12 @@ def list_drives(collection: str) -> list[DriveLocation]:
     - Links in a folder or glob that lead out of their own folder, names that are not UTF-8, and
       folders found that may not be read are passed over.
 
-    Names that clash are prefixed by those of their parent folders.
+    Names that clash are prefixed by those of their parent folders. With the `output` that takes
+    `<name>.zarr` a drive keeps the name under which it is there, and only others are prefixed.
 
     Raises:
         ValueError: nothing is found; says what was looked for.
-        StoreUnavailable: the location cannot be read.
+        StoreUnavailable: the location, or an output that is looked into, cannot be read.
     """
     with explaining(collection):
         roots = _roots(collection)
@@ -72,7 +77,19 @@ def list_drives(collection: str) -> list[DriveLocation]:
             f"({_some(VIDEO_SUFFIXES, '.mp4 .mov .mkv .avi')}), a folder of videos, of two or "
             "more 8-bit images (.jpg, .png, ...), of such folders, or a glob of these"
         )
-    return _named(list(dict.fromkeys(found)))
+    return _named(list(dict.fromkeys(found)), output and output.rstrip("/"))
+
+
+def hold_name(url: str, location: str) -> None:
+    """Make the store at `url`, unless it is there, and say in it which drive it is for.
+
+    Raises:
+        StoreUnavailable, NotAStore, StoreTooNew: as of `ReconstructionStore.create`.
+    """
+    try:
+        ReconstructionStore.open(url)
+    except StoreMissing:
+        ReconstructionStore.create(url, {"location": _whole(location)})
 
 
 def is_collection(location: str) -> bool:
@@ -157,18 +174,31 @@ def _is_same(a: str, b: str) -> bool:
     return url_to_fs(a)[1].rstrip("/") == url_to_fs(b)[1].rstrip("/")
 
 
-def _named(locations: Sequence[str]) -> list[DriveLocation]:
-    """Names from the last part of each location, and as many parents as tell them apart."""
+def _named(locations: Sequence[str], output: str | None) -> list[DriveLocation]:
+    """Names from the last part of each location, and as many parents as tell them apart.
+
+    Of drives whose names clash, one whose store has the name already keeps it.
+    """
     parts = [_parts(location) for location in locations]
     names = [_safe(p[-1]) for p in parts]
+    kept: set[int] = set()
+
+    def without_name() -> list[int]:
+        clashing = [i for i in _clashing(names) if i not in kept]
+        own = [(names[i], locations[i]) for i in clashing]
+        kept.update(i for i, held in zip(clashing, _are_held(own, output), strict=True) if held)
+        return [i for i in clashing if i not in kept]
+
     for length in range(2, max(len(p) for p in parts) + 1):
-        clashing = _clashing(names)
-        if not clashing:
-            break
-        for i in clashing:
+        for i in without_name():
             names[i] = _safe("_".join(parts[i][-length:]))
-    for number, i in enumerate(_clashing(names), 1):
-        names[i] = f"{names[i]}-{number}"
+    left = without_name()
+    tried = [(i, number) for i in left for number in range(1, len(left) + 1)]
+    are_held = _are_held([(f"{names[i]}-{n}", locations[i]) for i, n in tried], output)
+    numbers = {i: number for (i, number), held in zip(tried, are_held, strict=True) if held}
+    free = iter(sorted(set(range(1, len(left) + 1)) - set(numbers.values())))
+    for i in left:
+        names[i] = f"{names[i]}-{numbers[i] if i in numbers else next(free)}"
     return [DriveLocation(n, at) for n, at in zip(names, locations, strict=True)]
 
 
@@ -177,6 +207,32 @@ def _clashing(names: Sequence[str]) -> list[int]:
     folded = [name.casefold() for name in names]
     counts = Counter(folded)
     return [i for i, name in enumerate(folded) if counts[name] > 1]
+
+
+def _are_held(own: Sequence[tuple[str, str]], output: str | None) -> list[bool]:
+    """Of names and locations of drives: whether the store of that name is that drive's."""
+    names = sorted({name for name, _ in own}) if output is not None else []
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        holders = pool.map(lambda name: _holder(f"{output}/{name}.zarr"), names)
+        found = dict(zip(names, holders, strict=True))
+    return [found.get(name) == _whole(location) for name, location in own]
+
+
+def _holder(url: str) -> str | None:
+    """Location of the drive that the store at `url` is for; None: there is none that says so."""
+    try:
+        attributes = ReconstructionStore.open(url).attributes
+    except (StoreMissing, NotAStore, StoreTooNew):
+        return None
+    drive = attributes.get("drive", attributes)
+    location = drive.get("location") if isinstance(drive, dict) else None
+    return location.rstrip("/") if isinstance(location, str) else None
+
+
+def _whole(location: str) -> str:
+    """The location as stores record it: a local path is absolute."""
+    fs, path = url_to_fs(location)
+    return str(path if isinstance(fs, LocalFileSystem) else location).rstrip("/")
 
 
 def _parts(location: str) -> list[str]:

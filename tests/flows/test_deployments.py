@@ -62,6 +62,28 @@ def test_a_slash_at_the_end_of_the_output_makes_no_other_work(tmp_path, monkeypa
     assert with_slash == without
 
 
+def test_drives_of_an_earlier_night_stay_the_same_work_when_the_collection_grows(
+    tmp_path, monkeypatch
+):
+    asked = []
+
+    def ask(deployment, family, children, *rest):
+        asked.append({child.work: child.name for child in children})
+        raise InterruptedError  # the night is lost before any of its drives has begun
+
+    monkeypatch.setattr(reconstruct_collection, "run_children", ask)
+    for drive in ("24/drive1", "24/drive2", "25/drive1"):
+        (tmp_path / "logs" / drive).mkdir(parents=True)
+        write_video(tmp_path / "logs" / drive / "front.mp4", moving_squares(4))
+        with pytest.raises(InterruptedError):
+            reconstruct_collection.reconstruct_collection.fn(
+                f"{tmp_path}/logs/*/*", f"{tmp_path}/out", spread="deployments"
+            )
+    first, second, third = asked
+    assert first.items() <= second.items() <= third.items()
+    assert sorted(third.values()) == ["25_drive1", "drive1", "drive2"]
+
+
 @pytest.fixture
 def nightly(prefect_server, tmp_path, monkeypatch) -> DeploymentResponse:
     """What the server has of the collections' deployment, as `ttt3r serve` offers it."""

@@ -10,6 +10,7 @@ import pytest
 from campaigns.bad_files import TEXTS, with_long_text
 from PIL import Image
 
+from storage.drives import hold_name
 from storage.glance import glance_at
 from storage.video import drive_name, is_collection, list_drives, probe_drive
 from tasks.summary import list_stores
@@ -113,6 +114,46 @@ def test_names_that_clash_after_all_are_numbered(tmp_path):
     touch(tmp_path, "a.mp4", "a.mkv")
     names = [d.name for d in list_drives(f"{tmp_path}/a.*")]
     assert len(set(names)) == 2
+
+
+def names_in(logs: Path, output: Path) -> list[str]:
+    return [drive.name for drive in list_drives(f"{logs}/*/*", str(output))]
+
+
+def hold_all(logs: Path, output: Path) -> None:
+    for drive in list_drives(f"{logs}/*/*", str(output)):
+        hold_name(f"{output}/{drive.name}.zarr", drive.location)
+
+
+def test_a_name_that_is_held_stays_whatever_drives_come(tmp_path):
+    logs, output = tmp_path / "logs", tmp_path / "out"
+    touch(logs, "24/drive1/1.mp4", "24/drive2/1.mp4")
+    hold_all(logs, output)
+    for night, names in (
+        ("25", ["drive1", "drive2", "25_drive1"]),
+        ("23", ["23_drive1", "drive1", "drive2", "25_drive1"]),
+    ):
+        touch(logs, f"{night}/drive1/1.mp4")
+        assert names_in(logs, output) == names
+        hold_all(logs, output)
+    assert names_in(logs, tmp_path / "other") == ["23_drive1", "24_drive1", "drive2", "25_drive1"]
+
+
+def test_numbers_that_are_held_stay(tmp_path):
+    logs, output = tmp_path / "logs", tmp_path / "out"
+    touch(logs, "x/a.mkv", "x/a.mp4")
+    hold_all(logs, output)
+    mkv, mp4 = names_in(logs, output)
+    touch(logs, "x/a.avi")
+    avi, *others = names_in(logs, output)
+    assert others == [mkv, mp4]
+    assert len({avi, mkv, mp4}) == 3
+
+
+def test_output_is_not_looked_into_where_no_names_clash(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    drives = list_drives(f"{tmp_path}/*.mp4", "no-such-protocol://bucket")
+    assert [drive.name for drive in drives] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
