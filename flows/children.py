@@ -329,15 +329,18 @@ def cancel_children(family: str) -> None:
 
     Those of a parent that is between two attempts would not hear of it from that one.
     """
-    wanted = FlowRunFilter(
-        tags=FlowRunFilterTags(all_=[family_tag(family)]),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED)),
-    )
     asked: set[UUID] = set()
-    while runs := [run for run in query(wanted) if run.id not in asked]:
-        with get_client(sync_client=True) as client:
-            for run in runs:
-                message = "the run that it works for was cancelled"
-                client.update_flow_run(run.id, tags=[*run.tags, FROM_ABOVE])
-                client.set_flow_run_state(run.id, Cancelling(message=message))
-                asked.add(run.id)
+    # First those that wait: else one takes the slot of another that has just been cancelled, and
+    # Prefect never ends a run that is cancelled between its slot and its start.
+    for states in ([StateType.SCHEDULED], UNFINISHED):
+        wanted = FlowRunFilter(
+            tags=FlowRunFilterTags(all_=[family_tag(family)]),
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)),
+        )
+        while runs := [run for run in query(wanted) if run.id not in asked]:
+            with get_client(sync_client=True) as client:
+                for run in runs:
+                    message = "the run that it works for was cancelled"
+                    client.update_flow_run(run.id, tags=[*run.tags, FROM_ABOVE])
+                    client.set_flow_run_state(run.id, Cancelling(message=message))
+                    asked.add(run.id)

@@ -145,6 +145,18 @@ def test_cancelling_reaches_runs_below_a_run_that_is_between_two_attempts(deploy
     assert not read(alone).state.is_cancelled()
 
 
+def test_runs_that_wait_are_cancelled_before_slots_are_free(deployment, output):
+    waiting, working = (
+        [start(deployment, output, child(f"{output} {kind} {i}")) for i in range(4)]
+        for kind in ("waiting", "working")
+    )
+    for run_id in working:
+        put(run_id, Running())
+    cancel_children(output)
+    when = {run_id: read(run_id).state.timestamp for run_id in waiting + working}
+    assert max(when[i] for i in waiting) < min(when[i] for i in working)
+
+
 def test_run_that_was_told_to_end_is_not_joined(deployment, output):
     first = start(deployment, output, child(output))
     assert start(deployment, output, child(output)) == first
