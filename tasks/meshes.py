@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from tasks.decimation import collapse
+
 # Rotates OpenCV axes (right, down, forward) into those of glTF (right, up, backward).
 GLTF_FROM_OPENCV = np.diag([1.0, -1.0, -1.0])
 
@@ -123,20 +125,12 @@ def decimate(mesh: Mesh, target_triangles: int) -> Mesh:
     A vertex takes the mean colour of the vertices that were collapsed into it. A mesh that
     is small enough already comes back as it is.
     """
-    import fast_simplification
-
     if target_triangles < 1:
         raise ValueError(f"target_triangles is {target_triangles}; expected at least 1")
     if len(mesh.triangles) <= target_triangles:
         return mesh
     points, triangles = mesh.vertices.astype(np.float64), mesh.triangles.astype(np.int32)
-    _, _, collapses = fast_simplification.simplify(
-        points, triangles, target_count=target_triangles, return_collapses=True
-    )
-    # The replay tells where each vertex went; the simplification itself does not.
-    points, triangles, target = fast_simplification.replay_simplification(
-        points, triangles, collapses
-    )
+    points, triangles, target = collapse(points, triangles, target_triangles)
     colors = _mean_colors(mesh.colors, target, len(points))
     return weld(Mesh(points.astype(np.float32), triangles.astype(np.int32), colors))
 

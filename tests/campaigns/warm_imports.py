@@ -4,7 +4,6 @@ Nothing here starts a thread, so that a fork is as good as a new process.
 """
 
 import anyio._backends._asyncio
-import fast_simplification
 import graphviz
 import matplotlib.backends.backend_agg
 import matplotlib.figure
@@ -36,7 +35,6 @@ from tasks import report_figures
 __all__ = [
     "PIL",
     "anyio",
-    "fast_simplification",
     "flows",
     "graphviz",
     "matplotlib",

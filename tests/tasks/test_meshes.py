@@ -3,7 +3,11 @@
 import io
 import json
 import struct
+import subprocess
+import sys
+import tempfile
 
+import fast_simplification
 import numpy as np
 import pytest
 import trimesh
@@ -96,6 +100,41 @@ def test_decimate_keeps_shape_and_colours():
     right, left = small.vertices[:, 0] > 0.2, small.vertices[:, 0] < -0.2
     np.testing.assert_array_equal(np.unique(small.colors[right], axis=0), [[200, 0, 0]])
     np.testing.assert_array_equal(np.unique(small.colors[left], axis=0), [[0, 0, 200]])
+
+
+def test_decimate_gives_what_the_library_gives_and_loads_it_in_another_process():
+    code = (
+        "import sys; from tasks.decimation import collapse; import numpy as np; "
+        "made = collapse(*(np.load(f) for f in sys.argv[1:3]), 1000); "
+        "assert 'fast_simplification' not in sys.modules; np.savez(sys.argv[3], *made)"
+    )
+    ball = sphere(5)
+    points, triangles = ball.vertices.astype(np.float64), ball.triangles.astype(np.int32)
+    _, _, collapses = fast_simplification.simplify(
+        points, triangles, target_count=1000, return_collapses=True
+    )
+    expected = fast_simplification.replay_simplification(points, triangles, collapses)
+    with tempfile.TemporaryDirectory() as folder:
+        names = [f"{folder}/{name}" for name in ("points.npy", "triangles.npy", "made.npz")]
+        np.save(names[0], points)
+        np.save(names[1], triangles)
+        subprocess.run([sys.executable, "-c", code, *names], check=True)
+        with np.load(names[2]) as made:
+            for one, other in zip(made.values(), expected, strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "says"),
+    [("kill -9 $$", MemoryError, "signal 9"), ("echo no way >&2; exit 1", RuntimeError, "no way")],
+)
+def test_decimation_whose_process_fails_says_how(script, error, says, tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(error, match=says):
+        decimate(sphere(5), 1000)
 
 
 def test_decimate_leaves_a_small_mesh_alone():
