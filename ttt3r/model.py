@@ -139,10 +139,16 @@ class _Flags:
     def build(
         cls, first: Tensor, shape: tuple[int, int], update: Any, reset: Any, device: torch.device
     ) -> _Flags:
+        lanes, frames = shape
         learns = _as_flags("update", update, shape, default=True)
         resets = _as_flags("reset", reset, shape, default=False)
-        starts = np.concatenate((first.cpu().numpy()[None], resets))
-        return cls(_to_device(starts, device), _to_device(learns, device), resets)
+        if update is None and reset is None and bool(first.all()):
+            # Made where they are used: a recording must not read the host's memory.
+            starts = torch.zeros(frames + 1, lanes, dtype=torch.bool, device=device)
+            starts[0].fill_(True)
+            return cls(starts, torch.ones_like(starts[1:]), resets)
+        first_rows = np.concatenate((first.cpu().numpy()[None], resets))
+        return cls(_to_device(first_rows, device), _to_device(learns, device), resets)
 
 
 def _to_device(flags: np.ndarray, device: torch.device) -> Tensor:
@@ -197,7 +203,7 @@ class Model(nn.Module):
         )
         self._positions_of: dict[tuple[int, int, str], Positions] = {}
         self.records_steps = True  # on a GPU, in inference: one launch for a whole step
-        self._recordings = Recordings()
+        self._recordings = Recordings("decoder steps")
         self._initialise()
         self.register_load_state_dict_pre_hook(_drop_aliases)
 

@@ -31,13 +31,16 @@ class RecordingFailed(RuntimeError):
 class Recording:
     """A function of tensors, recorded for tensors of one shape and one place each."""
 
-    def __init__(self, function: Callable[..., Any], arguments: Sequence[Tensor]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], arguments: Sequence[Tensor], pool: Any = None
+    ) -> None:
         """Record `function`, and compare what the recording gives with what it gives itself.
 
         Args:
             function: waits for nothing on the device and depends on no value; takes `arguments` and
                 the keyword `side`, a stream that it may use beside the current one.
             arguments: on one CUDA device.
+            pool: memory shared with recordings that never run at the same time; None takes its own.
 
         Raises:
             RecordingFailed: it cannot be recorded, or gives something else.
@@ -53,7 +56,9 @@ class Recording:
                     expected = function(*self._inputs, side=side)
             torch.cuda.current_stream(device).wait_stream(stream)
             # Other threads go on decoding and downloading on streams of their own.
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
                 self._outputs = function(*self._inputs, side=side)
             found = self(*arguments)
         except torch.OutOfMemoryError:
@@ -64,6 +69,11 @@ class Recording:
             if not is_close(one, other):
                 raise RecordingFailed("the recording gives other values")
 
+    @property
+    def pool(self) -> Any:
+        """Where the recording has its memory, to share."""
+        return self._graph.pool()
+
     def __call__(self, *arguments: Tensor) -> Any:
         """What the function gives, in tensors of the caller's own."""
         for mine, given in zip(self._inputs, arguments, strict=True):
@@ -73,11 +83,21 @@ class Recording:
 
 
 class Recordings:
-    """Recordings for the shapes met lately; where none can be made, the function itself."""
+    """Recordings for the shapes met lately; where none can be made, the function itself.
 
-    def __init__(self) -> None:
+    They share their memory: one runs after the other.
+    """
+
+    def __init__(self, what: str, most_kept: int = MOST_KEPT) -> None:
+        """Recordings of `what` (for messages), for `most_kept` shapes."""
+        self._what, self._most_kept = what, most_kept
         self._kept: OrderedDict[Hashable, Recording] = OrderedDict()
+        self._pool: Any = None
         self._is_off = False
+
+    def lacks(self, key: Hashable) -> bool:
+        """Whether `call` would record first."""
+        return key not in self._kept and not self._is_off
 
     def call(self, key: Hashable, function: Callable[..., Any], arguments: Sequence[Tensor]) -> Any:
         """What `function` gives for `arguments`.
@@ -87,14 +107,15 @@ class Recordings:
             function: see `Recording`.
             arguments: likewise.
         """
-        if key not in self._kept and not self._is_off:
-            while len(self._kept) >= MOST_KEPT:
+        if self.lacks(key):
+            while len(self._kept) >= self._most_kept:
                 self._kept.popitem(last=False)
             try:
-                self._kept[key] = Recording(function, arguments)
+                self._kept[key] = Recording(function, arguments, self._pool)
+                self._pool = self._kept[key].pool
             except RecordingFailed as error:
                 self._is_off = True
-                log.warning("decoder steps are not recorded, and slower for it: %s", error)
+                log.warning("%s are not recorded, and slower for it: %s", self._what, error)
         if self._is_off:
             return function(*arguments)
         self._kept.move_to_end(key)

@@ -48,7 +48,7 @@ def test_step_reads_no_value_and_touches_nothing_off_its_device(rule, dtype):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="recordings can be made here")
 def test_where_nothing_can_be_recorded_the_function_itself_is_called(caplog):
-    recordings, calls = Recordings(), []
+    recordings, calls = Recordings("steps"), []
 
     def double(x, side=None):
         calls.append(side)

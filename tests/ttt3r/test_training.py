@@ -409,6 +409,15 @@ def test_training_stops_when_its_time_is_over(tmp_path):
     assert read_state(tmp_path)["step"] == 1
 
 
+def test_rates_fall_with_the_time_that_a_run_has_to_finish_in(tmp_path):
+    settings = replace(SETTINGS, warm_up=1, cool_down=0.5, total_steps=1000)
+    rates = [rate_factor(100, settings, used) for used in (0.0, 0.5, 0.75, 1.0)]
+    assert rates == pytest.approx([1.0, 1.0, 0.51, 0.02])
+    assert rate_factor(750, settings, 0.1) == pytest.approx(0.51)
+    train(settings, tmp_path, device="cpu", finish_in=1e-6)
+    assert read_state(tmp_path)["step"] == 1
+
+
 def test_exported_weights_tell_where_they_come_from(tmp_path):
     train(SETTINGS, tmp_path / "run", device="cpu", stop_after=1)
     export(tmp_path / "run", tmp_path / "small.safetensors", name="small")

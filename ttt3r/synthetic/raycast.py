@@ -107,7 +107,7 @@ class RayCaster:
     ) -> None:
         device = static.centre.device
         self.views, self.light = views, light
-        self.piece = piece or (24576 if device.type == "cpu" else 1 << 22)
+        self.piece = piece or (24576 if device.type == "cpu" else 1 << 23)
         self._rows = _Rows(static, moving, light)
         self._aim(views)
         self._frame, self._row = self._visible(static, moving)

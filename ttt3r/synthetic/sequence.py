@@ -44,6 +44,8 @@ class World(Protocol):
     def colour(self, seen: Surface, frames: int) -> Tensor: ...
 
 
+_PIXELS_AT_ONCE = (1 << 21, 1 << 24)  # rays of a slice on a CPU; on a GPU, which waits for launches
+
 _WORLDS: dict[str, Callable[[Dice, float], World]] = {"streets": Streets, "rooms": Rooms}
 
 
@@ -119,7 +121,7 @@ def render_chunks(
     intrinsics = draw_intrinsics(dice, height, width)
     if chunk_frames is None:
         pixels = dice.count * height * width * supersample**2
-        chunk_frames = max(1, min(16, (1 << 21) // pixels))
+        chunk_frames = max(1, min(16, _PIXELS_AT_ONCE[dice.device.type == "cuda"] // pixels))
     for start in range(0, frames, chunk_frames):
         stop = min(start + chunk_frames, frames)
         yield _render_slice(scene, film, intrinsics, start, stop, height, width, supersample)

@@ -96,7 +96,11 @@ def _settings_of(options: argparse.Namespace) -> TrainSettings:
 def _work(settings: TrainSettings, options: argparse.Namespace) -> None:
     level = logging.INFO if rank() == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s")
-    train(settings, options.out, options.resume, device=options.device, minutes=options.minutes)
+    torch.set_float32_matmul_precision("high")  # on a GPU, whose TF32 is exact enough here
+    train(
+        settings, options.out, options.resume,
+        device=options.device, minutes=options.minutes, finish_in=options.finish_in,
+    )  # fmt: skip
 
 
 def _positive(text: str) -> int:
@@ -128,6 +132,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=_minutes, default=math.inf, help="stop early; --resume goes on"
     )
+    parser.add_argument(
+        "--finish-in", type=_minutes, default=math.inf, metavar="MINUTES",
+        help="be done by then: the learning rates fall with the time",
+    )  # fmt: skip
     parser.add_argument(
         "--batch",
         type=_positive,

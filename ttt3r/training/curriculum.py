@@ -72,7 +72,7 @@ CURRICULUM = (
     Stage(2800, (4, 8), 16, 80, 0.35, lesson_reach=8, lesson_every=16),
 )
 # From trained weights, which match already: no lessons, and both update rules.
-REFINEMENT = (Stage(1, (4, 8, 8), 16, 80, 0.4, (0.5, 1.5), (0.7, 2.5), gated=0.5),)
+REFINEMENT = (Stage(1, (8, 16), 8, 80, 0.5, (0.5, 1.5), (0.7, 2.5), gated=0.5),)
 
 
 def stage_at(step: int, curriculum: tuple[Stage, ...]) -> Stage:

@@ -8,8 +8,9 @@ import logging
 import math
 import os
 import time
+from collections.abc import Hashable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 
 from ttt3r.model import Model
-from ttt3r.training.curriculum import Stage, draw_batch, draw_lesson, fit_sides, stage_at
+from ttt3r.recording import Recordings
+from ttt3r.training.ahead import Ahead
+from ttt3r.training.curriculum import draw_batch, draw_lesson, fit_sides, stage_at
 from ttt3r.training.initial import prepare_for_matching
 from ttt3r.training.lesson import lesson_loss
 from ttt3r.training.losses import Targets, total_loss
@@ -33,7 +36,7 @@ from ttt3r.training.validation import Trial, validate
 
 log = logging.getLogger(__name__)
 LOG_FILE = "log.jsonl"
-_Loss = tuple[Tensor, dict[str, Tensor]]  # and its parts
+_SHAPES_RECORDED = 48  # sides, lengths and rules of a curriculum
 
 
 def train(
@@ -44,6 +47,7 @@ def train(
     device: str | None = None,
     stop_after: int | None = None,
     minutes: float = math.inf,
+    finish_in: float = math.inf,
 ) -> Model:
     """Train until `settings.total_steps`; return the model with averaged weights.
 
@@ -59,6 +63,8 @@ def train(
         device: "cuda" or "cpu"; None takes a GPU where there is one.
         stop_after: leave after this many steps in all; a later resume goes on from there.
         minutes: leave after this time, likewise.
+        finish_in: minutes in which to be done: rates fall with the time, if that is over before
+            the steps are. Such a run cannot be repeated to the bit.
 
     Raises:
         ValueError: `out_dir` holds another run; nothing to resume, or of another network.
@@ -72,17 +78,19 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     last = min(settings.total_steps, stop_after or settings.total_steps)
     with _open_log(folder / LOG_FILE, run.step) as out:
-        end, saved = time.monotonic() + 60 * minutes, time.monotonic()
+        began = saved = time.monotonic()
         is_last = run.step >= last
         while not is_last:
-            _write(out, run.advance())
-            is_last = run.step >= last or any_of_all(time.monotonic() > end)
+            _write(out, run.advance((time.monotonic() - began) / 60 / finish_in))
+            spent = (time.monotonic() - began) / 60
+            is_last = run.step >= last or any_of_all(spent > min(minutes, finish_in))
             if rank() == 0 and (is_last or run.step % settings.validate_every == 0):
                 for record in run.validate():
                     _write(out, record)
             if rank() == 0 and (is_last or time.monotonic() - saved > settings.save_every_s):
                 run.save(folder)
                 saved = time.monotonic()
+    run.close()
     return run.averaged
 
 
@@ -106,12 +114,31 @@ def _write(out: Any, record: dict[str, Any]) -> None:
         log.info("%s", json.dumps(record))
 
 
-def rate_factor(step: int, settings: TrainSettings) -> float:
-    """Learning rates over time: warm-up, constant, then a cosine down to 2 %."""
+def rate_factor(step: int, settings: TrainSettings, time_used: float = 0.0) -> float:
+    """Learning rates over time: warm-up, constant, then a cosine down to 2 %.
+
+    `time_used` is the share of the time that is over; it counts where it exceeds that of the steps.
+    """
     rising = min(1.0, (step + 1) / settings.warm_up)
     start = settings.total_steps * (1 - settings.cool_down)
-    fallen = min(1.0, max(0.0, step - start) / max(1.0, settings.total_steps - start))
+    done = max(step, time_used * settings.total_steps)
+    fallen = min(1.0, max(0.0, done - start) / max(1.0, settings.total_steps - start))
     return rising * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fallen)))
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What a step learns from."""
+
+    images: Tensor  # [L, T, 3, H, W]
+    truth: tuple[Tensor, ...]  # the fields of `Targets`; of a lesson, the poses
+    is_lesson: bool
+    rule: str
+
+    @property
+    def kind(self) -> tuple[Hashable, ...]:
+        """What a recording of the step depends on."""
+        return (self.is_lesson, self.rule, self.images.shape)
 
 
 class _Run:
@@ -134,19 +161,18 @@ class _Run:
         self.step, self.frames, self.started = 0, 0, time.monotonic()
         self.seconds_before = 0.0
         self.origin = ""  # what is said of the weights that training started from
+        self._ahead = Ahead(self._draw, self.device)
+        self._recordings = Recordings("training steps", _SHAPES_RECORDED)
+        self._names: dict[Hashable, tuple[str, ...]] = {}  # of the loss' parts
 
     # -- one step ----------------------------------------------------------------------------
 
-    def advance(self) -> dict[str, Any]:
-        """One optimiser step; returns its log record."""
+    def advance(self, time_used: float = 0.0) -> dict[str, Any]:
+        """One optimiser step; returns its log record. For `time_used` see `rate_factor`."""
         began = time.monotonic()
-        stage = stage_at(self.step, self.settings.curriculum)
-        if stage.is_lesson(self.step):
-            images, rendered, found = self._lesson(stage, began)
-        else:
-            images, rendered, found = self._sequences(stage, began)
-        loss, parts = found
-        loss.backward()
+        drawn = self._ahead.take(self.step)
+        waited = self._now() - began
+        loss, parts = self._differentiate(drawn)
         average_gradients(list(self.model.parameters()))
         norm = torch.nn.utils.clip_grad_norm_(
             self.optimisers[1].param_groups[0]["params"], self.settings.clip
@@ -154,25 +180,26 @@ class _Run:
         # The gradients' norm is the same in all processes, so they agree.
         is_sound = bool(torch.isfinite(norm))
         if is_sound:  # a step on infinities would be the last
-            self._apply()
+            self._apply(time_used)
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         self.step += 1
+        images = drawn.images
         lanes, frames = images.shape[0] * workers(), images.shape[1]
         self.frames += lanes * frames
         spent = self._now() - began
         return {
             "step": self.step,
-            "loss": float(loss.detach()),
-            **{name: round(float(part.detach()), 5) for name, part in parts.items()},
+            "loss": float(loss),
+            **{name: round(float(part), 5) for name, part in parts.items()},
             "lanes": lanes,
             "frames": frames,
             "sides": list(images.shape[-2:]),
-            "rule": stage.rule(self.step - 1),
+            "rule": drawn.rule,
             "skipped": not is_sound,
             "frames_per_s": round(lanes * frames / spent, 1),
-            "rendering": round(rendered / spent, 3),
-            **self._load(),
+            "rendering": round(waited / spent, 3),
+            **(self._load() if self.step % 10 == 0 else {}),
             "seen": self.frames,
         }
 
@@ -190,43 +217,63 @@ class _Run:
             torch.cuda.synchronize(self.device)
         return time.monotonic()
 
-    def _sequences(self, stage: Stage, began: float) -> tuple[Tensor, float, _Loss]:
-        """Images, seconds of rendering and the loss of this step's rendered sequences."""
-        settings = self.settings
-        batch = draw_batch(
-            self.step, stage,
-            patch=settings.model.patch_size, seed=settings.seed,
-            share=(rank(), workers()), device=self.device,
-        )  # fmt: skip
-        targets = Targets.build(batch.depth, batch.valid, batch.T_world_cam, batch.intrinsics)
-        rendered = self._now() - began
-        with self._precision():
-            found, _ = self.model.run(
-                batch.images, rule=stage.rule(self.step), outputs=settings.loss.outputs
-            )
-        return batch.images, rendered, total_loss(found, targets, settings.loss)
+    def _draw(self, step: int) -> _Drawn:
+        """What `step` learns from."""
+        stage = stage_at(step, self.settings.curriculum)
+        where: dict[str, Any] = {
+            "patch": self.settings.model.patch_size,
+            "seed": self.settings.seed,
+            "share": (rank(), workers()),
+            "device": self.device,
+        }
+        if stage.is_lesson(step):
+            images, T = draw_lesson(step, stage, **where)
+            return _Drawn(images, (T,), is_lesson=True, rule="cut3r")
+        batch = draw_batch(step, stage, **where)
+        truth = Targets.build(batch.depth, batch.valid, batch.T_world_cam, batch.intrinsics)
+        parts = tuple(getattr(truth, field.name) for field in fields(Targets))
+        return _Drawn(batch.images, parts, is_lesson=False, rule=stage.rule(step))
 
-    def _lesson(self, stage: Stage, began: float) -> tuple[Tensor, float, _Loss]:
-        """The same of windows of still pictures."""
-        settings = self.settings
-        images, T = draw_lesson(
-            self.step, stage,
-            patch=settings.model.patch_size, seed=settings.seed,
-            share=(rank(), workers()), device=self.device,
-        )  # fmt: skip
-        rendered = self._now() - began
+    def _differentiate(self, drawn: _Drawn) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts; gradients are in the parameters."""
+        parameters = list(self.model.parameters())
+
+        def function(images: Tensor, *truth: Tensor, side: Any = None) -> tuple[Any, ...]:
+            loss, parts = self._loss(replace(drawn, images=images, truth=truth))
+            self._names[drawn.kind] = tuple(parts)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            return loss.detach(), tuple(part.detach() for part in parts.values()), gradients
+
+        arguments = (drawn.images, *drawn.truth)
+        if self.device.type == "cuda":  # thousands of small kernels, launched as one
+            if self._recordings.lacks(drawn.kind):
+                self._ahead.wait()
+            loss, parts, gradients = self._recordings.call(drawn.kind, function, arguments)
+        else:
+            loss, parts, gradients = function(*arguments)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return loss, dict(zip(self._names[drawn.kind], parts, strict=True))
+
+    def _loss(self, drawn: _Drawn) -> tuple[Tensor, dict[str, Tensor]]:
+        weights = self.settings.loss
+        outputs = frozenset({"trace"}) if drawn.is_lesson else weights.outputs
         with self._precision():
-            found, _ = self.model.run(images, rule="cut3r", outputs=frozenset({"trace"}))
-        return images, rendered, lesson_loss(found, T, settings.loss)
+            found, _ = self.model.run(drawn.images, rule=drawn.rule, outputs=outputs)
+        if drawn.is_lesson:
+            return lesson_loss(found, drawn.truth[0], weights)
+        return total_loss(found, Targets(*drawn.truth), weights)
+
+    def close(self) -> None:
+        """Stop drawing ahead."""
+        self._ahead.close()
 
     def _precision(self) -> AbstractContextManager[Any]:
-        half = self.settings.half
-        is_half = self.device.type == "cuda" if half is None else half
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_half)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.half)
 
-    def _apply(self) -> None:
+    def _apply(self, time_used: float) -> None:
         settings = self.settings
-        factor = rate_factor(self.step, settings)
+        factor = rate_factor(self.step, settings, time_used)
         for optimiser, rate in zip(self.optimisers, (settings.matrix_lr, settings.lr), strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = rate * factor

@@ -50,27 +50,29 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient."""
-        shapes: dict[tuple[int, int], list[tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(
-            list
-        )
+        # One kernel for many matrices (`_foreach`): on a GPU launches are what a step costs.
+        shapes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                moment = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                moment.lerp_(p.grad, 1 - group["momentum"])
-                direction = torch.lerp(p.grad, moment, group["momentum"])
-                for part, update in zip(
-                    p.chunk(group["pieces"]), direction.chunk(group["pieces"]), strict=True
-                ):
-                    shapes[part.shape[0], part.shape[1]].append((part, update, group))
+            moved = [p for p in group["params"] if p.grad is not None]
+            if not moved:
+                continue
+            for p in moved:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            moments = [self.state[p]["momentum"] for p in moved]
+            gradients = [p.grad for p in moved]
+            torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
+            directions = torch._foreach_lerp(gradients, moments, group["momentum"])
+            torch._foreach_mul_(moved, 1 - group["lr"] * group["weight_decay"])
+            for p, direction in zip(moved, directions, strict=True):
+                pieces = p.chunk(group["pieces"]), direction.chunk(group["pieces"])
+                for part, update in zip(*pieces, strict=True):
+                    shapes[part.shape[0], part.shape[1]].append((part, update))
         for (rows, columns), entries in shapes.items():
-            updates = share_out(orthogonalise, torch.stack([update for _, update, _ in entries]))
+            parts, updates = zip(*entries, strict=True)
+            turned = share_out(orthogonalise, torch.stack(updates))
             scale = max(1.0, rows / columns) ** 0.5
-            for (part, _, group), update in zip(entries, updates, strict=True):
-                part.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
-                    update, alpha=group["lr"] * scale
-                )
+            torch._foreach_sub_(parts, turned.unbind(), alpha=self.param_groups[0]["lr"] * scale)
 
 
 def build_optimisers(

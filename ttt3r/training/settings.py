@@ -35,7 +35,7 @@ class TrainSettings:
     average: float = 0.99  # weights that are validated and exported: moving average
     validate_every: int = 100
     save_every_s: float = 120.0
-    half: bool | None = None  # bfloat16 autocast; None: on a GPU only
+    half: bool = False  # bfloat16 autocast: half as many kernels again, for matrices this small
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> TrainSettings:
@@ -50,7 +50,13 @@ class TrainSettings:
 
 # From trained weights: at full rates what they know is soon forgotten.
 REFINE = TrainSettings(
-    curriculum=REFINEMENT, total_steps=4000, lr=3e-4, matrix_lr=0.001, warm_up=20, cool_down=0.5
+    curriculum=REFINEMENT,
+    total_steps=4000,
+    lr=5e-4,
+    matrix_lr=0.0015,
+    warm_up=50,
+    cool_down=0.85,
+    validate_every=400,
 )
 
 
