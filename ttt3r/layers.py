@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ttt3r.fused import KERNELS
+
 
 class Rotary(NamedTuple):
     """What turns one token by its position: tables for `rotate`, shared by all heads."""
@@ -48,6 +50,10 @@ def rotate(x: Tensor, rotary: Rotary, *, through_fp16: bool = False) -> Tensor:
     The arithmetic is float32; `through_fp16` rounds the input and the result to half precision,
     as the reference does in its image encoder. The result has the dtype of `x`.
     """
+    if KERNELS.apply_to(x, x.dtype):
+        found = KERNELS.rotate(x, rotary.cos, rotary.sin, through_fp16=through_fp16)
+        if found is not None:
+            return found
     t = x.half().float() if through_fp16 else x.float()
     uy, vy, ux, vx = t.chunk(4, dim=-1)
     swapped = torch.cat((vy, uy, vx, ux), dim=-1)
@@ -82,6 +88,15 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.float(), self.bias.float()
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+    def rounded_for(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """The same in the type that `layer`, which takes it, works in."""
+        dtype = layer.weight.dtype
+        if KERNELS.apply_to(x, dtype):
+            found = KERNELS.normalise(x, self.weight, self.bias, self.eps, dtype)
+            if found is not None:
+                return found
+        return self(x).to(dtype)
 
 
 class Linear(nn.Linear):
@@ -199,8 +214,8 @@ class EncoderBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
-        x = x + self.attn(self.norm1(x), rotary)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.attn(self.norm1.rounded_for(self.attn.qkv, x), rotary)
+        return x + self.mlp(self.norm2.rounded_for(self.mlp.fc1, x))
 
 
 class DecoderBlock(nn.Module):
@@ -220,12 +235,14 @@ class DecoderBlock(nn.Module):
         self, x: Tensor, y: Tensor, x_rotary: Rotary, y_rotary: Rotary, *, gate: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """The new x; with `gate`, also the mean cross-attention logit of each token of x."""
-        x = x + self.attn(self.norm1(x), x_rotary)
+        x = x + self.attn(self.norm1.rounded_for(self.attn.qkv, x), x_rotary)
         crossed, logits = self.cross_attn(
-            self.norm2(x), self.norm_y(y), x_rotary, y_rotary, gate=gate
-        )
+            self.norm2.rounded_for(self.cross_attn.projq, x),
+            self.norm_y.rounded_for(self.cross_attn.projk, y),
+            x_rotary, y_rotary, gate=gate,
+        )  # fmt: skip
         x = x + crossed
-        return x + self.mlp(self.norm3(x)), logits
+        return x + self.mlp(self.norm3.rounded_for(self.mlp.fc1, x)), logits
 
 
 class ModulatedNorm(nn.Module):

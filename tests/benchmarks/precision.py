@@ -58,8 +58,8 @@ def noise(frames: int, height: int, width: int) -> np.ndarray:
     return np.stack([wide[:, t : t + width] for t in range(frames)])[None]
 
 
-def measure(case: str, frames: int) -> dict[str, float]:
-    """Differences between bfloat16 and float32 in one case."""
+def measure(case: str, frames: int, device: str = "cpu") -> dict[str, float]:
+    """Differences between bfloat16 and float32 in one case, both on `device`."""
     truth = None
     if case in CASES[:2]:
         make: Callable[[torch.dtype], Model] = lambda dtype: golden_model(case, dtype)[0]  # noqa: E731
@@ -68,7 +68,9 @@ def measure(case: str, frames: int) -> dict[str, float]:
     else:
         make = lambda dtype: load_model("compact", dtype=dtype)[0]  # noqa: E731
         images, truth = rendered(case.split()[1], frames, make(torch.float32).config)
-    exact, rounded = (run(make(dtype), images) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (
+        run(make(dtype).to(device), images) for dtype in (torch.float32, torch.bfloat16)
+    )
     return compare(exact, rounded, truth)
 
 
@@ -89,8 +91,8 @@ def run(model: Model, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for start in range(0, images.shape[1], _CHUNK):
         said = stream.feed(images[:, start : start + _CHUNK])
         assert said.pointmap_cam is not None
-        poses.append(camera_pose_to_matrix(said.camera_pose[0]).double().numpy())
-        distances.append(said.pointmap_cam[0].norm(dim=-1).numpy())
+        poses.append(camera_pose_to_matrix(said.camera_pose[0]).double().cpu().numpy())
+        distances.append(said.pointmap_cam[0].norm(dim=-1).cpu().numpy())
     return np.concatenate(poses), np.concatenate(distances)
 
 
@@ -122,11 +124,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=200)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
     for case in args.cases:
-        rows.append({"case": case, "frames": args.frames, **measure(case, args.frames)})
+        rows.append(
+            {"case": case, "frames": args.frames, **measure(case, args.frames, args.device)}
+        )
         print(
             "  ".join(
                 f"{k} {v:.3g}" if isinstance(v, float) else f"{v}" for k, v in rows[-1].items()

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ttt3r.config import COMPACT, RELEASED_224_LINEAR, RELEASED_512_DPT, TINY, ModelConfig
 from ttt3r.images import normalise, preprocess
-from ttt3r.model import Model, Predictions
+from ttt3r.model import Model
 from ttt3r.state import UPDATE_RULES, State
 from ttt3r.synthetic_weights import synthetic_tensor
 from ttt3r.weights import load_model, weights_info
@@ -48,6 +48,7 @@ CONFIGS = {
 NATURAL_SIZE = {"512_dpt": "512x288", "224_linear": "224x224", "compact": "80x40", "tiny": "64x48"}
 SOURCE = (720, 1280)  # rows and columns of the recording that is imitated
 SEED, QK_GAIN = 1, 2.0
+COMPARED = ("camera_pose", "pointmap_cam")
 
 
 @dataclass(frozen=True)
@@ -110,29 +111,30 @@ class Ours:
     def __init__(self, settings: Settings) -> None:
         dtype = getattr(torch, settings.precision)
         self.model = build(settings, dtype)
-        self.model.records_steps = settings.recorded
         self.state: State | None = None
+        self.host: dict[tuple[int, ...], Tensor] = {}  # pinned, as the pipeline's
 
     def round(self, settings: Settings) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Seconds of each stage for `frames` more frames of each lane, and what came out."""
         stages: dict[str, float] = {}
+        self.model.records_steps = settings.recorded
         images = recording(settings.frames)
         clock = Clock(settings.device, stages)
         one = fitted(settings, images)
         clock("preprocess")
         stages["preprocess"] *= settings.lanes
-        lanes = torch.from_numpy(one)[None].expand(settings.lanes, -1, -1, -1, -1)
-        said: list[Predictions] = []
+        lanes = torch.from_numpy(one)[None].repeat(settings.lanes, 1, 1, 1, 1)
+        said: list[dict[str, np.ndarray]] = []  # of the first lane
         per_batch = max(1, settings.batch_frames // settings.lanes)
         with torch.inference_mode():
             for start in range(0, settings.frames, per_batch):
-                said.append(self._batch(lanes[:, start : start + per_batch], settings, clock))
-        joined = Predictions.concatenate(said)
-        assert joined.pointmap_cam is not None
-        found = {"camera_pose": joined.camera_pose, "pointmap_cam": joined.pointmap_cam}
-        return stages, {name: t[0].float().cpu().numpy() for name, t in found.items()}
+                some = lanes[:, start : start + per_batch].contiguous()
+                if settings.device.startswith("cuda"):
+                    some = some.pin_memory()
+                said.append(self._batch(some, settings, clock))
+        return stages, {name: np.concatenate([part[name] for part in said]) for name in said[0]}
 
-    def _batch(self, images: Tensor, settings: Settings, clock: Clock) -> Predictions:
+    def _batch(self, images: Tensor, settings: Settings, clock: Clock) -> dict[str, np.ndarray]:
         clock.restart()
         batch = normalise(images.to(settings.device))
         clock("upload")
@@ -142,11 +144,19 @@ class Ours:
         clock("decode")
         predictions = self.model.predict(encoded, decoded, frozenset(settings.outputs))
         clock("heads")
-        for tensor in (predictions.pointmap_cam, predictions.confidence, predictions.camera_pose):
+        found = {name: getattr(predictions, name) for name in COMPARED}
+        for tensor in (predictions.confidence, *found.values()):
             assert tensor is not None
-            tensor.cpu()
+            self._download(tensor)
         clock("download")
-        return predictions
+        return {name: tensor[0].float().cpu().numpy() for name, tensor in found.items()}
+
+    def _download(self, tensor: Tensor) -> None:
+        if tensor.device.type == "cpu":
+            return
+        if tensor.shape not in self.host:
+            self.host[tensor.shape] = torch.empty(tensor.shape, pin_memory=True)
+        self.host[tensor.shape].copy_(tensor, non_blocking=True)
 
     def reset(self) -> None:
         """Forget all frames."""
@@ -172,8 +182,7 @@ class NaiveMode:
         self.naive = self.naive or Naive(self.model, settings.rule)
         said = [self.naive.see(normalise(image)) for image in ready]
         clock("network")
-        names = ("camera_pose", "pointmap_cam")
-        return stages, {n: np.stack([frame[n].numpy() for frame in said]) for n in names}
+        return stages, {n: np.stack([frame[n].numpy() for frame in said]) for n in COMPARED}
 
     def reset(self) -> None:
         """Forget all frames."""
@@ -354,7 +363,8 @@ def print_row(row: dict[str, Any]) -> None:
     ratio = row["speedup_over_naive"]
     print(
         f"{row['width']}x{row['height']:<4} {row['rule']:6} lanes {row['lanes']:3}  "
-        f"{row['frames_per_second']:8.3f} frames/s  {row['gflop_per_frame']:7.1f} GFLOP/frame  "
+        + ("" if row["recorded"] else "launched one by one  ")
+        + f"{row['frames_per_second']:8.3f} frames/s  {row['gflop_per_frame']:7.1f} GFLOP/frame  "
         f"{100 * row['share_of_peak']:5.1f} % of peak  "
         f"{row['peak_memory_bytes'] / 2**20:7.0f} MiB  "
         + ("" if ratio is None else f"x{ratio:.2f} naive")
@@ -382,7 +392,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="rounds, after one to warm up")
     parser.add_argument("--naive-frames", type=int, default=1, help="of a round; 0: no naive mode")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--launched", action="store_true", help="no CUDA graphs of decoder steps")
+    parser.add_argument(
+        "--launched", action="store_true", help="each row also without CUDA graphs of decoder steps"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     if "cam" not in args.outputs:
@@ -406,13 +418,13 @@ def rows_wanted(args: argparse.Namespace) -> list[Settings]:
         frames=args.frames,
         batch_frames=args.batch_frames,
         outputs=tuple(args.outputs),
-        recorded=not args.launched,
     )
     return [
-        replace(plain, width=width, height=height, rule=rule, lanes=lanes)
+        replace(plain, width=width, height=height, rule=rule, lanes=lanes, recorded=recorded)
         for width, height in sizes
         for rule in args.rules
         for lanes in args.lanes
+        for recorded in ((True, False) if args.launched else (True,))
     ]
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ttt3r.fused import KERNELS
+
 _LOW = 0xFFFFFFFF
 
 
@@ -30,7 +32,12 @@ class Dice:
 
     def unit(self, name: str, index: Tensor | None = None) -> Tensor:
         """Uniform float32 in [0, 1)."""
-        key = _mix(self._keys ^ zlib.crc32(name.encode()))
+        label = zlib.crc32(name.encode())
+        if index is not None and index.numel() and KERNELS.are_on(self.device):
+            found = KERNELS.unit(self._keys, label, index.to(torch.int64))
+            if found is not None:
+                return found
+        key = _mix(self._keys ^ label)
         if index is not None:
             key = key.reshape(-1, *[1] * (index.ndim - 1))
             key = _mix(key ^ _mix((index.to(torch.int64) + 0x9E3779B9) & _LOW))
