@@ -52,6 +52,7 @@ class LocalFleet:
             "PREFECT_API_URL": self.url,
             "PREFECT_API_DATABASE_CONNECTION_URL": database,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "MALLOC_ARENA_MAX": "1",
             "DO_NOT_TRACK": "1",
             "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks,storage,ttt3r",
             "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",

@@ -99,7 +99,10 @@ def prefect_server(folder: Path) -> Iterator[int]:
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
     with (folder / "prefect.log").open("wb") as log:
         process = subprocess.Popen(
-            [*command, "--port", str(port), "--no-ui"], stdout=log, stderr=subprocess.STDOUT
+            [*command, "--port", str(port), "--no-ui"],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"MALLOC_ARENA_MAX": "1"},  # as deploy/helm/prefect-server.yaml
         )
     try:
         _wait_until_healthy(f"http://127.0.0.1:{port}/api/health", process)
@@ -141,6 +144,9 @@ class Launcher:
         task = (dict(environment), str(self.logs), target, arguments)
         process = self._context.Process(target=_begin, args=task)
         process.start()
+        # Every start looks after all children; an exit code that two threads read at once is lost
+        # to one of them, who is told 255. Each process here has somebody who waits for it.
+        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
         return process
 
     def reconstruct(
