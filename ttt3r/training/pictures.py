@@ -53,7 +53,8 @@ def draw_views(model: Model, world: WorldName, path: str | Path, count: int = 6)
     """Draw pictures, true depth and predicted depth of held-out sequences, as PNG."""
     height, width = fit_sides(16 / 9, model.config.image_size, model.config.patch_size)
     first = HELD_OUT_SEED + 700_000
-    seen = render(world, range(first, first + count), 4, height, width, device=model.device)
+    seeds = range(first, first + count)
+    seen = render(world, seeds, 4, height, width, device=model.device, supersample=2)
     images = seen.images.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
     with torch.inference_mode():
         found, _ = model.run(images, outputs=frozenset({"cam"}))
