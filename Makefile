@@ -43,13 +43,16 @@ fleet-demo: setup
 	deploy/install-system-packages.sh deploy/apt-packages-fleet.txt
 	PYTHONPATH=.:tests $(BIN)/python deploy/fleet_demo.py
 
+# Two processes: most tests wait for servers. Files stay whole, as their fixtures are dear.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+
 test: setup
-	$(BIN)/pytest -q
+	$(PYTEST)
 
 # What takes longer and guards a promise: kills, real recordings, memory.
 test-slow: setup
 	deploy/install-system-packages.sh deploy/apt-packages-fleet.txt
-	$(BIN)/pytest -q -m 'slow and not gpu' --timeout 1200
+	$(PYTEST) -m 'slow and not gpu' --timeout 1200
 
 check: setup
 	$(BIN)/ruff check .

@@ -222,9 +222,13 @@ def growth(samples: list[tuple[float, float]]) -> float:
 
 
 def unfinished(drives: list[Drive], output: str, expected: Expected) -> list[Drive]:
-    """The good drives that are not finished."""
-    good = [drive for drive in drives if drive.kind in expected]
-    return [drive for drive in good if end_of(f"{output}/{drive.name}.zarr")[0] != "done"]
+    """The good drives that are not finished, and all of which nothing is said.
+
+    Where the store is away for longer than all retries, not even the reason can be left in it.
+    """
+    ends = {drive.name: end_of(f"{output}/{drive.name}.zarr") for drive in drives}
+    left = [drive for drive in drives if ends[drive.name][0] != "done"]
+    return [drive for drive in left if drive.kind in expected or ends[drive.name][1] is None]
 
 
 def judge(day: Day, drives: list[Drive], output: str, expected: Expected) -> None:
