@@ -458,8 +458,14 @@ def options(*arguments: object) -> argparse.Namespace:
 def test_command_refines_trained_weights_and_begins_afresh_without(tmp_path):
     assert command.choose_settings(options(tmp_path, "--device", "cpu")) == TrainSettings()
     bundled = Path(command.__file__).parents[1] / "checkpoints" / "compact.safetensors"
-    chosen = command.choose_settings(options(tmp_path, "--resume", bundled, "--device", "cpu"))
-    assert chosen == REFINE
+    refine = (tmp_path, "--resume", bundled, "--device", "cpu", "--batch")
+    chosen = command.choose_settings(options(*refine, 16))
+    assert replace(chosen, curriculum=REFINE.curriculum) == REFINE
+    assert chosen.curriculum[0].lanes == 16 * REFINE.curriculum[0].lanes
+    small = command.choose_settings(options(*refine, 1))
+    rates = (small.lr / REFINE.lr, small.matrix_lr / REFINE.matrix_lr)
+    assert rates == pytest.approx((0.25, 0.25)), "small batches are noisy"
+    assert small.curriculum == REFINE.curriculum
 
 
 def test_command_resumes_with_the_settings_that_the_run_began_with(tmp_path):

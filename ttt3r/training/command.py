@@ -60,15 +60,17 @@ def choose_settings(options: argparse.Namespace) -> TrainSettings:
     if options.resume is not None and options.resume.suffix != ".safetensors":
         return _settings_of(options)
     settings = TrainSettings()
+    batch = options.batch or (_GPU_BATCH if options.device == "cuda" else 1)
     if options.resume is not None:
-        settings = REFINE
+        # Noisier gradients bear lower rates.
+        calm = min(1.0, batch / _GPU_BATCH) ** 0.5
+        settings = replace(REFINE, lr=REFINE.lr * calm, matrix_lr=REFINE.matrix_lr * calm)
         require_same_network(weights_info(options.resume).config, settings.model, options.resume)
     if (options.out / STATE_FILE).exists():
         raise ValueError(
             f"{options.out} holds a run: go on with --resume {options.out}, or choose another "
             "folder"
         )
-    batch = options.batch or (_GPU_BATCH if options.device == "cuda" else 1)
     larger = [replace(stage, lanes=stage.lanes * batch) for stage in settings.curriculum]
     return replace(
         settings,
