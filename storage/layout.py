@@ -148,7 +148,7 @@ SEGMENT_ARRAYS = (
         "float16",
         "1",
         "confidence of depth, 1 or more, higher is better",
-        mantissa_bits=7,
+        mantissa_bits=4,
         images=True,
     ),
     _array(
