@@ -44,7 +44,7 @@ fleet-demo: setup
 	PYTHONPATH=.:tests $(BIN)/python deploy/fleet_demo.py
 
 # Two processes: most tests wait for servers. Files stay whole, as their fixtures are dear.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+PYTEST := $(BIN)/pytest -q -n 2 --dist loadfile
 
 test: setup
 	$(PYTEST)

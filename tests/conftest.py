@@ -26,6 +26,15 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture
+def public_path(tmp_path: Path) -> Path:
+    """`tmp_path`, which every user may enter."""
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.name.startswith(("pytest-", "popen-")) or folder == tmp_path:
+            folder.chmod(0o755)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
     """A real S3 server on loopback; the environment leads fsspec and zarr to it."""

@@ -253,13 +253,16 @@ def test_image_of_another_kind_than_its_name_starts_no_program(tmp_path):
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o444, 0o111])
-def test_folder_that_may_not_be_read_does_not_stop_the_others(tmp_path, mode):
-    touch(tmp_path, "all/a.mp4", "all/locked/b.mp4", "all/more/c.mp4")
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
-    locked = tmp_path / "all/locked"
+def test_folder_that_may_not_be_read_does_not_stop_the_others(public_path, mode):
+    touch(public_path, "all/a.mp4", "all/locked/b.mp4", "all/more/c.mp4")
+    locked = public_path / "all/locked"
     locked.chmod(mode)
-    places = [str(tmp_path / "all"), f"{tmp_path}/all/*", f"{tmp_path}/all/*/*.mp4", str(locked)]
+    places = [
+        str(public_path / "all"),
+        f"{public_path}/all/*",
+        f"{public_path}/all/*/*.mp4",
+        str(locked),
+    ]
     command = [sys.executable, "-c", LIST_AS_NOBODY, *places]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     locked.chmod(0o755)

@@ -83,13 +83,11 @@ def test_without_limits_nothing_is_read_and_without_rates_nothing_is_begun(drive
         BudgetConfig(max_cost=1.0)
 
 
-def test_drive_that_may_not_be_read_does_not_stop_the_plan_of_others(tmp_path):
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
+def test_drive_that_may_not_be_read_does_not_stop_the_plan_of_others(public_path):
     for name in ("a", "b"):
-        (tmp_path / "logs" / name).mkdir(parents=True)
-        write_video(tmp_path / f"logs/{name}/1.mp4", moving_squares(8))
-    (tmp_path / "logs/b/1.mp4").chmod(0)
-    command = [sys.executable, "-c", ESTIMATE_AS_NOBODY, str(tmp_path / "logs")]
+        (public_path / "logs" / name).mkdir(parents=True)
+        write_video(public_path / f"logs/{name}/1.mp4", moving_squares(8))
+    (public_path / "logs/b/1.mp4").chmod(0)
+    command = [sys.executable, "-c", ESTIMATE_AS_NOBODY, str(public_path / "logs")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "new unreadable", done.stderr
