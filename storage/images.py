@@ -18,6 +18,7 @@ from storage.media import IMAGE_SUFFIXES, UnreadableVideo, has_suffix, list_fold
 from storage.scenes import THUMBNAIL, SceneMeter, SceneSeries
 
 ASSUMED_HZ = 10.0
+LARGEST_IMAGE = 2**26  # pixels, more than cameras have; decoding takes some 8 bytes of memory each
 ORIENTATION = 0x0112  # EXIF tag
 CLOCKWISE_DEGREES = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}
 PICTURE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
@@ -61,6 +62,11 @@ def list_images(location: str) -> list[str]:
 def open_image(location: str) -> Iterator[Image.Image]:
     """The image at a path or URL, its header read; raises one of BAD_IMAGE for a wrong file."""
     with open_bytes(location) as file, Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > LARGEST_IMAGE:
+            raise ValueError(
+                f"its header gives {image.width} x {image.height} pixels; at most {LARGEST_IMAGE} "
+                "are read: make it smaller"
+            )
         yield image
 
 
