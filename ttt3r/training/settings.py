@@ -48,8 +48,8 @@ class TrainSettings:
         return cls(**{**record, **made})
 
 
-# From trained weights: at full rates what they know is soon forgotten. For batches of a GPU; smaller
-# ones take these rates times the square root of their share (`command.py`).
+# From trained weights: at full rates what they know is soon forgotten. For batches of a
+# GPU: smaller ones take these rates times the square root of their share (`command.py`).
 REFINE = TrainSettings(
     curriculum=REFINEMENT,
     total_steps=4000,
