@@ -79,7 +79,7 @@ class Kernels:
             kernels = importlib.import_module("ttt3r.triton_kernels")
             with torch.cuda.device_of(out):
                 getattr(kernels, name)[grid](*arguments, **constants)
-        except Exception as error:
+        except Exception as error:  # whatever Triton and the compiler have to say
             if torch.cuda.is_current_stream_capturing():
                 raise
             self._is_off = True
