@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,12 +129,19 @@ def running_seaweed(folder: Path, bucket: str = "drives") -> Iterator[Seaweed]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listened on a moment ago, all different."""
+    """Ports that nothing listened on a moment ago, all different.
+
+    They lie below those that the system gives to outgoing connections, so that none of these takes
+    the port of a server that was killed before the server is started again on it.
+    """
+    found: list[int] = []
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for candidate in sockets:
-            candidate.bind(("127.0.0.1", 0))
-        return [candidate.getsockname()[1] for candidate in sockets]
+        while len(found) < count:
+            candidate = stack.enter_context(socket.socket())
+            with suppress(OSError):  # taken
+                candidate.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 32_000)))
+                found.append(candidate.getsockname()[1])
+    return found
 
 
 def _command(folder: Path, ports: dict[str, int], server: Seaweed) -> list[str]:
