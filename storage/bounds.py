@@ -24,6 +24,7 @@ from zarr.registry import register_codec
 from storage.errors import DataDamaged
 from storage.layout import FIXED_SIZES, ArraySpec
 from storage.records import MOST_FRAMES
+from storage.shards import check_compressed
 
 MOST_OBJECT_BYTES = 2**30  # of an object, before compression
 MOST_WHOLE_BYTES = 2**32  # of an array that is read as a whole
@@ -34,7 +35,6 @@ MOST_PARTS = 2**16  # of an object that are compressed each by itself
 CODECS = frozenset({"bytes", "blosc", "crc32c", "sharding_indexed"})
 # What a parser raises at metadata that are none.
 ILLEGIBLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
-BLOSC_HEADER = 16  # bytes; 4 to 7 hold the size before compression
 
 
 def check_array(path: str, document: bytes, spec: ArraySpec) -> None:
@@ -127,13 +127,11 @@ def check_whole(path: str, array: Array[Any]) -> None:
 
 
 class BoundedBlosc(BloscCodec):
-    """Blosc that decompresses to the size of the chunk or not at all."""
+    """Blosc that decompresses what is there to the size of the chunk, or not at all."""
 
     def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ChunkSpec) -> Buffer:
-        header = chunk_bytes.to_bytes()[:BLOSC_HEADER]
         wanted = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize
-        if len(header) < BLOSC_HEADER or int.from_bytes(header[4:8], "little") != wanted:
-            raise ValueError(f"a compressed chunk does not hold {wanted} bytes")
+        check_compressed(chunk_bytes.to_bytes(), wanted)
         return super()._decode_sync(chunk_bytes, chunk_spec)
 
 

@@ -20,7 +20,7 @@ Decode = Callable[[memoryview], np.ndarray]
 
 SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
 LEFT_OUT = 2**64 - 1  # in a shard's index, of an inner chunk without rows
-BLOSC_HEADER = 16  # bytes; 4 to 7 hold the size before compression
+BLOSC_HEADER = 16  # bytes; 4 to 7 hold the size before compression, 12 to 15 that after it
 
 
 class NotPlain(ValueError):
@@ -190,12 +190,23 @@ def _decoder(codecs: list[dict[str, Any]], shape: tuple[int, ...], dtype: np.dty
     def decode(stored: memoryview) -> np.ndarray:
         content = _unchecked(stored)
         if "blosc" in names:
-            if len(content) < BLOSC_HEADER or int.from_bytes(content[4:8], "little") != size:
-                raise ValueError(f"a compressed chunk does not hold {size} bytes")
+            check_compressed(content, size)
             content = memoryview(Blosc().decode(content))
         return np.frombuffer(content, dtype).reshape(shape)
 
     return decode
+
+
+def check_compressed(content: memoryview | bytes, size: int) -> None:
+    """Make sure that Blosc reads what is there, no less and no more, and writes `size` bytes.
+
+    Raises:
+        ValueError: it would not; its library believes both sizes in the header.
+    """
+    sizes = content[4:8], content[12:BLOSC_HEADER]
+    found = tuple(int.from_bytes(field, "little") for field in sizes)
+    if len(content) < BLOSC_HEADER or found != (size, len(content)):
+        raise ValueError(f"{len(content)} bytes are no compressed chunk of {size} bytes")
 
 
 def _unchecked(data: memoryview) -> memoryview:

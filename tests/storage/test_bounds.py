@@ -12,6 +12,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import pytest
+import zarr
 from numcodecs.blosc import Blosc
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
@@ -200,6 +201,17 @@ def test_chunk_that_expands_is_not_decompressed(store):
         assert tracemalloc.get_traced_memory()[1] < 2**26
     finally:
         tracemalloc.stop()
+
+
+def test_chunk_that_says_more_than_is_there_is_not_decompressed(store):
+    (place,) = path_of(store, "frames/timestamp/c").iterdir()
+    says = bytearray(place.read_bytes()[:-4])
+    says[12:16] = (2**30).to_bytes(4, "little")
+    place.write_bytes(says + google_crc32c.value(bytes(says)).to_bytes(4, "little"))
+    with pytest.raises(DataDamaged, match="no compressed chunk"):
+        store.read_frames()
+    with pytest.raises(ValueError, match="no compressed chunk"):
+        zarr.open_array(path_of(store, "frames/timestamp"), mode="r")[:]
 
 
 def test_whole_array_larger_than_memory_is_not_read(store):
