@@ -140,7 +140,9 @@ def test_names_agree_between_files():
         assert [r["configMapRef"]["name"] for r in references if "configMapRef" in r] == settings
         values = helm(f"worker-{pool}")["worker"]
         assert values["config"]["workPool"] == pool
-        assert values["serverApiConfig"]["apiUrl"] == "http://prefect-server.ttt3r:4200/api"
+        assert (
+            values["selfHostedServerApiConfig"]["apiUrl"] == "http://prefect-server.ttt3r:4200/api"
+        )
     namespaces = {d["metadata"].get("namespace", "ttt3r") for d in documents("fleet")}
     assert namespaces == {"ttt3r"}
 

@@ -34,6 +34,15 @@ def test_dockerfile_passes_hadolint(tmp_path):
     assert "DL3002" in lint(worse).stdout  # last user is root
 
 
+def test_the_server_has_the_prefect_and_the_database_library_of_the_lock():
+    server = DOCKERFILE.with_name("server.Dockerfile")
+    assert lint(server).returncode == 0, lint(server).stdout
+    lock = (ROOT / "requirements.lock").read_text()
+    pinned = dict(re.findall(r"^(prefect|sqlalchemy)==(\S+)", lock, re.MULTILINE))
+    assert f"FROM prefecthq/prefect:{pinned['prefect']}-python3.11\n" in server.read_text()
+    assert f" sqlalchemy=={pinned['sqlalchemy']}\n" in server.read_text()
+
+
 def test_everything_copied_exists_and_is_let_in():
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
     copied = set()
