@@ -63,6 +63,7 @@ class Child:
     progress: Callable[[], object]  # what is done of it, to see whether a lost run got on
     attempt: int = 0
     crashes: int = 0  # in a row, without getting on
+    refusals: int = 0  # in a row: another run is at work on it
     reached: object = None  # progress at the last crash
     due: float = 0.0  # when the next run may start, on the monotonic clock
     since: datetime | None = None  # when its first run was asked for
@@ -245,8 +246,9 @@ def settle(child: Child, run: FlowRun | None) -> bool:
         child.error = f"lost {child.crashes} times in a row, the last time: {message}"
         return True
     is_free = run is None or run.state is None or run.state.is_crashed()
-    waits = 0.0 if got_on and is_free else min(5.0 * 2**child.crashes, 300.0)
-    child.due = time.monotonic() + waits
+    child.refusals = 0 if is_free else child.refusals + 1
+    waits = 5.0 * 2 ** max(child.crashes, child.refusals)
+    child.due = time.monotonic() + (0.0 if got_on and is_free else min(waits, 300.0))
     return False
 
 

@@ -21,6 +21,7 @@ from storage.drives import DriveLocation, hold_name, list_drives
 from storage.errors import Claimed, StoreError
 from storage.objects import open_folder
 from storage.reconstruction import ReconstructionStore, StoreMissing
+from tasks.attempts import ATTEMPTS
 from tasks.budget import within_budget
 from tasks.config import BudgetConfig, ReconstructionConfig
 from tasks.finished import is_finished
@@ -186,9 +187,10 @@ def drive_child(
 
 
 def commits_of(url: str) -> list[str]:
-    """What is finished of a drive: whether a lost run got on."""
+    """What is finished of a drive: whether a lost run got on. That it was tried is no progress."""
     try:
-        return ReconstructionStore.open(url).commit_names()
+        names = ReconstructionStore.open(url).commit_names()
+        return [name for name in names if not name.startswith(f"{ATTEMPTS}/")]
     except StoreMissing:
         return []
 

@@ -1,5 +1,6 @@
 """What a parent asks of others: the same whatever is finished, so that nothing is started twice."""
 
+import time
 from contextlib import nullcontext
 from uuid import UUID, uuid4
 
@@ -8,11 +9,12 @@ from prefect import flow, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.flow_engine import run_flow
 from prefect.runtime import flow_run
-from prefect.states import Cancelled, Cancelling, Running, State
+from prefect.states import Cancelled, Cancelling, Crashed, Failed, Running, State
 from recordings import moving_squares, write_video
 
 from flows import fuse_tiles, infer_segments, reconstruct_collection
 from flows.children import MOST_CRASHES, Child, cancel_children, family_tag, settle, start
+from storage.drives import DriveLocation
 from storage.errors import StoreUnavailable
 from storage.reconstruction import ReconstructionStore
 from tasks.config import FuseConfig, InferConfig, PlanConfig, ReconstructionConfig
@@ -132,6 +134,35 @@ def test_store_that_is_away_while_a_child_is_lost_costs_no_more_than_its_crash()
         assert child.crashes == crashes
     assert settle(child, None)
     assert "lost 7 times in a row" in child.error
+
+
+def test_drive_that_was_tried_again_has_not_got_on(tmp_path):
+    store = ReconstructionStore.create(tmp_path / "out" / "drive.zarr", {})
+    drive = DriveLocation("drive", str(tmp_path / "drive.mp4"))
+    part = reconstruct_collection.drive_child(
+        drive, str(tmp_path / "out"), ReconstructionConfig(), None
+    )
+    for crashes in range(1, MOST_CRASHES):
+        store.commit(f"attempts/probe-{crashes}", {"outcome": "running"})
+        assert not settle(part, None)
+        assert part.crashes == crashes
+    store.commit("probe", {"key": "k"})
+    assert not settle(part, None)
+    assert part.crashes == 1
+
+
+def test_child_that_is_refused_again_and_again_waits_longer(deployment, output):
+    steps = iter(range(100))
+    part = Child("segments 0 to 3", {}, f"work of {output}", lambda: next(steps))
+    waits = []
+    for _ in range(8):
+        run_id = start(deployment, output, part)
+        assert not settle(part, put(run_id, Failed(message="ClaimLost: another run has it")))
+        waits.append(part.due - time.monotonic())
+    assert waits == sorted(waits)
+    assert waits[0] <= 10 < 200 < waits[-1]
+    assert not settle(part, put(start(deployment, output, part), Crashed()))
+    assert part.due <= time.monotonic()
 
 
 def test_cancelling_reaches_runs_below_a_run_that_is_between_two_attempts(deployment, output):
