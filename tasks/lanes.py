@@ -18,6 +18,7 @@ from ttt3r.weights import WeightsInfo
 COMMIT = "lanes"
 VERSION = 1
 MOST_LANES = {"cpu": 16, "cuda": 64}  # beyond, they bring no more frames a second
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
 MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.6}  # of what is free
 # Values a pixel and a token that are alive at once; errs on the high side.
 HOST_BYTES_PER_PIXEL = 48  # colours read ahead, depth and confidence twice, the encoded chunk
@@ -84,7 +85,7 @@ def _activation_bytes(drive: DriveInput) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that nobody uses; of a container, what its limit leaves."""
+    """Memory of the device that nobody uses; of the host, what limits of control groups leave."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
@@ -92,10 +93,29 @@ def free_bytes(device: torch.device) -> int:
     if meminfo.exists():
         lines = meminfo.read_text().splitlines()
         found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
-    if limit.exists() and (allowed := limit.read_text().strip()) != "max":
-        found.append(max(0, int(allowed) - int(used.read_text())))
-    return min(found)
+    return min(found + left_by_limits(CONTROL_GROUPS, Path("/proc/self/cgroup")))
+
+
+def left_by_limits(mount: Path, own: Path) -> list[int]:
+    """Bytes that each memory limit on this process leaves (control groups, version 2).
+
+    Args:
+        mount: where the groups are mounted; of a container, its own group.
+        own: the file that names this process's group.
+
+    Files that the system holds in memory and may forget (`inactive_file`) are not counted as used.
+    """
+    names = own.read_text().splitlines() if own.exists() else []
+    name = next((line.removeprefix("0::/") for line in names if line.startswith("0::/")), "")
+    folders = [mount / name, *(mount / name).parents]
+    left = []
+    for folder in folders[: folders.index(mount) + 1]:
+        limit = folder / "memory.max"
+        if limit.exists() and (allowed := limit.read_text().strip()) != "max":
+            held = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used = int((folder / "memory.current").read_text()) - int(held["inactive_file"])
+            left.append(max(0, int(allowed) - used))
+    return left
 
 
 def is_out_of_memory(error: BaseException) -> bool:

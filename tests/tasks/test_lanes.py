@@ -10,7 +10,7 @@ from tasks import lanes as lanes_module
 from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
 from tasks.frames import DriveInput
 from tasks.infer import infer_stage
-from tasks.lanes import choose_lanes, is_out_of_memory
+from tasks.lanes import choose_lanes, is_out_of_memory, left_by_limits
 from tasks.plan import plan_stage, read_plan
 from tasks.probe import probe_stage
 from ttt3r.stream import Stream
@@ -139,3 +139,21 @@ def test_every_chunk_says_how_long_each_stage_was_busy(planned):
         seconds = {stage: record[f"{stage}_seconds"] for stage in stages}
         assert all(value >= 0 for value in seconds.values())
         assert min(seconds[stage] for stage in ("infer", "encode", "write")) > 0
+
+
+@pytest.mark.parametrize(
+    ("group", "left"), [("", [700]), ("job/pod", [700, 70]), ("job", [700]), ("..", [700])]
+)
+def test_memory_that_limits_of_control_groups_leave(tmp_path, group, left):
+    """A service has its limit below the root, a container at it; cached files can go."""
+    mount, own = tmp_path / "cgroup", tmp_path / "own"
+    limits = {"": ("1000", "500", "200"), "job": ("max", "90", "0"), "job/pod": ("100", "60", "30")}
+    for name, (allowed, used, cached) in limits.items():
+        folder = mount / name
+        folder.mkdir(parents=True)
+        (folder / "memory.max").write_text(f"{allowed}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 9\ninactive_file {cached}\n")
+    own.write_text(f"4:memory:/other\n0::/{group}\n")
+    assert sorted(left_by_limits(mount, own), reverse=True) == left
+    assert left_by_limits(mount / "nothing", own) == []
