@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from storage.drives import DriveLocation, hold_name, list_drives
 from storage.errors import Claimed, StoreError
 from storage.objects import open_folder
 from storage.reconstruction import ReconstructionStore, StoreMissing
+from tasks import metrics
 from tasks.attempts import ATTEMPTS
 from tasks.budget import within_budget
 from tasks.config import BudgetConfig, ReconstructionConfig
@@ -78,21 +80,35 @@ def reconstruct_collection(
         OverBudget: before any drive.
     """
     use_one_arena()
-    for given in (collection, output, config.infer.weights, budget.prices, budget.rates):
-        refuse_credentials(given or "")
-    check_config(config, spread)
-    output = output.rstrip("/")  # or the same work would have other keys, and be done twice
-    drives = list_drives(collection, output)
-    with observed():
+    with observed(), counted():
+        for given in (collection, output, config.infer.weights, budget.prices, budget.rates):
+            refuse_credentials(given or "")
+        check_config(config, spread)
+        output = output.rstrip("/")  # or the same work would have other keys, and be done twice
+        drives = list_drives(collection, output)
         if spread == "deployments":
             outcomes = reconstruct_elsewhere(drives, output, config, drives_at_once, budget)
         else:
             outcomes = reconstruct_here(drives, output, config, budget)
-    publish_collection(outcomes)
-    write_summary(output, outcomes)
-    if any(outcome["error"] for outcome in outcomes):
-        raise CollectionIncomplete(outcomes)
+        publish_collection(outcomes)
+        write_summary(output, outcomes)
+        if any(outcome["error"] for outcome in outcomes):
+            raise CollectionIncomplete(outcomes)
     return outcomes
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """Count the run of a collection by how the block ends; one that is stopped has no outcome."""
+    try:
+        yield
+    except CollectionIncomplete:
+        metrics.collection_ended("incomplete")
+        raise
+    except Exception:
+        metrics.collection_ended("failed")
+        raise
+    metrics.collection_ended("finished")
 
 
 def reconstruct_here(

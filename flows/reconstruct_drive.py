@@ -16,7 +16,7 @@ from flows.telemetry import observed
 from storage.claims import Claim
 from storage.credentials import refuse_credentials
 from storage.reconstruction import Claimed, ClaimLost, ReconstructionStore, StoreError
-from storage.video import drive_name
+from storage.video import UnreadableVideo, drive_name
 from tasks import metrics
 from tasks.align import align_stage
 from tasks.config import ReconstructionConfig
@@ -27,7 +27,7 @@ from tasks.memory import use_one_arena
 from tasks.plan import plan_stage
 from tasks.planner import record_prediction
 from tasks.prices import Prices, read_prices
-from tasks.probe import AnotherDrive, probe_stage
+from tasks.probe import AnotherDrive, absolute, probe_stage, recording_key
 from tasks.report import report_stage
 from ttt3r.state import find_rule
 from ttt3r.weights import weights_info
@@ -70,17 +70,24 @@ def reconstruct_drive(
         Claimed: another run is at work on this drive.
     """
     use_one_arena()
-    for given in (location, output, config.infer.weights, prices or ""):
-        refuse_credentials(given)
-    url = store_url(output, name or drive_name(location))
-    check_config(config, spread)
-    table = read_prices(prices) if prices else None
     with told_when_left(), observed():
         try:
+            for given in (location, output, config.infer.weights, prices or ""):
+                refuse_credentials(given)
+            check_config(config, spread)
+            table = read_prices(prices) if prices else None
+            name = name or drive_name(location)
+        except Exception:  # a mistake of the call, which makes no store
+            metrics.drive_failed()
+            raise
+        url = store_url(output, name)
+        try:
             with ReconstructionStore.create(url, {}).claim("drive") as claim:
-                name = name or drive_name(location)
                 run_stages(location, name, url, config, spread, table, claim)
         except (AnotherDrive, Claimed, ClaimLost):  # no failure of the drive of this store
+            raise
+        except UnreadableVideo as error:
+            record_failure(url, error, location)
             raise
         except Exception as error:
             record_failure(url, error)
@@ -132,11 +139,27 @@ def run_stages(
     write_finished(location, url, config)
 
 
-def record_failure(url: str, error: Exception) -> None:
-    """Say in the drive's store that the last attempt failed, and why."""
-    metrics.drive_failed()
+def record_failure(url: str, error: Exception, unreadable: str | None = None) -> None:
+    """Say in the drive's store that the last attempt failed, and why; count it.
+
+    Args:
+        url: the drive's store.
+        error: why it failed.
+        unreadable: location of the recording, if that is what cannot be read. As long as it stays
+            the same, it is counted as failed once only.
+    """
     record = {"error": f"{type(error).__name__}: {error}", "time": datetime.now(UTC).isoformat()}
+    is_known = False
     try:
-        ReconstructionStore.create(url, {}).commit("failed", record)
-    except (StoreError, OSError) as also:  # the first error says more than this one
+        store = ReconstructionStore.create(url, {})
+        if unreadable is not None:
+            record["recording"] = recording_key(absolute(unreadable))
+            known = store.read_commit("failed") or {}
+            is_known = known.get("recording") == record["recording"]
+        store.commit("failed", record)
+    except (StoreError, OSError, ValueError) as also:  # the first error says more than this one
         log.warning("%s: the failure cannot be recorded: %s", url, also)
+    if is_known:
+        metrics.drive_still_unreadable()
+    else:
+        metrics.drive_failed()

@@ -26,6 +26,9 @@ _busy = _meter.create_counter(
 )
 _segments = _meter.create_counter("ttt3r.segments", "{segment}", "segments done or set aside")
 _drives = _meter.create_counter("ttt3r.drives", "{drive}", "drives finished or failed")
+_collections = _meter.create_counter(
+    "ttt3r.collections", "{collection}", "runs of a collection that ended, but for those stopped"
+)
 _stored = _meter.create_counter("ttt3r.stored", "By", "size of finished drives")
 _stages = _meter.create_counter("ttt3r.stage", "s", "time of attempts at a stage, lost ones too")
 _retries = _meter.create_counter("ttt3r.retries", "{retry}", "stages that are tried again")
@@ -58,7 +61,7 @@ def start_at_zero() -> None:
         _segments.add(0, {"outcome": outcome})
     for stage in STAGES:
         _stages.add(0, {"stage": stage, "outcome": "done"})
-    for outcome in ("finished", "failed"):
+    for outcome in ("finished", "failed", "still_unreadable"):
         _drives.add(0, {"outcome": outcome})
 
 
@@ -92,6 +95,16 @@ def attempt_ended(stage: str, outcome: str, seconds: float) -> None:
 def drive_failed() -> None:
     """Count a drive that ended with an error."""
     _drives.add(1, {"outcome": "failed"})
+
+
+def drive_still_unreadable() -> None:
+    """Count a drive whose recording could not be read before, and is still the same."""
+    _drives.add(1, {"outcome": "still_unreadable"})
+
+
+def collection_ended(outcome: str) -> None:
+    """Count a run of a collection: finished, incomplete (drives failed), or failed as a whole."""
+    _collections.add(1, {"outcome": outcome})
 
 
 def retried(stage: str) -> None:

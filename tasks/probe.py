@@ -57,6 +57,11 @@ def fingerprint(location: str) -> list[list[Any]]:
     ]
 
 
+def recording_key(location: str) -> str:
+    """Key of a drive's files; another one when any of them is replaced."""
+    return stage_key("probe", VERSION, fingerprint(location))
+
+
 def _modification_mark(info: dict[str, Any]) -> str:
     """An ETag where the store has one, else the time of the last change."""
     marks = (info.get(name) for name in ("ETag", "etag", "mtime", "LastModified"))
@@ -82,7 +87,7 @@ def probe_stage(location: str, name: str, url: str) -> None:
         UnreadableVideo: no frame of the recording decodes.
     """
     location = absolute(location)
-    key = stage_key("probe", VERSION, fingerprint(location))
+    key = recording_key(location)
     store = ReconstructionStore.create(url, {})
     known = store.attributes.get("drive")
     if known is not None and (store.read_commit("probe") or {}).get("key") == key:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ print(generate_latest().decode(), "counted", sep="\\n")
 metrics.retried("infer")
 metrics.segment_set_aside()
 metrics.drive_failed()
+metrics.drive_still_unreadable()
+for outcome in ("finished", "incomplete", "failed"):
+    metrics.collection_ended(outcome)
 metrics.attempt_ended("infer", "failed", 2.0)
 metrics.drive_finished({"used": {"stored_bytes": 1}})
 metrics.chunk_stored({"frames_inferred": 4, "infer_seconds": 1.0}, ends_segment=True)
@@ -71,6 +75,15 @@ def exported(series: tuple[list[Sample], list[Sample]]) -> dict[str, set[str]]:
     return labels
 
 
+@pytest.fixture(scope="module")
+def outcomes(series: tuple[list[Sample], list[Sample]]) -> dict[str, set[str]]:
+    """Outcomes that each metric has been seen to count."""
+    found: dict[str, set[str]] = {}
+    for sample in series[1]:
+        found.setdefault(sample.name, set()).add(sample.labels.get("outcome", ""))
+    return found
+
+
 def queries() -> Iterator[tuple[str, str]]:
     """Where a query stands, and the query."""
     dashboard = json.loads((OBSERVABILITY / "dashboard.json").read_text())
@@ -107,6 +120,25 @@ def test_increases_are_asked_only_of_series_that_begin_at_zero(where, series):
     named = set(re.findall(r"\b(?:rate|increase)\((ttt3r_\w+)", QUERIES[where]))
     at_zero = {(s.name, *s.labels.items()) for s in begun if s.value == 0}
     assert {(s.name, *s.labels.items()) for s in counted if s.name in named} <= at_zero
+
+
+def test_outcomes_that_alerts_wait_for_are_counted(outcomes):
+    waited_for = [
+        (metric, outcome)
+        for where, query in QUERIES.items()
+        if where.startswith("alert")
+        for metric, one_of in re.findall(r'(ttt3r_\w+){outcome=~?"([^"]*)"}', query)
+        for outcome in one_of.split("|")
+    ]
+    assert len(waited_for) >= 5
+    assert all(outcome in outcomes[metric] for metric, outcome in waited_for)
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool (Debian: prometheus)")
+def test_alerts_fire_and_end_in_prometheus_as_they_should():
+    command = ["promtool", "test", "rules", str(Path(__file__).with_name("alerts_test.yaml"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_metric_is_shown(exported):

@@ -41,24 +41,29 @@ class Run:
         return [json.loads(line) for line in self.lines if line.startswith("{")]
 
 
-def reconstruct(folder: Path, endpoint: str) -> Run:
-    """Reconstruct a small drive with logs as JSON and metrics sent to `endpoint`."""
-    video = write_video(folder / "squares.mp4", moving_squares(20))
-    environment = {
+def environment(folder: Path, endpoint: str) -> dict[str, str]:
+    """That of a process with logs as JSON and metrics sent to `endpoint`."""
+    return {
         **{k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "OTEL_"))},
         "HOME": str(folder / "home"),
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_LOGGING_LEVEL": "INFO",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
         "PREFECT_LOGGING_SETTINGS_PATH": str(LOGGING),
         "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": endpoint,
         "OTEL_EXPORTER_OTLP_METRICS_HEADERS": f"authorization=Bearer%20{CANARY}",
         "AWS_SECRET_ACCESS_KEY": CANARY,
     }
+
+
+def reconstruct(folder: Path, endpoint: str) -> Run:
+    """Reconstruct a small drive with logs as JSON and metrics sent to `endpoint`."""
+    video = write_video(folder / "squares.mp4", moving_squares(20))
     command = [sys.executable, "-m", "flows.cli", "reconstruct", str(video)]
     settings = ["--weights", "untrained", "--segment-frames", "8", "--chunk-frames", "4"]
     done = subprocess.run(
         [*command, "--output", str(folder / "out"), *settings],
-        env=environment,
+        env=environment(folder, endpoint),
         capture_output=True,
         text=True,
         timeout=900,
@@ -89,7 +94,11 @@ def test_metrics_equal_the_commit_records(observed):
         "done": ledger["segments"],
         "set_aside": 0,
     }
-    assert received.values("ttt3r.drives", "outcome") == {"finished": 1, "failed": 0}
+    assert received.values("ttt3r.drives", "outcome") == {
+        "finished": 1,
+        "failed": 0,
+        "still_unreadable": 0,
+    }
     assert received.values("ttt3r.stored") == {"": ledger["used"]["stored_bytes"]}
     assert received.values("ttt3r.stage", "stage") == pytest.approx(ledger["seconds"], abs=0.5)
     parts = {n.removesuffix("_seconds") for c in chunks for n in c if n.endswith("_seconds")}
@@ -104,6 +113,25 @@ def test_series_begin_at_zero_and_no_run_stays_active(observed):
     assert set(received.first_values("ttt3r.inference.frames")) == {0}
     assert received.values("ttt3r.runs.active", "flow") == {"reconstruct-drive": 0}
     assert received.count("ttt3r.run.queued") == 1
+
+
+@pytest.mark.slow
+def test_a_night_that_cannot_begin_is_told_before_its_process_ends(tmp_path):
+    night = (
+        "from flows.reconstruct_collection import reconstruct_collection\n"
+        f"reconstruct_collection({str(tmp_path / 'nowhere')!r}, {str(tmp_path / 'out')!r})"
+    )
+    with receiver() as received:
+        done = subprocess.run(
+            [sys.executable, "-c", night],
+            env=environment(tmp_path, received.url),
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+    assert "no drive is found" in done.stderr, done.stderr[-2000:]
+    assert received.values("ttt3r.collections", "outcome") == {"failed": 1}
+    assert received.values("ttt3r.runs.active", "flow") == {"reconstruct-collection": 0}
 
 
 @pytest.mark.slow
