@@ -300,10 +300,10 @@ def reconstruct(
     voxel_m: VoxelM = None,
     depth_limit_m: DepthLimitM = None,
     max_gpu_hours: Annotated[
-        float | None, typer.Option(min=0, help="Refuse a run predicted to take more.")
+        float | None, typer.Option(min=0, help="Refuse a run predicted to infer for longer.")
     ] = None,
     max_cost: Annotated[
-        float | None, typer.Option(min=0, help="Refuse a run predicted to cost more.")
+        float | None, typer.Option(min=0, help="Refuse a run whose work is predicted to cost more.")
     ] = None,
     take_what_fits: Annotated[
         bool,

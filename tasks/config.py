@@ -94,9 +94,9 @@ class BudgetConfig:
     """What one run may take, as predicted before it begins; what is done already counts nothing."""
 
     max_gpu_hours: Annotated[float, Field(ge=0)] | None = None
-    """Hours of the machines that infer."""
+    """Hours of inference, without starts and idle minutes of the machines (docs/fleet.md)."""
     max_cost: Annotated[float, Field(ge=0)] | None = None
-    """Money, in the currency of the price table."""
+    """Money for work and storage, in the currency of the price table; bills are higher."""
     prices: str | None = None
     """Price table, a TOML file (`deploy/prices.toml`); path or URL."""
     rates: str | None = None

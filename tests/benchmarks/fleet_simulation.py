@@ -3,13 +3,14 @@
     python tests/benchmarks/fleet_simulation.py --ledgers OUTPUT --api prefect_api.json --json FILE
     python tests/benchmarks/fleet_simulation.py --case goal --gpus 50 100 200 --plot FILE.png
 
-A discrete-event simulation of the deployments as they are: drives wait for a slot, are probed on a
-machine of the CPU pool, their groups of segments queue for GPU machines that start cold, are
-interrupted and run again from their last committed chunk, then they are aligned and fused in the
-CPU pool. Every flow run asks the Prefect server, which is a queue of its own; every chunk asks the
-object store. Stage times of the case `compact` are those of ledgers (`--ledgers`); the cases
-`paper` and `goal` are the released network on GPUs, which nothing here has run: their figures are
-parameters, see `CASES`.
+A discrete-event simulation of the deployments as they are: drives wait for a slot, then each holds
+a place in the CPU pool until it is finished. There it is probed, its groups of segments queue for
+GPU machines that start cold, are interrupted and run again from their last committed chunk, then it
+is aligned, and its tiles are fused in further places. Those are interrupted, too: the run begins
+anew with the stage that it was at, and finds what its children do. Every flow run asks the Prefect
+server, which is a queue of its own; every chunk asks the object store. Stage times of the case
+`compact` are those of ledgers (`--ledgers`); the cases `paper` and `goal` are the released network
+on GPUs, which nothing here has run: their figures are parameters, see `CASES`.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import simpy
 
 Process = Generator[Any, Any, Any]
+Step = float | Callable[[], simpy.Event]
+"""Of a run in the CPU pool: seconds of work, or what begins its children, once, and awaits them."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,13 @@ class Fleet:
     """Machines, and what they do to a run."""
 
     gpus: int
-    cpus: int
+    cpus: int  # places: each takes one run of the pool, at work or waiting
     drives_at_once: int = 10**9
     cold_start_s: float = 0.0  # from asking for a GPU machine until its worker asks for work
     idle_s: float = 60.0  # without work until it is given back
     start_s: float = 0.0  # of a flow run on a machine: process, imports, weights
     chunk_s: float = 1.0  # between commits of a GPU
-    interruptions_per_hour: float = 0.0  # of one GPU machine
+    interruptions_per_hour: float = 0.0  # of one GPU machine, and of one place
     notice_s: float = 0.0  # between the warning and the end; 0: none comes
     detection_s: float = 0.0  # until a run whose machine is gone is started again
 
@@ -90,19 +94,22 @@ class Result:
     gpu_work_h: float = 0.0  # inference that counts
     gpu_lost_h: float = 0.0  # inference done twice because a machine was lost
     gpu_start_h: float = 0.0  # starting runs, waiting for the store
-    cpu_work_h: float = 0.0
-    interruptions: int = 0
+    cpu_billed_h: float = 0.0  # places held: work, starts, waiting parents, what was lost
+    cpu_work_h: float = 0.0  # stages that count
+    cpu_lost_h: float = 0.0  # stages done twice
+    interruptions: int = 0  # of GPU machines
+    cpu_interruptions: int = 0
     flow_runs: int = 0
     prefect_busy: float = 0.0  # share of the servers' time, of which polls and heartbeats:
     prefect_background: float = 0.0
     store_busy: float = 0.0  # requests in all, of those that the limit allows
-    cpu_busy: float = 0.0
+    cpu_busy: float = 0.0  # share of the places that runs hold
     gpu_busy: float = 0.0  # work of what is billed
     worst_loss_s: float = 0.0
 
     @property
     def bottleneck(self) -> str:
-        """What is busiest, of the whole time until the last drive."""
+        """What is busiest, of the whole time until the last drive; waiting parents are busy."""
         shares = {
             "GPUs": self.gpu_busy,
             "CPU pool": self.cpu_busy,
@@ -134,8 +141,8 @@ class Night:
         self._cpus = simpy.Resource(self._env, fleet.cpus)
         self._prefect = simpy.Resource(self._env, services.servers)
         self._queue = simpy.Store(self._env)
-        self._nodes = self._active = self._groups_left = 0
-        self._prefect_s = self._cpu_s = 0.0
+        self._nodes = self._active = 0
+        self._prefect_s = 0.0
         self._result = Result()
         # Workers and runs ask all the time: what is left of a server serves the rest.
         polls = services.pollers * services.poll_s / services.poll_interval_s
@@ -146,17 +153,23 @@ class Night:
                 f"polls of {services.pollers} workers and heartbeats of {fleet.gpus + fleet.cpus} "
                 f"machines alone take {self._background:.0%} of {services.servers} Prefect servers"
             )
+        parents = min(fleet.drives_at_once, len(drives)) + 1  # and the collection's run
+        if fleet.cpus <= parents:
+            raise ValueError(
+                f"{parents} runs that wait for their children fill the {fleet.cpus} places of the "
+                "CPU pool; tiles would never run"
+            )
 
     def run(self) -> Result:
         """Simulate until the last drive is finished."""
         began = [self._env.process(self._drive(drive)) for drive in self._drives]
-        self._groups_left = sum(len(drive.group_s) for drive in self._drives)
-        self._env.run(self._env.all_of(began))
+        collection = self._env.process(self._on_cpu([lambda: self._env.all_of(began)]))
+        self._env.run(collection)
         finished, result = self._env.now, self._result
         self._env.run()  # machines that are idle are given back
         result.finished_h = finished / 3600
-        result.cpu_work_h = self._cpu_s / 3600
-        result.cpu_busy = self._cpu_s / (finished * self._fleet.cpus) if finished else 0.0
+        places_h = result.finished_h * self._fleet.cpus
+        result.cpu_busy = result.cpu_billed_h / places_h if finished else 0.0
         result.prefect_background = self._background
         served = self._prefect_s / (finished * self._services.servers) if finished else 0.0
         result.prefect_busy = served + self._background
@@ -171,27 +184,75 @@ class Night:
         with self._slots.request() as slot:
             yield slot
             yield from self._ask_prefect(self._services.create_s)
-            yield from self._on_cpu(drive.probe_s)
-            groups = [Group(seconds, self._env.event()) for seconds in drive.group_s]
-            for group in groups:
-                yield from self._enqueue(group)
-            yield self._env.all_of([group.done for group in groups])
-            yield from self._on_cpu(drive.align_s)
-            parts = [self._env.process(self._fuse(seconds)) for seconds in drive.fuse_s]
-            yield self._env.all_of(parts)
-            yield from self._ask_prefect(self._services.drive_s)
-            self._result.flow_runs += 1
+            steps: list[Step] = [
+                drive.probe_s,
+                self._children(self._infer_groups(drive)),
+                drive.align_s,
+                self._children(self._fuse_tiles(drive)),
+                self._children(self._ask_prefect(self._services.drive_s)),
+            ]
+            yield from self._on_cpu(steps)
+
+    def _children(self, process: Process) -> Step:
+        """Begin a process at the first call only: a parent that is run anew finds it under way."""
+        return cache(lambda: self._env.process(process))
+
+    def _infer_groups(self, drive: Drive) -> Process:
+        groups = [Group(seconds, self._env.event()) for seconds in drive.group_s]
+        for group in groups:
+            yield from self._enqueue(group)
+        yield self._env.all_of([group.done for group in groups])
+
+    def _fuse_tiles(self, drive: Drive) -> Process:
+        yield self._env.all_of([self._env.process(self._fuse(part)) for part in drive.fuse_s])
 
     def _fuse(self, seconds: float) -> Process:
         yield from self._ask_prefect(self._services.create_s + self._services.run_s)
-        yield from self._on_cpu(seconds + self._fleet.start_s)
-        self._result.flow_runs += 1
+        yield from self._on_cpu([seconds])
 
-    def _on_cpu(self, seconds: float) -> Process:
-        with self._cpus.request() as machine:
-            yield machine
-            yield self._env.timeout(seconds)
-        self._cpu_s += seconds
+    def _on_cpu(self, steps: Sequence[Step]) -> Process:
+        """Hold a place until all steps are done; if it is taken away, go on in another.
+
+        There the run starts anew, with the step that it was at. The place that was lost is empty
+        until its machine is replaced.
+        """
+        env, fleet, result = self._env, self._fleet, self._result
+        left = list(steps)
+        while left:
+            with self._cpus.request() as place:
+                yield place
+                began, end = env.now, env.now + self._lifetime_s()
+                gone = env.event() if math.isinf(end) else env.timeout(end - began)
+                yield env.timeout(fleet.start_s) | gone
+                while left and env.now < end:
+                    yield from self._step(left, gone, end)
+                if left:
+                    noticed_s = 0.0 if fleet.notice_s else fleet.detection_s
+                    yield env.timeout(max(fleet.cold_start_s, noticed_s))
+                result.cpu_billed_h += (env.now - began) / 3600
+            result.flow_runs += 1
+            if left:
+                result.cpu_interruptions += 1
+                yield from self._ask_prefect(self._services.create_s)
+
+    def _step(self, left: list[Step], gone: simpy.Event, end: float) -> Process:
+        """Do the first of the steps that are left, unless the machine goes before it is done."""
+        env, step, began = self._env, left[0], self._env.now
+        yield (step() if callable(step) else env.timeout(step)) | gone
+        is_done = env.now < end
+        if is_done:
+            left.pop(0)
+        if callable(step):
+            return
+        if is_done:
+            self._result.cpu_work_h += step / 3600
+        else:
+            self._result.cpu_lost_h += (env.now - began) / 3600
+
+    def _lifetime_s(self) -> float:
+        """How long a machine stays."""
+        per_s = self._fleet.interruptions_per_hour / 3600
+        return self._random.expovariate(per_s) if per_s else math.inf
 
     def _ask_prefect(self, seconds: float) -> Process:
         if not seconds:
@@ -214,11 +275,10 @@ class Night:
         """A GPU machine from the request for it until it is given back or taken away."""
         env, fleet = self._env, self._fleet
         began = env.now
-        per_s = fleet.interruptions_per_hour / 3600
-        end = env.now + (self._random.expovariate(per_s) if per_s else math.inf)
+        end = env.now + self._lifetime_s()
         yield env.timeout(min(fleet.cold_start_s, end - env.now))
         is_taken = env.now >= end
-        while not is_taken and self._groups_left:
+        while not is_taken:
             asked = self._queue.get()
             idle_until = min(fleet.idle_s, end - env.now)
             yield asked | env.timeout(idle_until)
@@ -255,7 +315,8 @@ class Night:
             return False
         yield env.timeout(max(0.0, end - env.now))
         self._active -= 1
-        self._take_away(group, (end - fleet.notice_s - work_from) / stretch, end - work_from, asked)
+        worked_s, notice_s = (end - work_from) / stretch, fleet.notice_s / stretch
+        self._take_away(group, worked_s - notice_s, worked_s, asked)
         return True
 
     def _take_away(self, group: Group, warned_s: float, worked_s: float, asked: float) -> None:
@@ -279,7 +340,6 @@ class Night:
 
     def _finish(self, group: Group) -> None:
         self._active -= 1
-        self._groups_left -= 1
         self._result.flow_runs += 1
         group.done.succeed()
 
@@ -290,7 +350,8 @@ def simulate(
     """What becomes of `drives` on `fleet`.
 
     Raises:
-        ValueError: the Prefect servers are busy with polls and heartbeats alone.
+        ValueError: the Prefect servers are busy with polls and heartbeats alone, or the CPU pool
+            is full of runs that wait.
     """
     return Night(drives, fleet, services or Services(), seed).run()
 
@@ -437,13 +498,14 @@ class Setting:
     gpus: int
     drive_hours: float = 10_000.0
     hours_a_drive: float = 1.0
-    cpus_per_gpu: float = 0.0  # 0: as many as keep up
+    tile_places_per_gpu: float = 0.0  # 0: as many as keep up; parents have places of their own
     interruptions_per_hour: float = 0.05
     notice_s: float = 120.0
     cold_start_s: float = 240.0  # assumed: node, image, worker
+    idle_s: float = 300.0  # consolidateAfter in deploy/kubernetes/karpenter.yaml
     # 100 s until the automation marks the run, 90 s until another machine takes its claims over.
     detection_s: float = 190.0
-    drives_at_once: int = 10**9
+    drives_at_once: int = 0  # 0: `DRIVES_A_GPU` for each, as deploy/prefect.yaml has it
     servers: int = 1
     prefixes: int = 1
 
@@ -452,14 +514,18 @@ def night(case: Case, setting: Setting, api: dict[str, float]) -> dict[str, Any]
     """Simulate one night; figures for a row of a table."""
     count = round(setting.drive_hours / setting.hours_a_drive)
     drive = case.drive(setting.hours_a_drive)
+    at_once = min(setting.drives_at_once or DRIVES_A_GPU * setting.gpus, count)
     starts = case.start_s * len(drive.group_s)
-    keeping_up = 1.2 * drive.cpu_s / (drive.gpu_s + starts)
-    cpus = math.ceil(setting.gpus * (setting.cpus_per_gpu or keeping_up))
+    tiles_s = sum(drive.fuse_s) + case.start_s * len(drive.fuse_s)
+    keeping_up = 1.2 * tiles_s / (drive.gpu_s + starts)
+    tile_places = math.ceil(setting.gpus * (setting.tile_places_per_gpu or keeping_up))
+    cpus = tile_places + at_once + 1
     fleet = Fleet(
         setting.gpus,
         cpus,
-        setting.drives_at_once,
+        at_once,
         cold_start_s=setting.cold_start_s,
+        idle_s=setting.idle_s,
         start_s=case.start_s,
         chunk_s=case.chunk_s,
         interruptions_per_hour=setting.interruptions_per_hour,
@@ -479,6 +545,7 @@ def night(case: Case, setting: Setting, api: dict[str, float]) -> dict[str, Any]
         return {**asdict(setting), "problem": str(error)}
     return {
         **asdict(setting),
+        "drives_at_once": at_once,
         "cpus": cpus,
         "segments_per_run": case.segments_per_run,
         **asdict(result),
@@ -488,12 +555,15 @@ def night(case: Case, setting: Setting, api: dict[str, float]) -> dict[str, Any]
     }
 
 
-def cost_per_video_hour(row: dict[str, Any], case: Case, prices: Any) -> float:
-    """Money for an hour of video; the CPU pool is billed for its work only."""
-    gpu = row["gpu_billed_h"] * prices.per_gpu_hour[case.device_kind]
-    return float((gpu + row["cpu_work_h"] * prices.per_cpu_hour) / row["drive_hours"])
+def cost_per_video_hour(
+    row: dict[str, Any], case: Case, prices: Any, of: Literal["billed", "work"] = "billed"
+) -> float:
+    """Money for an hour of video: of the hours billed, or of work alone, which budgets go by."""
+    gpu = row[f"gpu_{of}_h"] * prices.per_gpu_hour[case.device_kind]
+    return float((gpu + row[f"cpu_{of}_h"] * prices.per_cpu_hour) / row["drive_hours"])
 
 
+DRIVES_A_GPU = 3  # docs/fleet.md
 S3_PUTS_PER_S = 3500.0  # documented, of a partitioned prefix, and 5,500 GET
 # docs/scale.md: seconds of one core of the Prefect server, on PostgreSQL.
 MEASURED_API = {
@@ -515,7 +585,11 @@ def steady(name: str, case: Case, gpus: int, api: dict[str, float]) -> dict[str,
     fusions = drives * len(drive.fuse_s)
     of_prefect = (runs + fusions) * (api["create_s"] + api["run_s"])
     of_prefect += drives * (api["create_s"] + api["drive_s"])
-    cpus = drives * drive.cpu_s
+    tiles_s = sum(drive.fuse_s) + case.start_s * len(drive.fuse_s)
+    slowest = max(drive.fuse_s) + case.start_s
+    parent_s = case.start_s + drive.probe_s + run_s + drive.align_s + slowest
+    parents = drives * parent_s
+    cpus = parents + drives * tiles_s
     beats = (gpus + cpus) / 30
     working = drive.group_s[0] / run_s
     return {
@@ -531,6 +605,7 @@ def steady(name: str, case: Case, gpus: int, api: dict[str, float]) -> dict[str,
         "puts_per_s": gpus * working * case.puts_per_s,
         "store_partitions": gpus * working * case.puts_per_s / S3_PUTS_PER_S,
         "cpu_machines": cpus,
+        "drives_at_once": parents,
     }
 
 
@@ -557,6 +632,7 @@ def sweep(name: str, case: Case, settings: argparse.Namespace) -> list[dict[str,
         row = {"case": name, "varied": varied_name, **night(this, setting, api)}
         if "problem" not in row:
             row["cost_per_video_hour"] = cost_per_video_hour(row, this, prices)
+            row["cost_of_work"] = cost_per_video_hour(row, this, prices, of="work")
             row["currency"] = prices.currency
         rows.append(row)
         show(row)
@@ -578,11 +654,13 @@ def show(row: dict[str, Any]) -> None:
         f"{head} {row['cpus']:6d} CPUs {row['segments_per_run']:5d} segments a run, "
         f"{row['interruptions_per_hour']:g}/h {warned}: {row['finished_h']:7.2f} h, GPU work "
         f"{row['gpu_work_h']:8.1f} lost {row['gpu_lost_h']:6.2f} starts {row['gpu_start_h']:7.1f} "
-        f"of {row['gpu_billed_h']:8.1f} h billed, CPU {row['cpu_work_h']:8.1f} h; busy: GPU "
+        f"of {row['gpu_billed_h']:8.1f} h billed, CPU work {row['cpu_work_h']:8.1f} lost "
+        f"{row['cpu_lost_h']:6.2f} of {row['cpu_billed_h']:8.1f} h; busy: GPU "
         f"{row['gpu_busy']:4.0%} CPU {row['cpu_busy']:4.0%} Prefect {row['prefect_busy']:4.0%} "
         f"store {row['store_busy']:4.0%}; {row['runs_per_s']:.2f} runs/s; "
-        f"{row['prefixes']} partitions, {min(row['drives_at_once'], 99999)} drives at once; "
-        f"{row['cost_per_video_hour']:.3f} {row['currency']} a video-hour; {row['bottleneck']}",
+        f"{row['prefixes']} partitions, {row['drives_at_once']} drives at once; "
+        f"{row['cost_per_video_hour']:.3f} {row['currency']} a video-hour, work alone "
+        f"{row['cost_of_work']:.3f}; {row['bottleneck']}",
         flush=True,
     )
 
@@ -625,7 +703,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[25, 50, 100, 200, 400])
     parser.add_argument("--segments-per-run", type=int, nargs="*", default=[64, 128, 256, 1024])
     parser.add_argument("--partitions", type=int, nargs="*", default=[4, 16])
-    parser.add_argument("--drives-at-once", type=int, nargs="*", default=[16, 256])
+    parser.add_argument("--drives-at-once", type=int, nargs="*", default=[16, 256, 10_000])
     parser.add_argument("--interruptions", type=float, nargs="*", default=[0.05, 0.2, 1.0])
     parser.add_argument("--prefixes", type=int, default=1, help="partitions of the object store")
     parser.add_argument("--servers", type=int, default=1, help="Prefect servers on one database")
