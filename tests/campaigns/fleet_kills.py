@@ -141,8 +141,11 @@ class Campaign:
         return None
 
     def _kill_something(self, found: Found) -> None:
+        """Kill a victim, if any drive is at work."""
         victim = self._rng.choices(list(VICTIMS), list(VICTIMS.values()))[0]
         at_work = sorted({claim["url"] for claim in claims_under(self.output)})
+        if not at_work:
+            return
         if victim == "S3 server":
             self._server.kill()
             self._server.start()
@@ -155,8 +158,8 @@ class Campaign:
             return
         stages = Counter(progress(url)["stage"] for url in at_work)
         said = ", ".join(f"{count} {stage}" for stage, count in sorted(stages.items()))
-        found.kills.append((victim, said or "none"))
-        print(f"{len(found.kills):3d} killed {victim}; at work: {said or 'none'}", flush=True)
+        found.kills.append((victim, said))
+        print(f"{len(found.kills):3d} killed {victim}; at work: {said}", flush=True)
         for url in at_work:
             self._look(url, found)
 
