@@ -105,7 +105,10 @@ class Claim:
         numbers, found = self._seen = self._look()
         self._seen_since = self._seen_since or time.monotonic()
         is_alive = _is_alive(found) if numbers else False
-        if is_alive or (is_alive is None and before not in (None, self._seen)):
+        # As text: NaN, in a record that is none of ours, is not equal to itself.
+        if is_alive is None and before is not None and repr(before) != repr(self._seen):
+            is_alive = True
+        if is_alive:
             raise self._claimed(f"process {found.get('pid')} on {found.get('host')}")
         return is_alive is False or began - self._seen_since >= LEASE_S
 
@@ -227,7 +230,7 @@ def await_free(claims: Iterable[Claim], given_up: threading.Event | None = None)
     waiting, given_up = list(claims), given_up or threading.Event()
     while waiting := _not_free(waiting):
         if given_up.wait(WATCH_S):
-            names = ", ".join(repr(claim.name) for claim in waiting)
+            names = ", ".join(sorted(repr(claim.name) for claim in waiting))
             raise GivenUp(f"nobody waits any more for the claims on {names}")
 
 

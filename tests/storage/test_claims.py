@@ -99,7 +99,8 @@ NAMES = [f"infer/{number:04d}" for number in range(16)]
 
 def leave_claims(store: ReconstructionStore, names: list[str]) -> dict[str, bytes]:
     """What a machine leaves that is lost: claims that nobody renews."""
-    left = {f"claims/{name}/000001.json": b'{"machine": "lost"}' for name in names}
+    record = b'{"machine": "lost", "none of ours": NaN}'
+    left = {f"claims/{name}/000001.json": record for name in names}
     store._folder.write_many(left)
     return left
 
