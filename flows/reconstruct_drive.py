@@ -29,6 +29,7 @@ from tasks.planner import record_prediction
 from tasks.prices import Prices, read_prices
 from tasks.probe import AnotherDrive, absolute, probe_stage, recording_key
 from tasks.report import report_stage
+from tasks.retries import retried
 from ttt3r.state import find_rule
 from ttt3r.weights import weights_info
 
@@ -122,21 +123,27 @@ def run_stages(
     Raises:
         ClaimLost: another run has taken the drive over.
     """
+    check_claim = retried(claim.check)
     probe_stage(location, name, url)
-    drop_outdated(location, url, config)
-    ReconstructionStore.open(url).drop_commits("failed")
+    retried(drop_outdated)(location, url, config)
+    retried(forget_failure)(url)
     groups = plan_stage(url, config)
-    record_prediction(url, config)
+    retried(record_prediction)(url, config)
     infer_drive(url, name, groups, config.infer, spread)
-    claim.check()
+    check_claim()
     align_stage(url, config.align, config.infer)
-    claim.check()
+    check_claim()
     fuse_drive(url, name, config.fuse, config.infer, spread)
-    claim.check()
+    check_claim()
     report_stage(url)
-    publish_drive(url)
-    publish_ledger(write_ledger(url, prices))
-    write_finished(location, url, config)
+    retried(publish_drive)(url)
+    publish_ledger(retried(write_ledger)(url, prices))
+    retried(write_finished)(location, url, config)
+
+
+def forget_failure(url: str) -> None:
+    """Take back what an earlier run of the drive recorded of its failure."""
+    ReconstructionStore.open(url).drop_commits("failed")
 
 
 def record_failure(url: str, error: Exception, unreadable: str | None = None) -> None:

@@ -6,7 +6,8 @@ from this machine, or, for a holder elsewhere, the claim was not renewed for `LE
 being watched, so that no two clocks are compared. The next number is created exclusively: of
 several that find a dead holder exactly one takes over. A holder that could not renew for half
 of the lease stops by itself, well before anybody takes its place, and goes on only after it has
-taken its own claim over in the same way.
+taken its own claim over in the same way. Many claims are watched together: a lost machine is
+waited for once, however many it held.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ import platform
 import threading
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from storage.errors import Claimed, ClaimLost, CommitExists
+from storage.errors import Claimed, ClaimLost, CommitExists, GivenUp
 from storage.layout import CLAIMS
-from storage.objects import Folder, check_name, is_name, redacted
+from storage.objects import Folder, check_name, in_parallel, is_name, redacted
 
 RENEW_S = 15.0
 LEASE_S = 90.0
-WATCH_S = 1.0  # how often a claim of another machine is looked at
+WATCH_S = 1.0  # between two looks at claims of other machines
 
 log = logging.getLogger(__name__)
 _held: dict[str, Claim] = {}  # by token, the claims that this process holds
@@ -49,6 +51,8 @@ class Claim:
         self._holder = this_process()
         self._token = uuid.uuid4().hex
         self._object = ""
+        self._seen: tuple[list[int], dict[str, Any]] | None = None  # by the last look
+        self._seen_since = 0.0
         self._renewed = 0.0
         self._is_lost = False
         self._lock = threading.Lock()
@@ -56,7 +60,8 @@ class Claim:
         self._thread = threading.Thread(target=self._keep, name=f"claim {name}", daemon=True)
 
     def __enter__(self) -> Claim:
-        numbers, found = self._await_end()
+        await_free([self])
+        numbers, found = self._seen or ([], {})
         if found.get("progress") == self._progress:
             self.deaths = int(found.get("deaths", 0)) + 1
         number = max(numbers, default=0) + 1
@@ -89,6 +94,23 @@ class Claim:
                 self._folder.delete(self._object)
         except Exception as failure:  # the next holder finds that this one is gone
             log.warning("claim %r of %s cannot be given up: %s", self.name, self._url, failure)
+
+    def is_free(self) -> bool:
+        """Look whether nobody holds it, or a dead worker; to be asked again until it is so.
+
+        Raises:
+            Claimed: its holder lives.
+        """
+        began, before = time.monotonic(), self._seen
+        numbers, found = self._seen = self._look()
+        self._seen_since = self._seen_since or time.monotonic()
+        is_alive = _is_alive(found) if numbers else False
+        # As text: NaN, in a record that is none of ours, is not equal to itself.
+        if is_alive is None and before is not None and repr(before) != repr(self._seen):
+            is_alive = True
+        if is_alive:
+            raise self._claimed(f"process {found.get('pid')} on {found.get('host')}")
+        return is_alive is False or began - self._seen_since >= LEASE_S
 
     def check(self) -> None:
         """Make sure, before writing, that the claim is still held.
@@ -175,31 +197,13 @@ class Claim:
         """Record of the newest of the claims; None where it is gone."""
         return _parsed(self._folder.read(self._object_of(numbers[-1])))
 
-    def _await_end(self) -> tuple[list[int], dict[str, Any]]:
-        """Numbers of the claims that are there, and the record of the newest, a dead holder's.
-
-        Raises:
-            Claimed: its holder lives.
-        """
+    def _look(self) -> tuple[list[int], dict[str, Any]]:
+        """Numbers of the claims that are there, and the record of the newest."""
         while numbers := self._numbers():
             found = self._record(numbers)
-            if found is not None and self._is_dead(numbers, found):
+            if found is not None:
                 return numbers, found
         return [], {}
-
-    def _is_dead(self, numbers: list[int], found: dict[str, Any]) -> bool:
-        """Whether the holder is known to be dead; False once its claim has been given up."""
-        is_alive = _is_alive(found)
-        deadline = time.monotonic() + LEASE_S
-        while is_alive is None and time.monotonic() < deadline:
-            time.sleep(WATCH_S)
-            record = self._record(numbers)
-            if record is None:
-                return False
-            is_alive = True if record.get("renewal") != found.get("renewal") else None
-        if is_alive:
-            raise self._claimed(f"process {found.get('pid')} on {found.get('host')}")
-        return True
 
     def _is_overtaken(self, numbers: list[int], found: dict[str, Any], number: int) -> bool:
         """Whether it was taken, and perhaps given up, between the look at it and `number`."""
@@ -214,6 +218,31 @@ class Claim:
             f"{self._url}: {self.name!r} is being worked on by {holder}; its work stands, "
             "run again when it has ended"
         )
+
+
+def await_free(claims: Iterable[Claim], given_up: threading.Event | None = None) -> None:
+    """Wait until all claims can be entered; those on lost machines are watched at the same time.
+
+    Raises:
+        Claimed: the holder of one lives.
+        GivenUp: `given_up` was set.
+    """
+    waiting, given_up = list(claims), given_up or threading.Event()
+    while waiting := _not_free(waiting):
+        if given_up.wait(WATCH_S):
+            names = ", ".join(sorted(repr(claim.name) for claim in waiting))
+            raise GivenUp(f"nobody waits any more for the claims on {names}")
+
+
+def _not_free(claims: Iterable[Claim]) -> list[Claim]:
+    found: list[Claim] = []
+
+    def look(claim: Claim) -> None:
+        if not claim.is_free():
+            found.append(claim)
+
+    in_parallel(look, claims)
+    return found
 
 
 def check_held(folder: Folder, name: str) -> None:

@@ -43,5 +43,9 @@ class Claimed(StoreError):
     """A living worker is at work on the same thing."""
 
 
+class GivenUp(Exception):
+    """The caller does not want any more what was waited for or read."""
+
+
 class ClaimLost(StoreError):
     """The right to work on something was lost: nothing more may be written."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import threading
 import time
 import uuid
 from collections import Counter
@@ -20,7 +21,7 @@ from zarr.storage import StorePath
 
 from storage import layout
 from storage.bounds import MOST_METADATA_BYTES, check_array, check_whole, is_array
-from storage.claims import Claim, check_held, claimed_names
+from storage.claims import Claim, await_free, check_held, claimed_names
 from storage.commits import Commits, mapping_in, plain
 from storage.encoding import (
     StoredRows,
@@ -45,7 +46,15 @@ from storage.errors import (
 )
 from storage.garbage import Referenced, find_garbage
 from storage.layout import ArraySpec, by_name, chunk_commit, segment_claim, segment_name
-from storage.objects import MOST_FILE_BYTES, Folder, check_name, explaining, open_folder, redacted
+from storage.objects import (
+    MOST_FILE_BYTES,
+    Folder,
+    check_name,
+    explaining,
+    in_parallel,
+    open_folder,
+    redacted,
+)
 from storage.records import MOST_FRAMES, Chunk, Segment
 
 __all__ = [
@@ -238,12 +247,29 @@ class ReconstructionStore:
             Claimed: a living worker holds it. One on another machine that shows no sign of
                 life is waited for, `storage.claims.LEASE_S` at most, and then replaced.
         """
-        with Claim(self._folder, name, progress) as claim:
-            self._claims[name] = claim
+        with self.claims({name: progress}) as taken:
+            yield taken[name]
+
+    @contextmanager
+    def claims(
+        self, progress: Mapping[str, int], given_up: threading.Event | None = None
+    ) -> Iterator[dict[str, Claim]]:
+        """`claim` of all names of `progress`: lost machines are waited for together, once.
+
+        Raises:
+            Claimed: a living worker holds one of them; none is taken.
+            GivenUp: `given_up` was set while one was waited for; none is taken.
+        """
+        claims = {name: Claim(self._folder, name, done) for name, done in progress.items()}
+        await_free(claims.values(), given_up)
+        with ExitStack() as stack:
+            in_parallel(stack.enter_context, claims.values())
+            self._claims |= claims
             try:
-                yield claim
+                yield claims
             finally:
-                del self._claims[name]
+                for name in claims:
+                    del self._claims[name]
 
     def _check_drive(self) -> None:
         check_held(self._folder, "drive")
@@ -845,8 +871,8 @@ class ReconstructionStore:
         Raises:
             Claimed: somebody is at work.
         """
-        for name in sorted({*names, *claimed_names(self._folder)} - claims.keys()):
-            claims[name] = stack.enter_context(self.claim(name))
+        others = {*names, *claimed_names(self._folder)} - claims.keys()
+        claims |= stack.enter_context(self.claims(dict.fromkeys(sorted(others), 0)))
 
     def _drop_damaged(self, commit: str, claim: Claim) -> bool:
         """Drop a commit unless what it vouches for was made anew meanwhile; say whether it is."""

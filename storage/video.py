@@ -9,8 +9,10 @@ probing shows it right for (`Clip.backend`), PyAV all else; their pictures are t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,7 @@ from PIL import Image
 
 from storage.decord_windows import DecordFailure, decode_window, read_windows, window_target
 from storage.drives import DriveLocation, drive_name, is_collection, list_drives
+from storage.errors import GivenUp
 from storage.images import read_images
 from storage.media import (
     ALL_THREADS,
@@ -48,6 +51,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Frame = NDArray[np.uint8]
+T = TypeVar("T")
 
 
 def read_frames(
@@ -57,6 +61,7 @@ def read_frames(
     stop: int,
     step: int = 1,
     size: tuple[int, int] | None = None,
+    given_up: threading.Event | None = None,
 ) -> Iterator[Frame]:
     """Frames `start`, `start + step`, ... below `stop` of a drive, in order, across its clips.
 
@@ -67,6 +72,7 @@ def read_frames(
         stop: end of the range, not included.
         step: distance between the frames that are wanted.
         size: (width, height) in pixels to resample to; None keeps the recording's.
+        given_up: ends the reading once it is set, also on the way to a frame far behind `start`.
 
     Yields:
         uint8 RGB [H, W, 3], upright.
@@ -75,6 +81,7 @@ def read_frames(
         ValueError: the range is not inside the drive, or the table is not the record's.
         UnreadableVideo: a frame that decoded when probed does not any more.
         StoreUnavailable: the disk or server that holds the recording fails.
+        GivenUp: `given_up` was set.
     """
     if not 0 <= start <= stop <= record.frames or step < 1:
         raise ValueError(
@@ -86,18 +93,28 @@ def read_frames(
             f"the frame table has {len(table)} rows, {record.name} has {record.frames} frames; "
             "take the table that probing returned with the record"
         )
-    frames = _read(record, table, range(start, stop, step))
+    frames = _read(record, table, range(start, stop, step), given_up or threading.Event())
     return frames if size is None else (_resized(frame, size) for frame in frames)
 
 
-def _read(record: DriveRecord, table: FrameTable, wanted: range) -> Iterator[Frame]:
+def _read(
+    record: DriveRecord, table: FrameTable, wanted: range, given_up: threading.Event
+) -> Iterator[Frame]:
     for number in range(len(record.clips)):
         rows = table.rows_of(number)
         inside = _inside(wanted, rows)
         if inside:
-            reader = _ClipReader(record, table, number)
+            reader = _ClipReader(record, table, number, given_up)
             with explaining(record.clips[number].location, FileNotFoundError):
-                yield from reader.read(_shifted(inside, -rows.start))
+                yield from _until(given_up, reader.read(_shifted(inside, -rows.start)))
+
+
+def _until(given_up: threading.Event, items: Iterable[T]) -> Iterator[T]:
+    """`items`, as long as they are wanted."""
+    for item in items:
+        if given_up.is_set():
+            raise GivenUp("nobody waits any more for the frames that are read")
+        yield item
 
 
 def _inside(wanted: range, rows: range) -> range:
@@ -117,10 +134,12 @@ def _resized(frame: Frame, size: tuple[int, int]) -> Frame:
 class _ClipReader:
     """Reads frames of one clip by their row: 0 is the first frame of the clip that decodes."""
 
-    def __init__(self, record: DriveRecord, table: FrameTable, number: int) -> None:
+    def __init__(
+        self, record: DriveRecord, table: FrameTable, number: int, given_up: threading.Event
+    ) -> None:
         rows = table.rows_of(number)
         mine = slice(rows.start, rows.stop)
-        self._clip = record.clips[number]
+        self._clip, self._given_up = record.clips[number], given_up
         self._threads = SINGLE_THREAD if self._clip.is_damaged else ALL_THREADS
         self._size = (record.width, record.height)
         self._seconds = table.timestamp[mine]
@@ -146,7 +165,8 @@ class _ClipReader:
         """Count frames from the beginning, as probing did."""
         converter, row = RgbConverter(), 0
         with open_video(self._clip.location, self._threads) as (container, stream):
-            for frame in (f for step in decode_steps(container, stream) for f in step.frames):
+            steps = _until(self._given_up, decode_steps(container, stream))
+            for frame in (f for step in steps for f in step.frames):
                 if upright_size(frame) != self._size:
                     continue
                 if row in wanted:
@@ -168,7 +188,7 @@ class _ClipReader:
         converter, rows = RgbConverter(), iter(wanted)
         row = next(rows)
         with open_video(self._clip.location, self._threads) as (container, stream):
-            steps = decode_steps(container, stream, key_pts)
+            steps = _until(self._given_up, decode_steps(container, stream, key_pts))
             for frame in (f for step in steps for f in step.frames):
                 if frame.pts is None or frame.pts < self._pts[row]:
                     continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -54,10 +55,20 @@ class DriveInput:
         )
         return shape.height, shape.width
 
-    def read(self, start: int, stop: int, clock: Clock | None = None) -> Iterator[Image]:
-        """Preprocessed RGB frames [h, w, 3] of the drive from `start` to `stop`."""
+    def read(
+        self,
+        start: int,
+        stop: int,
+        clock: Clock | None = None,
+        given_up: threading.Event | None = None,
+    ) -> Iterator[Image]:
+        """Preprocessed RGB frames [h, w, 3] of the drive from `start` to `stop`.
+
+        Raises:
+            GivenUp: `given_up` was set.
+        """
         clock = Clock() if clock is None else clock
-        decoded = read_frames(self.record, self.frames, start, stop)
+        decoded = read_frames(self.record, self.frames, start, stop, given_up=given_up)
         decoded = timed(decoded, clock, "decode")
         if self.device is not None:
             yield from self._resized_on_device(decoded, clock)
@@ -88,8 +99,10 @@ class FrameWindow:
     over the video serves them all. A frame is kept until `forget_before` lets it go.
     """
 
-    def __init__(self, drive: DriveInput, stop: int, clock: Clock) -> None:
-        self._drive, self._stop, self._clock = drive, stop, clock
+    def __init__(
+        self, drive: DriveInput, stop: int, clock: Clock, given_up: threading.Event | None
+    ) -> None:
+        self._drive, self._stop, self._clock, self._given_up = drive, stop, clock, given_up
         self._kept: dict[int, Image] = {}
         self._source: Iterator[Image] = iter(())
         self._next: int | None = None  # frame that the source yields next
@@ -99,7 +112,7 @@ class FrameWindow:
         if index in self._kept:
             return self._kept[index]
         if self._next is None or not self._next <= index <= self._next + LONGEST_GAP:
-            self._source = self._drive.read(index, self._stop, self._clock)
+            self._source = self._drive.read(index, self._stop, self._clock, self._given_up)
             self._next = index
         while self._next <= index:
             self._kept[self._next] = next(self._source)
@@ -142,7 +155,10 @@ class Round:
 
 
 def read_rounds(
-    drive: DriveInput, groups: Sequence[Sequence[Segment]], open_group: Callable[[int], Lanes]
+    drive: DriveInput,
+    groups: Sequence[Sequence[Segment]],
+    open_group: Callable[[int], Lanes],
+    given_up: threading.Event | None = None,
 ) -> Iterator[Round]:
     """The rounds of all groups, one after the other; neighbouring groups share a decoder.
 
@@ -151,14 +167,20 @@ def read_rounds(
         groups: segments that run in lock step.
         open_group: says, just before the group at a position is read, which of its rounds are
             wanted.
+        given_up: ends the reading once it is set.
+
+    Raises:
+        GivenUp: `given_up` was set.
     """
     clock, frames = Clock(), drive.plan.chunk_frames
     longest = max((Lanes(tuple(g), range(0)).span for g in groups), default=0)
-    shared = FrameWindow(drive, drive.plan.frames, clock)
+    shared = FrameWindow(drive, drive.plan.frames, clock, given_up)
     one_window = longest * _frame_bytes(drive) <= WINDOW_BYTES
     for position, segments in enumerate(groups):
         after = min((s.start for g in groups[position + 1 :] for s in g), default=None)
-        windows = [shared if one_window else FrameWindow(drive, s.stop, clock) for s in segments]
+        windows = [
+            shared if one_window else FrameWindow(drive, s.stop, clock, given_up) for s in segments
+        ]
         with clock.measure("prepare"):
             lanes = open_group(position)
         for number in lanes.rounds:

@@ -250,11 +250,11 @@ def infer_groups(work: Work, groups: Sequence[Sequence[Segment]], stop: threadin
     Claiming and reading, the network, and compressing and writing run beside each other, across
     groups: the network waits for neither as long as they keep up.
     """
-    runs = [LaneRun(work, group) for group in groups]
-    rounds = read_rounds(work.drive, groups, lambda position: runs[position].open())
+    runs = [LaneRun(work, group, stop) for group in groups]
+    rounds = read_rounds(work.drive, groups, lambda position: runs[position].open(), stop)
     with (
         ExitStack() as claims,
-        closing(prefetch(rounds, READ_AHEAD_ROUNDS)) as reader,
+        closing(prefetch(rounds, READ_AHEAD_ROUNDS, stop)) as reader,
         BackgroundWriter() as writer,
     ):
         for run in runs:
@@ -281,8 +281,8 @@ class LaneRun:
     of an uninterrupted run and its bytes come out again.
     """
 
-    def __init__(self, work: Work, segments: Sequence[Segment]) -> None:
-        self._work, self._segments = work, tuple(segments)
+    def __init__(self, work: Work, segments: Sequence[Segment], stop: threading.Event) -> None:
+        self._work, self._segments, self._stop = work, tuple(segments), stop
         self._claims = ExitStack()
         self._done: dict[tuple[int, int], bool] = {}
         self._stream: Stream | None = None
@@ -294,7 +294,7 @@ class LaneRun:
         work, plan = self._work, self._work.drive.plan
         network, (height, width) = work.drive.config, work.drive.size
         wanted = [segment for segment in self._segments if not work.is_done(segment)]
-        in_parallel(self._claim, wanted)
+        self._claim(wanted)
         if wanted:  # else another worker has finished them since they were looked at
             require_network(work.store, work.config, work.info)
             drop_later(work.store, "infer")
@@ -318,16 +318,23 @@ class LaneRun:
         self.lanes = Lanes(self._segments, range(min(missing, default=rounds), rounds))
         return self.lanes
 
-    def _claim(self, segment: Segment) -> None:
-        """Claim a segment, unless it kills whoever does."""
-        store = self._work.store
-        done = len(store.commit_names(f"infer/{segment.index:04d}"))
-        claim = self._claims.enter_context(store.claim(segment_claim(segment.index), done))
-        if claim.deaths >= MOST_DEATHS:
-            raise DeadlySegment(
-                f"the process that computed segment {segment.index} (frames {segment.start}.."
-                f"{segment.stop}) died {claim.deaths} times in a row at chunk {done}"
-            )
+    def _claim(self, segments: Sequence[Segment]) -> None:
+        """Claim segments, unless one kills whoever does."""
+        store, done = self._work.store, {segment_claim(s.index): 0 for s in segments}
+
+        def count(claim: str) -> None:
+            done[claim] = len(store.commit_names(claim))
+
+        in_parallel(count, done)
+        claims = self._claims.enter_context(store.claims(done, self._stop))
+        for segment in segments:
+            claim = claims[segment_claim(segment.index)]
+            if claim.deaths >= MOST_DEATHS:
+                raise DeadlySegment(
+                    f"the process that computed segment {segment.index} (frames {segment.start}.."
+                    f"{segment.stop}) died {claim.deaths} times in a row at chunk "
+                    f"{done[claim.name]}"
+                )
 
     def _drop_stale(self, segment: Segment) -> None:
         work = self._work

@@ -9,19 +9,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def prefetch(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
+def prefetch(
+    items: Iterable[T], ahead: int, given_up: threading.Event | None = None
+) -> Generator[T, None, None]:
     """Yield `items`, computed in another thread at most `ahead` items in advance.
 
     An exception of `items` is raised here, in order. Closing the generator early stops the
-    thread, so nothing goes on reading after a failure.
+    thread, so nothing goes on reading after a failure. Once `given_up` is set no more is yielded,
+    though an item is waited for: it is up to `items` to end then too.
     """
+    given_up = given_up or threading.Event()
     box: queue.Queue[Any] = queue.Queue(maxsize=ahead)
     stop, end = threading.Event(), object()
 
@@ -32,6 +36,13 @@ def prefetch(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
                 return
             except queue.Full:
                 continue
+
+    def take() -> Any:
+        while not given_up.is_set():
+            with suppress(queue.Empty):
+                item = box.get(timeout=0.1)
+                return end if given_up.is_set() else item
+        return end
 
     def produce() -> None:
         try:
@@ -47,7 +58,7 @@ def prefetch(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
     thread = threading.Thread(target=context.run, args=(produce,), name="prefetch", daemon=True)
     thread.start()
     try:
-        while (item := box.get()) is not end:
+        while (item := take()) is not end:
             if isinstance(item, BaseException):
                 raise item
             yield item

@@ -1,5 +1,6 @@
 """A segment that cannot be computed costs itself, not the drive."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from recordings import moving_squares, write_video
 from seaweed import SeaweedProcess
 
 from flows.infer_segments import infer_segments
-from flows.reconstruct_drive import reconstruct_drive
+from flows.reconstruct_drive import reconstruct_drive, report_stage
 from storage.errors import DataDamaged, StoreUnavailable
 from storage.reconstruction import Claimed, ReconstructionStore
 from tasks.config import AnotherConfiguration, InferConfig, PlanConfig, ReconstructionConfig
@@ -214,3 +215,25 @@ def test_outage_of_the_recordings_server_sets_no_segment_aside(
     reconstruct_drive(location, output, CONFIG)
     assert read_aside(store) == {}
     np.testing.assert_array_equal(store.read_trajectory()["cam_to_world"], before["cam_to_world"])
+
+
+def test_outage_of_the_store_between_two_stages_is_waited_for_as_within_one(
+    tmp_path, mortal_seaweed: SeaweedProcess, monkeypatch
+):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(10))
+    back = threading.Timer(8, mortal_seaweed.start)  # s3fs gives up after 2 s
+
+    def report_before_an_outage(url: str) -> None:
+        report_stage(url)
+        mortal_seaweed.kill()
+        back.start()
+
+    monkeypatch.setattr("flows.reconstruct_drive.report_stage", report_before_an_outage)
+    monkeypatch.setattr("tasks.retries.RETRY_DELAYS_S", [10, 20, 60])
+    try:
+        url = reconstruct_drive(str(video), f"{mortal_seaweed.access.url}/out", CONFIG)
+    finally:
+        back.join()
+    store = ReconstructionStore.open(url)
+    assert store.read_commit("finished") is not None
+    assert store.read_commit("failed") is None

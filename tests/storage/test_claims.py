@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
 from storage import claims
-from storage.errors import ChunkMissing, Claimed, ClaimLost, CommitExists
+from storage.errors import ChunkMissing, Claimed, ClaimLost, CommitExists, GivenUp
 from storage.objects import open_folder
 from storage.reconstruction import ReconstructionStore
 
@@ -90,6 +92,59 @@ def test_claim_of_another_machine_is_taken_over_when_it_is_not_renewed(store, mo
                 lost.check()
     with store.claim("drive"):
         pass  # the loser left the winner's claim alone, and the winner gave it up
+
+
+NAMES = [f"infer/{number:04d}" for number in range(16)]
+
+
+def leave_claims(store: ReconstructionStore, names: list[str]) -> dict[str, bytes]:
+    """What a machine leaves that is lost: claims that nobody renews."""
+    record = b'{"machine": "lost", "none of ours": NaN}'
+    left = {f"claims/{name}/000001.json": record for name in names}
+    store._folder.write_many(left)
+    return left
+
+
+def all_claims(store: ReconstructionStore) -> None:
+    with store.claims(dict.fromkeys(NAMES, 0)) as taken:
+        assert list(taken) == NAMES
+        for claim in taken.values():
+            claim.check()
+
+
+@pytest.mark.parametrize(
+    "act", [all_claims, ReconstructionStore.repair, lambda store: store.delete_garbage(0.0)]
+)
+def test_all_claims_of_a_lost_machine_are_waited_for_at_the_same_time(store, monkeypatch, act):
+    monkeypatch.setattr(claims, "LEASE_S", 3.0)
+    monkeypatch.setattr(claims, "WATCH_S", 0.1)
+    leave_claims(store, NAMES)
+    began = time.monotonic()
+    act(store)
+    assert 3 < time.monotonic() - began < 10
+    assert store._folder.sizes("claims").keys() == {"claims/zarr.json"}
+
+
+def test_none_of_several_claims_is_kept_where_one_is_of_a_living_worker(store):
+    other = ReconstructionStore.open(store.url)
+    with (
+        store.claim(NAMES[7]),
+        pytest.raises(Claimed, match=f"'{NAMES[7]}' is being worked on"),
+        other.claims(dict.fromkeys(NAMES, 0)),
+    ):
+        pass
+    all_claims(other)
+
+
+def test_waiting_for_a_lost_machine_can_be_given_up(store):
+    left, given_up = leave_claims(store, NAMES[:2]), threading.Event()
+    threading.Timer(0.3, given_up.set).start()
+    with (
+        pytest.raises(GivenUp, match=f"the claims on '{NAMES[0]}', '{NAMES[1]}'"),
+        store.claims(dict.fromkeys(NAMES, 0), given_up),
+    ):
+        pass
+    assert store._folder.sizes("claims").keys() == {"claims/zarr.json", *left}
 
 
 def test_chunk_is_not_written_after_the_claim_on_its_segment_is_lost(store):

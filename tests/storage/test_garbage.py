@@ -123,17 +123,17 @@ def test_segment_that_loses_garbage_is_claimed_meanwhile(store, monkeypatch):
 
 def test_chunk_that_an_orphan_finishes_before_its_segment_is_claimed_is_kept(store, monkeypatch):
     store.drop_commits("infer/0000/0003")
-    claim = store.claim
+    claims = store.claims
 
-    def claim_late(name):
-        if name == "infer/0000":
+    def claim_late(progress):
+        if "infer/0000" in progress:
             orphan = ReconstructionStore.open(store.url)
-            with orphan.claim(name):
+            with orphan.claim("infer/0000"):
                 orphan.write_chunk(SEGMENT, CHUNKS[3], chunk_arrays(CHUNKS[3], 1.0))
                 orphan.commit_chunk(SEGMENT, CHUNKS[3], {"key": "key"})
-        return claim(name)
+        return claims(progress)
 
-    monkeypatch.setattr(store, "claim", claim_late)
+    monkeypatch.setattr(store, "claims", claim_late)
     assert store.delete_garbage(0) == {}
     assert store.verify() == []
 

@@ -1,7 +1,9 @@
 """Awkward recordings made here; each frame shows its own number, so a wrong one is seen."""
 
 import os
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -11,6 +13,7 @@ import pytest
 from numbered_video import X264, encode, number_in, picture
 from PIL import Image
 
+from storage.errors import GivenUp
 from storage.records import FrameTable
 from storage.video import UnreadableVideo, list_drives, probe_drive, probe_video, read_frames
 
@@ -194,6 +197,25 @@ def test_drives_stream_from_local_folders_and_s3(output_url, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
+class GivenUpLater(threading.Event):
+    """Set from when it was looked at so often."""
+
+    looks = 5
+
+    def is_set(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+def test_reading_can_be_given_up_on_the_way_to_the_first_frame(tmp_path):
+    encode(tmp_path / "a.mp4", range(40))
+    record, table = probe_video(str(tmp_path / "a.mp4"))
+    record = replace(record, clips=(replace(record.clips[0], is_seekable=False),))
+    assert number_in(next(read_frames(record, table, 39, 40))) == 39
+    with pytest.raises(GivenUp):
+        next(read_frames(record, table, 39, 40, given_up=GivenUpLater()))
+
+
 def test_pauses_between_frames_do_not_fill_memory(tmp_path):
     # All 500 frames are 1.4 GB of RGB: decord given the whole file decodes them while it waits.
     path = tmp_path / "a.mp4"

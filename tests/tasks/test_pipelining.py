@@ -44,6 +44,21 @@ def test_prefetch_stops_its_thread_when_closed_early():
     assert not [t for t in threading.enumerate() if t.name == "prefetch"]
 
 
+def test_prefetch_that_is_given_up_yields_no_more_though_an_item_is_waited_for():
+    given_up = threading.Event()
+
+    def source():
+        yield 1
+        given_up.wait()
+        raise OSError("given up")
+
+    items = prefetch(source(), 2, given_up)
+    assert next(items) == 1
+    threading.Timer(0.3, given_up.set).start()
+    assert list(items) == []
+    assert not [t for t in threading.enumerate() if t.name == "prefetch"]
+
+
 def test_writer_runs_all_writes_in_order():
     written = []
     with BackgroundWriter() as writer:

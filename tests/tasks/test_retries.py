@@ -5,9 +5,10 @@ import sys
 import pytest
 from botocore.exceptions import ClientError
 
-from storage.errors import NotAStore, StoreRefused, StoreUnavailable
+from storage.errors import ClaimLost, NotAStore, StoreRefused, StoreUnavailable
+from tasks import retries
 from tasks.probe import probe_stage
-from tasks.retries import is_worth_retrying
+from tasks.retries import is_worth_retrying, retried
 
 
 class Failed:
@@ -54,3 +55,36 @@ def test_waits_between_attempts_are_prefects_setting_where_there_is_one():
     said = subprocess.check_output(command, env={**os.environ, **setting}, text=True)
     assert said.split("\n")[0] == "[0.5, 2.0]"
     assert probe_stage.retry_delay_seconds == [10, 60, 300]
+
+
+class Failing:
+    """What fails with these errors, one after the other, before it succeeds."""
+
+    __name__ = "failing"
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+
+    def __call__(self, value: int) -> int:
+        if self.errors:
+            raise self.errors.pop(0)
+        return value
+
+
+@pytest.mark.parametrize("delays", [0.01, [0.01], [0.01, 0.02, 0.01, 0.01]])
+def test_what_a_flow_does_itself_is_tried_as_often_as_a_stage(monkeypatch, delays):
+    monkeypatch.setattr(retries, "RETRY_DELAYS_S", delays)
+    away = [StoreUnavailable("away"), ConnectionError("reset"), refused("ExpiredToken")]
+    assert retried(Failing(*away))(3) == 3
+    with pytest.raises(StoreUnavailable, match="the last"):
+        retried(Failing(*away, StoreUnavailable("the last")))(3)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [StoreRefused("access denied"), ClaimLost("taken over"), ValueError("no"), refused("Other")],
+)
+def test_what_a_flow_does_itself_is_not_tried_again_where_that_changes_nothing(error):
+    failing = Failing(error, ValueError("a second attempt"))
+    with pytest.raises(type(error), match=str(error)):
+        retried(failing)(3)
