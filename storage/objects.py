@@ -49,6 +49,7 @@ WRITERS = 4  # objects that are written at the same time
 PUT_ATTEMPTS = 4
 PUT_PATIENCE = 4  # times the client's read timeout, for each attempt to put an object
 SLOWEST_PUT = 100_000  # bytes/s
+WORTH_ANOTHER_PUT = ("ConditionalRequestConflict", "NoSuchUpload")
 CONFLICT_PAUSE_S = 0.5
 READ_TIMEOUT_S = 15.0  # that of s3fs
 
@@ -516,11 +517,12 @@ class RemoteFolder(Folder):
         self._put(self.filesystem.put_file, size, str(source), self._path(name))
 
     def _put(self, put: Callable[..., object], size: int, *arguments: Any, **options: Any) -> None:
-        """Put `size` bytes, and again where that takes longer than it may, or meets another act.
+        """Put `size` bytes, and again where that takes too long, meets another act or gets lost.
 
         The limits of the HTTP client only begin when all of the body is sent: a server that
         falls silent before would be waited for without end. AWS answers a conditional put that
-        meets another act on the same name with 409, whichever of them counts in the end.
+        meets another act on the same name with 409, whichever of them counts in the end. A
+        multipart upload whose completion was answered in vain may be forgotten when asked again.
         """
         if self.filesystem.async_impl:
             patience = _read_timeout(self.filesystem)
@@ -532,7 +534,7 @@ class RemoteFolder(Folder):
             except TimeoutError as error:
                 logger.warning("%s: a write took too long, once more: %s", self.url, error)
             except OSError as error:
-                if _code(error) != "ConditionalRequestConflict":
+                if _code(error) not in WORTH_ANOTHER_PUT:
                     raise
                 time.sleep(CONFLICT_PAUSE_S)
         put(*arguments, **options)
