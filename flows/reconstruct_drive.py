@@ -17,6 +17,7 @@ from storage.claims import Claim
 from storage.credentials import refuse_credentials
 from storage.reconstruction import Claimed, ClaimLost, ReconstructionStore, StoreError
 from storage.video import drive_name
+from storage.wording import reason_of
 from tasks import metrics
 from tasks.align import align_stage
 from tasks.config import ReconstructionConfig
@@ -135,7 +136,7 @@ def run_stages(
 def record_failure(url: str, error: Exception) -> None:
     """Say in the drive's store that the last attempt failed, and why."""
     metrics.drive_failed()
-    record = {"error": f"{type(error).__name__}: {error}", "time": datetime.now(UTC).isoformat()}
+    record = {"error": reason_of(error), "time": datetime.now(UTC).isoformat()}
     try:
         ReconstructionStore.create(url, {}).commit("failed", record)
     except (StoreError, OSError) as also:  # the first error says more than this one

@@ -33,6 +33,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore, LocalStore
 
 from storage.errors import CommitExists, DataDamaged, StoreError, StoreRefused, StoreUnavailable
+from storage.wording import redacted
 
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
 # Classes by name, as not every file system brings these libraries.
@@ -107,13 +108,6 @@ def open_folder(url: str) -> Folder:
     if protocol in (None, "file", "local"):
         return LocalFolder(Path(path).expanduser(), url)
     return RemoteFolder(url)
-
-
-def redacted(url: str) -> str:
-    """`url` without a user name and password before the host."""
-    scheme, separator, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}" if separator else url
 
 
 def explained(act: Callable[P, T]) -> Callable[P, T]:
