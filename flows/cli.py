@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import logging
 import os
 import signal
 import sys
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import click
 import typer
+
+from storage.wording import on_one_line, reason_of, shown
 
 if TYPE_CHECKING:
     from storage.video import DriveLocation
@@ -44,6 +47,7 @@ app.add_typer(weights_app, name="weights")
 
 USER_ERROR, WORK_ERROR, INCOMPLETE = 2, 1, 3
 STOPPED = 128 + signal.SIGTERM
+OUR_LOGGERS = ("flows", "tasks", "storage", "ttt3r")
 
 
 def without_credentials(location: str | None) -> str | None:
@@ -150,6 +154,7 @@ def terminate(number: int, frame: Any) -> None:
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     quiet_prefect()
+    logging.setLogRecordFactory(PlainRecord)
     signal.signal(signal.SIGTERM, terminate)
     try:
         app(standalone_mode=False)
@@ -181,9 +186,23 @@ def is_users_mistake(error: Exception) -> bool:
     return isinstance(error, mistakes)
 
 
+def say(*lines: str, fg: str | None = None, err: bool = False) -> None:
+    """Print lines; whoever wrote what is in them, they cannot steer the terminal."""
+    typer.secho("\n".join(map(shown, lines)), fg=fg, err=err)
+
+
+class PlainRecord(logging.LogRecord):
+    """What a log is told, with lines of this software as `say` prints them."""
+
+    def getMessage(self) -> str:
+        """The text of the line."""
+        text = super().getMessage()
+        return shown(text) if self.name.split(".")[0] in OUR_LOGGERS else text
+
+
 def fail(message: str, code: int) -> None:
     """Print one line on stderr and exit."""
-    typer.secho(f"ttt3r: {message}", fg="red", err=True)
+    say(f"ttt3r: {message}", fg="red", err=True)
     sys.exit(code)
 
 
@@ -191,9 +210,9 @@ def one_line(error: BaseException) -> str:
     """What an exception says, on one line."""
     from storage.errors import StoreError
 
-    text = " ".join(str(error).split())
+    text = on_one_line(str(error))
     known = isinstance(error, ValueError | OSError | RuntimeError | StoreError)
-    return text if text and known else f"{type(error).__name__}: {text}"
+    return text if text and known else reason_of(error)
 
 
 def prefect_cache() -> Path:
@@ -227,14 +246,14 @@ def print_figures(figures: dict[str, Any]) -> None:
     """Print one figure a line."""
     width = max(map(len, figures), default=0)
     for name, value in figures.items():
-        shown = f"{value:.6g}" if isinstance(value, float) else "-" if value is None else value
-        typer.echo(f"{name:<{width}}  {shown}")
+        figure = f"{value:.6g}" if isinstance(value, float) else "-" if value is None else value
+        say(f"{name:<{width}}  {figure}")
 
 
 def print_version(wanted: bool) -> None:
     """Print the version and end, if wanted."""
     if wanted:
-        typer.echo(f"ttt3r {importlib.metadata.version('ttt3r-pipeline')}")
+        say(f"ttt3r {importlib.metadata.version('ttt3r-pipeline')}")
         raise typer.Exit
 
 
@@ -440,22 +459,22 @@ def print_plan(
     usage, cost = total(estimates)
     currency = "" if prices is None else prices.currency
     columns = f"{'drive':<32} {'next':<10} {'frames':>9} {'segments':>8} {'video h':>8}"
-    typer.echo(f"{columns} {'GPU-h':>9} {'CPU-h':>9} {'GB':>9} {currency:>9}".rstrip())
+    say(f"{columns} {'GPU-h':>9} {'CPU-h':>9} {'GB':>9} {currency:>9}".rstrip())
     for e in estimates:
         hours = f"{e.duration_s / 3600:8.3f}"
         sizes = f"{e.name:<32} {e.stage:<10} {e.frames:>9} {e.segments:>8} {hours}"
-        typer.echo(f"{sizes} {amounts(e.left, e.cost)}".rstrip())
+        say(f"{sizes} {amounts(e.left, e.cost)}".rstrip())
     frames, segments = sum(e.frames for e in estimates), sum(e.segments for e in estimates)
     hours = f"{sum(e.duration_s for e in estimates) / 3600:8.3f}"
     done = f"{sum(e.stage == 'done' for e in estimates)} done"
     whole = f"{f'all {len(estimates)} drives':<32} {done:<10} {frames:>9} {segments:>8} {hours}"
-    typer.echo(f"{whole} {amounts(usage, cost)}".rstrip())
+    say(f"{whole} {amounts(usage, cost)}".rstrip())
     if rates is None:
-        typer.echo("nothing is predicted: no drive is finished under the output with these weights")
+        say("nothing is predicted: no drive is finished under the output with these weights")
     else:
         sources = f"{', '.join(rates.sources[:5])}{', ...' if len(rates.sources) > 5 else ''}"
-        typer.echo(f"GPU-h are hours of the machine that infers, here {rates.device_kind}")
-        typer.echo(f"predicted from {len(rates.sources)}: {sources}")
+        say(f"GPU-h are hours of the machine that infers, here {rates.device_kind}")
+        say(f"predicted from {len(rates.sources)}: {sources}")
 
 
 def amounts(usage: Usage | None, cost: float | None) -> str:
@@ -540,22 +559,22 @@ def print_result(outcome: dict[str, Any]) -> None:
     from storage.reconstruction import ReconstructionStore
 
     if outcome["error"]:
-        typer.secho(f"{outcome['url']}\n  failed: {outcome['error']}", fg="red")
+        say(outcome["url"], f"  failed: {outcome['error']}", fg="red")
         return
     if outcome["left"]:
-        typer.secho(f"{outcome['url']}\n  left for the next run: over the budget", fg="yellow")
+        say(outcome["url"], "  left for the next run: over the budget", fg="yellow")
         return
     store = ReconstructionStore.open(outcome["url"])
-    typer.echo(outcome["url"])
+    say(outcome["url"])
     for warning in (store.read_commit("report") or {}).get("warnings", []):
-        typer.secho(f"  warning: {warning}", fg="yellow")
+        say(f"  warning: {warning}", fg="yellow")
     for label, name in (
         ("mesh", "fusion/mesh.ply"),
         ("preview", "fusion/preview.glb"),
         ("report", "report/report.html"),
     ):
         if store.list_files(name):
-            typer.echo(f"  {label:<8}{store.file_url(name)}")
+            say(f"  {label:<8}{store.file_url(name)}")
 
 
 @app.command()
@@ -571,7 +590,7 @@ def demo(
     run_reconstruction(str(sample), output, ReconstructionConfig(), BudgetConfig())
     truth = sample.with_name("street_groundtruth_tum.txt")
     figures = evaluate_store(store_url(output, "street"), str(truth), "tum")
-    typer.echo("\nagainst the sample's ground truth:")
+    say("", "against the sample's ground truth:")
     print_figures(figures)
 
 
@@ -595,7 +614,7 @@ def status(
     for row in rows:
         done = f"{row['chunks_done']}/{row['chunks']} chunks"
         aside = f"segments set aside: {row['set_aside']} " if row["set_aside"] else ""
-        typer.echo(f"{row['drive']:<32} {row['stage']:<10} {done:<18} {aside}{row['error'] or ''}")
+        say(f"{row['drive']:<32} {row['stage']:<10} {done:<18} {aside}{row['error'] or ''}")
 
 
 @app.command()
@@ -629,8 +648,8 @@ def repair(url: StoreUrl) -> None:
 
     dropped = ReconstructionStore.open(url).repair()
     for name in dropped:
-        typer.echo(name)
-    typer.echo(f"{len(dropped)} damaged commits and segments dropped", err=True)
+        say(name)
+    say(f"{len(dropped)} damaged commits and segments dropped", err=True)
 
 
 @app.command()
@@ -651,9 +670,9 @@ def gc(
     act = store.delete_garbage if delete else store.garbage
     found = act(older_than_hours * 3600)
     for name, size in found.items():
-        typer.echo(f"{size:>12}  {name}")
+        say(f"{size:>12}  {name}")
     done = "removed" if delete else "can be removed (--delete)"
-    typer.echo(f"{len(found)} objects, {sum(found.values()):,} bytes {done}", err=True)
+    say(f"{len(found)} objects, {sum(found.values()):,} bytes {done}", err=True)
 
 
 @app.command()
@@ -674,7 +693,7 @@ def export(
     """Write the trajectory (tum, kitti) or the mesh (ply, glb) to a file."""
     from tasks.export import export_store
 
-    typer.echo(export_store(url, format.value, to, part))
+    say(export_store(url, format.value, to, part))
 
 
 @app.command()
@@ -687,7 +706,7 @@ def report(url: StoreUrl) -> None:
     with store.claim("drive"):
         store.drop_commits("report")
         report_stage.fn(url)
-    typer.echo(store.file_url("report/report.html"))
+    say(store.file_url("report/report.html"))
 
 
 @app.command()
@@ -728,9 +747,7 @@ def verify(
     rows = verify_folder(golden, device)
     for row in rows:
         mark = "ok  " if row.ok else "FAIL"
-        typer.echo(
-            f"{mark} {row.file:<32} {row.array:<20} L2 {row.worst_l2:.2e}  max {row.worst_max:.2e}"
-        )
+        say(f"{mark} {row.file:<32} {row.array:<20} L2 {row.worst_l2:.2e}  max {row.worst_max:.2e}")
     wrong = [row for row in rows if not row.ok]
     if wrong:
         fail(f"{len(wrong)} of {len(rows)} arrays are beyond the limits", WORK_ERROR)
@@ -822,7 +839,7 @@ def weights_list(as_json: AsJson = False) -> None:
         return
     for e in entries:
         size = f"{e.size_bytes / 1e6:.1f} MB" if e.size_bytes else "-"
-        typer.echo(f"{e.name:<20} {e.where:<10} {size:>11}  {e.licence}  {e.notes}")
+        say(f"{e.name:<20} {e.where:<10} {size:>11}  {e.licence}  {e.notes}")
 
 
 @weights_app.command("show")
@@ -845,7 +862,7 @@ def weights_fetch(
     from ttt3r.weights import KNOWN_WEIGHTS, fetch
 
     if source in KNOWN_WEIGHTS:
-        typer.echo(f"licence of {source}: {KNOWN_WEIGHTS[source].licence}", err=True)
+        say(f"licence of {source}: {KNOWN_WEIGHTS[source].licence}", err=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task(source, total=None)
@@ -854,7 +871,7 @@ def weights_fetch(
             expected_sha256=sha256,
             progress=lambda done, total: bars.update(bar, completed=done, total=total),
         )
-    typer.echo(str(path))
+    say(str(path))
 
 
 @weights_app.command("import")
@@ -887,7 +904,7 @@ def weights_import(
         dec_num_heads=heads[1],
         state_dec_num_heads=heads[2],
     )
-    typer.echo(f"{target}\n{info.licence}\n{info.identity}")
+    say(str(target), info.licence, info.identity)
 
 
 @weights_app.command("verify")
@@ -897,7 +914,7 @@ def weights_verify(weights: Annotated[Path, typer.Argument(help="A .safetensors 
         raise ValueError(f"there is no weights file {weights}")
     from ttt3r.weights import verify_weights
 
-    typer.echo(f"{weights}: {verify_weights(weights).sha256}, as recorded")
+    say(f"{weights}: {verify_weights(weights).sha256}, as recorded")
 
 
 if __name__ == "__main__":

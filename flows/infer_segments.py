@@ -20,6 +20,7 @@ from storage.credentials import refuse_credentials
 from storage.errors import StoreError
 from storage.reconstruction import ReconstructionStore
 from storage.records import Plan
+from storage.wording import reason_of
 from tasks import metrics
 from tasks.config import InferConfig
 from tasks.infer import infer_stage, unfinished_segments
@@ -220,7 +221,7 @@ def infer_alone(url: str, index: int, config: InferConfig) -> Exception | None:
                 store.commit(name, before)
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = reason_of(error)
         store.commit(name, {**started, "is_running": False, "reason": reason})
         metrics.segment_set_aside()
         log.warning("%s: segment %d is set aside: %s", url, index, reason)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from storage.reconstruction import StoreError
+from storage.wording import shown
 from tasks.summary import progress
 
 POLL_S = 1.0
@@ -26,7 +27,7 @@ def progress_of(urls: Sequence[str]) -> Iterator[None]:
     stop = threading.Event()
     bars = Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[stage]}"),
         TimeElapsedColumn(),
@@ -52,7 +53,7 @@ def _watch(bars: Progress, urls: Sequence[str], stop: threading.Event) -> None:
             except (StoreError, OSError):  # not there yet, or not now: only a bar depends on it
                 continue
             if url not in rows:
-                rows[url] = bars.add_task(state["drive"], total=None, stage=state["stage"])
+                rows[url] = bars.add_task(shown(state["drive"]), total=None, stage=state["stage"])
             bars.update(
                 rows[url],
                 total=state["chunks"] or None,

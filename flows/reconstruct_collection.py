@@ -22,6 +22,7 @@ from storage.drives import DriveLocation, hold_name, list_drives
 from storage.errors import Claimed, StoreError
 from storage.objects import open_folder
 from storage.reconstruction import ReconstructionStore, StoreMissing
+from storage.wording import on_one_line, reason_of
 from tasks import metrics
 from tasks.attempts import ATTEMPTS
 from tasks.budget import within_budget
@@ -226,11 +227,11 @@ def outcome_of(drive: DriveLocation, output: str, error: str | None) -> dict[str
     """The record of a drive whose run has ended."""
     record = record_of(drive, output)
     if error is not None:
-        return {**record, "error": error}
+        return {**record, "error": on_one_line(error)}
     try:
         aside = read_aside(ReconstructionStore.open(record["url"]))
     except StoreError as unread:
-        return {**record, "error": f"{type(unread).__name__}: {unread}"}
+        return {**record, "error": reason_of(unread)}
     return {**record, "set_aside": sorted(aside)}
 
 

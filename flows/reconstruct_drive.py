@@ -17,6 +17,7 @@ from storage.claims import Claim
 from storage.credentials import refuse_credentials
 from storage.reconstruction import Claimed, ClaimLost, ReconstructionStore, StoreError
 from storage.video import UnreadableVideo, drive_name
+from storage.wording import reason_of
 from tasks import metrics
 from tasks.align import align_stage
 from tasks.config import ReconstructionConfig
@@ -155,7 +156,7 @@ def record_failure(url: str, error: Exception, unreadable: str | None = None) ->
         unreadable: location of the recording, if that is what cannot be read. As long as it stays
             the same, it is counted as failed once only.
     """
-    record = {"error": f"{type(error).__name__}: {error}", "time": datetime.now(UTC).isoformat()}
+    record = {"error": reason_of(error), "time": datetime.now(UTC).isoformat()}
     is_known = False
     try:
         store = ReconstructionStore.create(url, {})

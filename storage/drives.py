@@ -22,6 +22,7 @@ from storage.media import (
     VIDEO_SUFFIXES,
     file_name,
     has_suffix,
+    is_file,
     is_passed_over,
     is_there,
     list_folder,
@@ -150,7 +151,7 @@ def _roots(collection: str) -> list[str]:
 def _drives_in(location: str, depth: int, is_given: bool = False) -> list[str]:
     """Locations of the drives at and below a file or folder, which the user gave or we found."""
     fs, path = url_to_fs(location)
-    if depth == 0 and fs.isfile(path):
+    if depth == 0 and is_file(fs, path):
         return [location]
     try:
         videos, images = drive_files(location)

@@ -12,7 +12,7 @@ from av.video.stream import VideoStream
 
 from storage.drives import drive_files
 from storage.images import ASSUMED_HZ, BAD_IMAGE, open_image
-from storage.media import UnreadableVideo, open_video, require
+from storage.media import UnreadableVideo, is_file, open_video, require
 from storage.objects import explaining
 
 
@@ -35,7 +35,7 @@ def glance_at(location: str) -> Glance:
     """
     with explaining(location, FileNotFoundError):
         fs, path = require(location)
-        videos, images = ([location], []) if fs.isfile(path) else drive_files(location)
+        videos, images = ([location], []) if is_file(fs, path) else drive_files(location)
         if images and not videos:
             return Glance(len(images), len(images) / ASSUMED_HZ, *_image_size(images[0]))
         found = [glance for glance in map(_clip, videos) if glance.frames]

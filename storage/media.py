@@ -30,6 +30,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
+from storage.objects import failure_behind
+
 log = logging.getLogger(__name__)
 
 # fmt: off
@@ -149,15 +151,21 @@ def is_there(fs: Any, path: str) -> bool:
         else:
             fs.info(path)
     except FileNotFoundError as error:
-        cause = error.__cause__  # HTTP: fsspec says the same of a server that does not answer
-        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
-            raise cause from None
+        if (failure := failure_behind(error)) is not error:
+            raise failure from None
         return False
     except OSError as error:
         if error.errno not in NO_PATH:
             raise
         return False
     return True
+
+
+def is_file(fs: Any, path: str) -> bool:
+    """Whether what is at a path is a file; an outage, to fsspec's `isfile` a folder, rises."""
+    if isinstance(fs, LocalFileSystem):
+        return bool(fs.isfile(path))
+    return bool(fs.info(path)["type"] == "file")
 
 
 def require(location: str) -> tuple[Any, str]:

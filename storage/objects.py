@@ -33,12 +33,15 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore, LocalStore
 
 from storage.errors import CommitExists, DataDamaged, StoreError, StoreRefused, StoreUnavailable
+from storage.wording import redacted
 
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
 # Classes by name, as not every file system brings these libraries.
 LOST_CONNECTION = ("HTTPClientError", "ClientConnectionError", "ClientPayloadError")
 EXPIRED_CODES = ("ExpiredToken", "ExpiredTokenException", "RequestTimeTooSkewed")
+GONE_STATUSES, DENIED_STATUSES = (404, 410), (401, 403)  # of a web server
 FULL_CODES = ("XMinioStorageFull", "InsufficientStorage", "507")
+NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # A listing that a connection remembers would hide what other writers add.
 REMOTE_OPTIONS: dict[str, Any] = {"use_listings_cache": False}
 S3_OPTIONS: dict[str, Any] = {"max_concurrency": 1}  # else s3fs asks for the size before it reads
@@ -49,6 +52,7 @@ WRITERS = 4  # objects that are written at the same time
 PUT_ATTEMPTS = 4
 PUT_PATIENCE = 4  # times the client's read timeout, for each attempt to put an object
 SLOWEST_PUT = 100_000  # bytes/s
+WORTH_ANOTHER_PUT = ("ConditionalRequestConflict", "NoSuchUpload")
 CONFLICT_PAUSE_S = 0.5
 READ_TIMEOUT_S = 15.0  # that of s3fs
 
@@ -106,13 +110,6 @@ def open_folder(url: str) -> Folder:
     return RemoteFolder(url)
 
 
-def redacted(url: str) -> str:
-    """`url` without a user name and password before the host."""
-    scheme, separator, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}" if separator else url
-
-
 def explained(act: Callable[P, T]) -> Callable[P, T]:
     """Make a folder's method raise errors of the disk or server as one line of a StoreError."""
 
@@ -131,10 +128,10 @@ def explaining(url: str, *but: type[Exception]) -> Iterator[None]:
     clear: tuple[type[Exception], ...] = (StoreError, *but)
     try:
         yield
-    except clear:
-        raise
     except Exception as error:
-        told = explain(error, url)
+        if isinstance(failure := failure_behind(error), clear):
+            raise
+        told = explain(failure, url)
         if told is None:
             raise
         raise told from None
@@ -516,11 +513,12 @@ class RemoteFolder(Folder):
         self._put(self.filesystem.put_file, size, str(source), self._path(name))
 
     def _put(self, put: Callable[..., object], size: int, *arguments: Any, **options: Any) -> None:
-        """Put `size` bytes, and again where that takes longer than it may, or meets another act.
+        """Put `size` bytes, and again where that takes too long, meets another act or gets lost.
 
         The limits of the HTTP client only begin when all of the body is sent: a server that
         falls silent before would be waited for without end. AWS answers a conditional put that
-        meets another act on the same name with 409, whichever of them counts in the end.
+        meets another act on the same name with 409, whichever of them counts in the end. A
+        multipart upload whose completion was answered in vain may be forgotten when asked again.
         """
         if self.filesystem.async_impl:
             patience = _read_timeout(self.filesystem)
@@ -532,7 +530,7 @@ class RemoteFolder(Folder):
             except TimeoutError as error:
                 logger.warning("%s: a write took too long, once more: %s", self.url, error)
             except OSError as error:
-                if _code(error) != "ConditionalRequestConflict":
+                if _code(error) not in WORTH_ANOTHER_PUT:
                     raise
                 time.sleep(CONFLICT_PAUSE_S)
         put(*arguments, **options)
@@ -590,6 +588,15 @@ def explain(error: Exception, url: str) -> StoreUnavailable | None:
     return kind(f"{redacted(url)}: {reason}")
 
 
+def failure_behind(error: Exception) -> Exception:
+    """What kept a file from being found: fsspec takes any failure of a web server for absence."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    is_absence = isinstance(cause, NO_FILE) or _status(cause) in GONE_STATUSES
+    return error if is_absence or _reason(cause) is None else cause
+
+
 def is_expired(error: BaseException) -> bool:
     """Whether the server refused credentials only for their age: others may come in time."""
     return _code(error) in EXPIRED_CODES
@@ -597,9 +604,9 @@ def is_expired(error: BaseException) -> bool:
 
 def _is_refusal(error: Exception) -> bool:
     """Whether the same attempt would fail again, unlike a lost connection or a full disk."""
-    final = PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError
-    is_final = isinstance(error, final) and not is_expired(error)
-    return is_final or type(error).__name__ in NO_CREDENTIALS
+    is_final = isinstance(error, (PermissionError, *NO_FILE)) and not is_expired(error)
+    is_denied = _status(error) in DENIED_STATUSES
+    return is_final or is_denied or type(error).__name__ in NO_CREDENTIALS
 
 
 def _reason(error: Exception) -> str | None:
@@ -612,6 +619,10 @@ def _reason(error: Exception) -> str | None:
         return "the server does not answer; check AWS_ENDPOINT_URL and the network"
     if any(base.__name__ in LOST_CONNECTION for base in type(error).__mro__):
         return f"the connection to the server failed ({kind}); check the network, run again"
+    if (status := _status(error)) in DENIED_STATUSES:
+        return f"access denied (HTTP status {status}); check the permissions, or whether it expired"
+    if status is not None:
+        return f"the server fails (HTTP status {status}); run again, what is finished is kept"
     if is_expired(error):
         return "the credentials have expired; renew them and run again, what is finished is kept"
     if _is_full(error):
@@ -641,6 +652,12 @@ def _code(error: BaseException) -> str | None:
     response = getattr(error.__cause__, "response", None) or {}
     code = response.get("Error", {}).get("Code")
     return None if code is None else str(code)
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error of fsspec's web client is about."""
+    is_answer = any(base.__name__ == "ClientResponseError" for base in type(error).__mro__)
+    return int(getattr(error, "status", 0)) if is_answer else None
 
 
 def _read_timeout(filesystem: fsspec.AbstractFileSystem) -> float:

@@ -29,6 +29,7 @@ from storage.images import ASSUMED_HZ, scan_images
 from storage.media import (
     UnreadableVideo,
     file_name,
+    is_file,
     require,
     size_of,
 )
@@ -83,7 +84,7 @@ def probe_drive(location: str, progress: Progress | None = None) -> tuple[DriveR
     """
     with explaining(location, FileNotFoundError):
         fs, path = require(location)
-        if fs.isfile(path):
+        if is_file(fs, path):
             return probe_video(location, progress)
         videos, images = drive_files(location)
         if videos:

@@ -11,7 +11,7 @@ import fsspec
 from prefect import task
 
 from storage.drives import drive_files
-from storage.media import file_name, is_there
+from storage.media import file_name, is_file, is_there
 from storage.objects import explaining
 from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord
@@ -49,7 +49,7 @@ def fingerprint(location: str) -> list[list[Any]]:
         fs, path = fsspec.core.url_to_fs(location)
         if not is_there(fs, path):
             raise ValueError(f"there is no video or folder at {location}; check the path")
-        videos, images = ([location], []) if fs.isfile(path) else drive_files(location)
+        videos, images = ([location], []) if is_file(fs, path) else drive_files(location)
         found = {file: fs.info(file) for file in videos or images}
     return [
         [file_name(name) if name != location else "", info["size"], _modification_mark(info)]

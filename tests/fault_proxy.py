@@ -51,6 +51,7 @@ class Fault(StrEnum):
     LOST_ANSWER = "applied, answer lost"
     LATE = "applied after the client gave up"
     STALE_LISTING = "older listing"
+    FORGOTTEN = "multipart upload completed, answer lost, upload forgotten"
 
 
 ERRORS = {
@@ -60,9 +61,11 @@ ERRORS = {
     Fault.EXPIRED: (403, "ExpiredToken", "The provided token has expired."),
     Fault.CONFLICT: (409, "ConditionalRequestConflict", "The conditional request cannot succeed."),
 }
+NO_UPLOAD = (404, "NoSuchUpload", "The specified multipart upload does not exist.")
 SPELLS = (Fault.FULL, Fault.EXPIRED)  # these stay for a while
 NEED_REQUEST_BODY = (Fault.RESET_IN_REQUEST,)
 NEED_CONDITION = (Fault.CONFLICT,)
+NEED_COMPLETION = (Fault.FORGOTTEN,)
 NEED_WRITE = (Fault.FULL, Fault.LOST_ANSWER, Fault.LATE)
 NEED_ANSWER_BODY = (Fault.RESET_IN_ANSWER, Fault.TRUNCATED, Fault.TRUNCATED_CHUNKED)
 # Writes and listings are fewer than reads, and spells break many requests.
@@ -129,6 +132,7 @@ class FaultProxy:
         self.requests = 0
         self.endpoint = ""
         self._listings: dict[str, list[Answer]] = {}
+        self._forgotten: set[str] = set()  # ids of multipart uploads
         self._session: ClientSession
         self._late: set[asyncio.Task[None]] = set()
 
@@ -166,7 +170,9 @@ class FaultProxy:
 
     def _suitable(self, request: web.BaseRequest) -> list[Fault]:
         is_write = request.method in ("PUT", "POST", "DELETE")
+        is_completion = request.method == "POST" and "uploadId" in request.query
         unfit = {
+            *(() if is_completion else NEED_COMPLETION),
             *(() if request.can_read_body else NEED_REQUEST_BODY),
             *(() if is_write else NEED_WRITE),
             *(() if "If-None-Match" in request.headers and is_write else NEED_CONDITION),
@@ -185,10 +191,12 @@ class FaultProxy:
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if fault in ERRORS:
             await request.content.read()
-            return _error(fault, request.path)
+            return _error(ERRORS[fault], request.path)
         if fault is Fault.RESET_IN_REQUEST:
             return await self._cut_request(request)
         body = await request.content.read()
+        if request.query.get("uploadId") in self._forgotten:
+            return _error(NO_UPLOAD, request.path)
         if fault is Fault.LATE:
             await self._be_silent()
             late = asyncio.create_task(self._forward_late(request, body))
@@ -199,7 +207,9 @@ class FaultProxy:
             older = self._listings[request.path_qs][:-1]
             return _whole(older[self.plan.pick(len(older))], request.method)
         answer = await self._forward(request, body)
-        if fault is Fault.LOST_ANSWER:
+        if fault is Fault.FORGOTTEN:
+            self._forgotten.add(request.query["uploadId"])
+        if fault in (Fault.LOST_ANSWER, Fault.FORGOTTEN):
             return _hang_up(request)
         if fault in NEED_ANSWER_BODY and len(answer.body) > 1:
             return await _cut_answer(request, answer, fault)
@@ -291,8 +301,8 @@ def running_proxy(server: Seaweed, plan: FaultPlan | None) -> Iterator[FaultProx
         thread.join()
 
 
-def _error(fault: Fault, resource: str) -> web.Response:
-    status, code, message = ERRORS[fault]
+def _error(error: tuple[int, str, str], resource: str) -> web.Response:
+    status, code, message = error
     text = (
         f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code>'
         f"<Message>{message}</Message><RequestId>0</RequestId></Error>"

@@ -1,6 +1,7 @@
 """The proxy breaks requests as told, and a folder on S3 gets over it."""
 
 import time
+from functools import partial
 
 import fsspec
 import pytest
@@ -10,6 +11,8 @@ from storage.errors import StoreRefused, StoreUnavailable
 from storage.objects import open_folder
 
 DATA = bytes(range(256)) * 100
+PART = 5 * 2**20  # bytes of a part, the fewest that S3 takes
+OTHERS = (*SPELLS, Fault.STALE_LISTING, Fault.FORGOTTEN)  # have tests of their own
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def folder(proxy, seaweed, tmp_path):
     return opened
 
 
-@pytest.mark.parametrize("fault", [f for f in Fault if f not in (*SPELLS, Fault.STALE_LISTING)])
+@pytest.mark.parametrize("fault", [f for f in Fault if f not in OTHERS])
 def test_broken_requests_are_made_again_with_the_right_result(proxy, folder, fault):
     folder.write("there", DATA)
     proxy.plan = FaultPlan(seed=1, rate=1.0, weights={fault: 1.0}, limit=2, silence_s=1.5)
@@ -69,6 +72,26 @@ def test_spell_refuses_writes_until_it_is_over(proxy, folder, fault, advice):
 def test_large_objects_pass(proxy, folder):
     folder.write("large", DATA * 500)
     assert folder.read("large") == DATA * 500
+
+
+def test_multipart_upload_that_the_server_forgot_is_made_again(
+    proxy, folder, monkeypatch, tmp_path
+):
+    for name in ("pipe_file", "put_file"):  # objects of two parts and more go in parts
+        put = partial(getattr(folder.filesystem, name), chunksize=PART)
+        monkeypatch.setattr(folder.filesystem, name, put)
+    data = DATA * (2 * PART // len(DATA) + 1)
+    (tmp_path / "mesh").write_bytes(data)
+    writes = {
+        "written": lambda name: folder.write(name, data),
+        "created": lambda name: folder.write_new(name, data),  # nobody else was first
+        "uploaded": lambda name: folder.upload(name, tmp_path / "mesh"),
+    }
+    for count, (name, write) in enumerate(writes.items(), start=1):
+        proxy.plan = FaultPlan(seed=1, rate=1.0, weights={Fault.FORGOTTEN: 1.0}, limit=count)
+        write(name)
+        assert proxy.faults == {Fault.FORGOTTEN: count}
+        assert folder.read(name) == data
 
 
 def test_empty_objects_can_be_read(proxy, folder):

@@ -106,6 +106,22 @@ def test_failed_drive_is_one_line_and_exit_code_1_and_its_store_says_why(
     assert "not a video" in json.loads(out)[0]["error"]
 
 
+def test_names_and_records_of_others_cannot_steer_the_terminal(run, caplog, tmp_path):
+    evil, output = "\x1b]0;owned\x07", tmp_path / "out"
+    store = ReconstructionStore.create(output / "drive.zarr", {"drive": {"name": evil}})
+    store.commit("failed", {"error": f"{evil}\nsecond line, http://h/?sig=s"})
+    (tmp_path / f"{evil}.mp4").write_text("hello")
+    (tmp_path / f"{evil}").symlink_to("/dev")
+    calls = [("probe", tmp_path / f"{evil}.mp4"), ("status", output)]
+    for arguments in (*calls, ("plan", tmp_path, "--output", output, "--weights", "untrained")):
+        _, out, err = run(*arguments)
+        lines = [*out.splitlines(), *err.splitlines(), *caplog.messages]
+        assert all(line.isprintable() for line in lines), lines
+        assert "owned" in " ".join(lines)
+        assert "sig=s" not in out
+    assert "passed over" in " ".join(lines)  # by the log, wherever that goes
+
+
 def test_commands_on_a_store_that_is_not_there_are_one_line_errors(run, tmp_path):
     nothing = tmp_path / "nothing.zarr"
     for command in (("inspect",), ("report",), ("export", "--format", "ply")):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from recordings import moving_squares, write_video
+from web import running_web
 
 from storage.credentials import refuse_credentials
 
@@ -100,3 +101,20 @@ def test_finished_run_on_s3_stores_no_secret(tmp_path, seaweed):
     contents = [filesystem.cat_file(name) for name in found]
     contents += [p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()]
     assert all(seaweed.secret.encode() not in content for content in [*contents, said])
+
+
+@pytest.mark.slow
+def test_run_that_is_led_to_a_signed_address_tells_no_signature(tmp_path):
+    write_video(tmp_path / "squares.mp4", moving_squares(8))
+    with running_web(tmp_path) as web:
+        web.signature = f"X-Amz-Credential={KEY}&X-Amz-Signature={SECRET}"
+        web.fail = lambda request: 403 if "Range" in request.headers else None
+        code, said = run(
+            tmp_path,
+            f"{web.url}/squares.mp4",
+            str(tmp_path / "out"),
+            PREFECT_TASKS_DEFAULT_RETRY_DELAY_SECONDS="[0, 0, 0]",
+        )
+    assert code == 1
+    assert b"access denied (HTTP status 403)" in said
+    assert_nowhere(tmp_path, said)

@@ -1,7 +1,7 @@
 """A disk or server that holds recordings and goes away is no fault of the recordings."""
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -11,9 +11,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from recordings import moving_squares, write_video
 from seaweed import SeaweedProcess, free_ports
+from web import WebServer, running_web
 
 from storage.drives import list_drives
-from storage.errors import StoreUnavailable
+from storage.errors import StoreRefused, StoreUnavailable
 from storage.glance import glance_at
 from storage.media import UnreadableVideo
 from storage.video import probe_drive, read_frames
@@ -59,6 +60,14 @@ def make_large_clip(folder: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (56, 320, 320, 3), np.uint8)
     path = write_video(folder / "1.mp4", list(noise))
     assert path.stat().st_size > 9 * 2**20
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[WebServer]:
+    """A web server that holds two clips."""
+    make_clips(tmp_path)
+    with running_web(tmp_path) as server:
+        yield server
 
 
 @pytest.mark.parametrize("make", [make_clips, make_images, make_large_clip])
@@ -119,3 +128,49 @@ def test_clip_that_is_gone_is_still_the_clips_own_fault(tmp_path):
     with pytest.raises(UnreadableVideo, match="there is no such file"):
         next(read_frames(record, table, 0, 8))
     assert len(list(read_frames(record, table, 8, 16))) == 8
+
+
+@pytest.mark.parametrize("status", [429, 500, 503, 401, 403])
+def test_web_server_in_trouble_is_no_missing_file(web: WebServer, status):
+    url = f"{web.url}/1.mp4"
+    record, table = probe_drive(url)
+    web.fail_after(0, status)
+    for read in (lambda _: next(read_frames(record, table, 0, 8)), list_drives, probe_drive):
+        with pytest.raises(StoreUnavailable, match=rf"^{url}: .*HTTP status {status}") as told:
+            read(url)
+        assert isinstance(told.value, StoreRefused) == (status in (401, 403))
+
+
+def test_web_server_that_fails_between_frames_is_unavailable(web: WebServer):
+    make_large_clip(web.folder)
+    url = f"{web.url}/1.mp4"
+    record, table = probe_drive(url)
+    frames = read_frames(record, table, 0, record.frames)
+    next(frames)
+    web.fail_after(0, 503)
+    with pytest.raises(StoreUnavailable, match=rf"^{url}: .*HTTP status 503"):
+        list(frames)
+
+
+@pytest.mark.parametrize("read", [list_drives, probe_drive, glance_at, fingerprint])
+def test_web_server_that_fails_at_any_request_is_unavailable(web: WebServer, read):
+    url, before = f"{web.url}/1.mp4", web.requests
+    expected = read(url)
+    for count in range(web.requests - before):
+        web.fail_after(count, 503)
+        with pytest.raises(StoreUnavailable, match=rf"^{url}: .*HTTP status 503"):
+            read(url)
+    web.fail_after(1000, 503)
+    assert str(read(url)) == str(expected)
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_file_that_a_web_server_has_not_is_a_missing_one(web: WebServer, status):
+    url = f"{web.url}/1.mp4"
+    record, table = probe_drive(url)
+    web.fail_after(0, status)
+    for read in (probe_drive, lambda url: next(read_frames(record, table, 0, 8))):
+        with pytest.raises(UnreadableVideo, match="there is no such file"):
+            read(url)
+    with pytest.raises(ValueError, match="no drive is found"):
+        list_drives(url)
