@@ -31,7 +31,7 @@ WRITE_ALL: ArrayConfigParams = {"write_empty_chunks": True}
 def group_document(attributes: Mapping[str, Any]) -> bytes:
     """The zarr.json of a group."""
     document = {"zarr_format": 3, "node_type": "group", "attributes": plain(attributes)}
-    return json.dumps(document, indent=1, allow_nan=False).encode()
+    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _new_array(

@@ -46,7 +46,15 @@ from storage.errors import (
 )
 from storage.garbage import Referenced, find_garbage
 from storage.layout import ArraySpec, by_name, chunk_commit, segment_claim, segment_name
-from storage.objects import MOST_FILE_BYTES, Folder, check_name, explaining, open_folder, redacted
+from storage.objects import (
+    MOST_DOCUMENT_BYTES,
+    MOST_FILE_BYTES,
+    Folder,
+    check_name,
+    explaining,
+    open_folder,
+    redacted,
+)
 from storage.records import MOST_FRAMES, NOWHERE, Chunk, Segment
 
 __all__ = [
@@ -140,6 +148,7 @@ class ReconstructionStore:
         """Make a store at `url`, or open the one that is there, and set its attributes.
 
         Raises:
+            ValueError: the attributes are too large to be read again; they are not written.
             NotAStore: something else is there; it is left untouched.
             StoreTooNew: a store of a newer schema is there.
             StoreUnavailable: no credentials, no such bucket, not writable, no answer.
@@ -185,7 +194,11 @@ class ReconstructionStore:
         return found
 
     def update_attributes(self, attributes: Mapping[str, Any]) -> None:
-        """Set attributes by name and keep the others; NaN and infinities become null."""
+        """Set attributes by name and keep the others; NaN and infinities become null.
+
+        Raises:
+            ValueError: together they are too large to be read again; none is written.
+        """
         self._check_drive()
         _write_root(self._folder, self.attributes, attributes)
 
@@ -1031,7 +1044,7 @@ def _new_root(folder: Folder, attributes: Mapping[str, Any]) -> dict[str, Any]:
     content = ["a file"] if folder.is_file() else list(folder.sizes())
     if not content:
         with suppress(CommitExists):
-            folder.write_new("zarr.json", group_document(_merged({}, attributes)))
+            folder.write_new("zarr.json", _root_document(_merged({}, attributes)))
     found = _root_attributes(folder)
     if found is None:
         raise NotAStore(
@@ -1045,7 +1058,18 @@ def _write_root(folder: Folder, current: Mapping[str, Any], changes: Mapping[str
     """Merge `changes` into the attributes; no write where nothing changes."""
     merged = _merged(current, changes)
     if merged != current:
-        folder.write("zarr.json", group_document(merged))
+        folder.write("zarr.json", _root_document(merged))
+
+
+def _root_document(attributes: Mapping[str, Any]) -> bytes:
+    document = group_document(attributes)
+    if len(document) > MOST_DOCUMENT_BYTES:
+        raise ValueError(
+            f"the record and plan of the drive have {len(document) >> 20} MiB, more than the "
+            f"{MOST_DOCUMENT_BYTES >> 20} MiB that are read again; they were not written: choose "
+            "longer segments (segment_frames), or cut the recording into several drives"
+        )
+    return document
 
 
 def _merged(current: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class UnreadableFrame:
-    """A frame that the recording promises and that cannot be decoded."""
+    """A frame that the recording promises and that cannot be decoded.
+
+    Of very many the last of a clip stands for all that follow, wherever they are.
+    """
 
     clip: int  # index into DriveRecord.clips
     index: int  # position in the clip, in presentation order where known

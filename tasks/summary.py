@@ -94,7 +94,7 @@ def summarise(store: ReconstructionStore) -> dict[str, Any]:
         record = DriveRecord.from_json(store.attributes["drive"])
         figures |= {
             "frames": record.frames,
-            "frames_unreadable": len(record.unreadable),
+            "frames_unreadable": sum(max(lost.count, 1) for lost in record.unreadable),
             "recording": f"{record.width} x {record.height}, {record.codec}, {record.fps:.4g} fps",
             "duration_s": record.duration_s,
         }
