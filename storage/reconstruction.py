@@ -577,8 +577,9 @@ class ReconstructionStore:
                 f"{segment.start}..{segment.stop}"
             )
         found = self._require_layout(segment)
-        all_chunks = segment.chunks(found["chunk_frames"])
-        chunks = [c for c in all_chunks if c.start < stop and start < c.stop]
+        each = found["chunk_frames"]
+        numbers = range((start - segment.start) // each, -(-(stop - segment.start) // each))
+        chunks = [segment.chunk(number, each) for number in numbers]
         records = self._require_chunks(segment, chunks, found)
         rows = slice(start - segment.start, stop - segment.start)
         with self._vouched(records, segment_name(segment.index)):
@@ -1130,7 +1131,7 @@ def _segment_attributes(
     segment: Segment, chunk_frames: int, common: Mapping[str, int]
 ) -> dict[str, Any]:
     """What a segment's group says of it, but for its creation."""
-    own = {"frame": segment.frames, "chunk": len(segment.chunks(chunk_frames))}
+    own = {"frame": segment.frames, "chunk": segment.count_chunks(chunk_frames)}
     return {
         "start": segment.start,
         "stop": segment.stop,
@@ -1148,7 +1149,8 @@ def _check_names(given: Any, known: Mapping[str, ArraySpec], required: set[str])
 
 
 def _check_chunk(segment: Segment, chunk: Chunk, chunk_frames: int) -> None:
-    if chunk not in segment.chunks(chunk_frames):
+    is_there = 0 <= chunk.index < segment.count_chunks(chunk_frames)
+    if not is_there or chunk != segment.chunk(chunk.index, chunk_frames):
         raise ValueError(
             f"{chunk} is not a chunk of {segment} cut every {chunk_frames} frames; writing it "
             "would touch the shard of another chunk"
