@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import platform
+import re
 import threading
 import time
 import uuid
@@ -63,7 +64,7 @@ class Claim:
         await_free([self])
         numbers, found = self._seen or ([], {})
         if found.get("progress") == self._progress:
-            self.deaths = int(found.get("deaths", 0)) + 1
+            self.deaths = _deaths_in(found) + 1
         number = max(numbers, default=0) + 1
         self._object = self._object_of(number)
         self._renewed = time.monotonic()
@@ -191,7 +192,7 @@ class Claim:
 
     def _numbers(self) -> list[int]:
         names = (n.rpartition("/")[2] for n in self._folder.sizes(self._prefix))
-        return sorted(int(n[:6]) for n in names if len(n) == 11 and n[:6].isdigit())
+        return sorted(int(n[:6]) for n in names if re.fullmatch(r"[0-9]{6}\.json", n))
 
     def _record(self, numbers: list[int]) -> dict[str, Any] | None:
         """Record of the newest of the claims; None where it is gone."""
@@ -294,11 +295,17 @@ def _start_of(pid: int) -> str | None:
 
 def _is_alive(record: dict[str, Any]) -> bool | None:
     """Whether the holder lives; None where that cannot be seen from here."""
-    if not record.get("machine") or record["machine"] != _machine():
+    machine, pid, started = (record.get(name) for name in ("machine", "pid", "started"))
+    if not machine or machine != _machine() or type(pid) is not int:
         return None
-    if record["pid"] == os.getpid() and record["started"] == _start_of(os.getpid()):
-        return record["token"] in _held
-    return record["started"] is not None and _start_of(record["pid"]) == record["started"]
+    if pid == os.getpid() and started == _start_of(pid):
+        return str(record.get("token")) in _held
+    return started is not None and _start_of(pid) == started
+
+
+def _deaths_in(record: dict[str, Any]) -> int:
+    found = record.get("deaths")
+    return found if type(found) is int else 0
 
 
 def _parsed(data: bytes | None) -> dict[str, Any] | None:
@@ -307,6 +314,6 @@ def _parsed(data: bytes | None) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}

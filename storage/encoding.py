@@ -31,7 +31,7 @@ WRITE_ALL: ArrayConfigParams = {"write_empty_chunks": True}
 def group_document(attributes: Mapping[str, Any]) -> bytes:
     """The zarr.json of a group."""
     document = {"zarr_format": 3, "node_type": "group", "attributes": plain(attributes)}
-    return json.dumps(document, indent=1, allow_nan=False).encode()
+    return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _new_array(
@@ -69,15 +69,23 @@ def empty_segment(group: str, segment: Segment, wanted: Mapping[str, Any]) -> di
     """Objects of a new segment without those of the group itself."""
     chunk_frames = wanted["chunk_frames"]
     documents = _segment_documents(chunk_frames, tuple(sorted(wanted["sizes"].items())))
-    stops = [chunk.stop for chunk in segment.chunks(chunk_frames)]
     objects = {f"{group}/{name}": document for name, document in documents.items()}
-    for name, numbers in (
-        ("frame", np.arange(segment.start, segment.stop)),
-        ("state/frame", np.array(stops)),
-    ):
+    for name, numbers in coordinates(segment.start, segment.stop, chunk_frames).items():
         shards = encode_rows(documents[f"{name}/zarr.json"], slice(0, len(numbers)), numbers)
         objects |= {f"{group}/{name}/{key}": data for key, data in shards.items()}
     return objects
+
+
+def coordinates(start: int, stop: int, chunk_frames: int) -> dict[str, np.ndarray]:
+    """Arrays of a segment whose values are known before it is inferred, by name.
+
+    Args:
+        start, stop: frames of the drive, half-open.
+        chunk_frames: frames in each chunk but the last.
+    """
+    each = min(chunk_frames, stop - start)
+    stops = np.append(np.arange(start + each, stop, each), stop)
+    return {"frame": np.arange(start, stop), "state/frame": stops}
 
 
 @lru_cache(maxsize=8)

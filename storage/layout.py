@@ -258,8 +258,9 @@ def spec_at(path: str) -> ArraySpec:
         return by_name(FRAME_ARRAYS if group == FRAMES else TRAJECTORY_ARRAYS)[name]
     if segment_index(group) is None or group.count("/") > 1 + group.endswith("/state"):
         raise KeyError(path)
-    is_state = group.endswith("/state")
-    return by_name(STATE_ARRAYS if is_state else SEGMENT_ARRAYS)[name]
+    if group.endswith("/state"):
+        return by_name((*STATE_ARRAYS, STATE_FRAME))[name]
+    return by_name((*SEGMENT_ARRAYS, FRAME_COORDINATE))[name]
 
 
 def segment_name(index: int) -> str:

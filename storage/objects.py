@@ -45,7 +45,7 @@ NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # A listing that a connection remembers would hide what other writers add.
 REMOTE_OPTIONS: dict[str, Any] = {"use_listings_cache": False}
 S3_OPTIONS: dict[str, Any] = {"max_concurrency": 1}  # else s3fs asks for the size before it reads
-MOST_DOCUMENT_BYTES = 32 * 2**20  # of a JSON object; a day of video has a tenth of it
+MOST_DOCUMENT_BYTES = 32 * 2**20  # of a JSON object; the plan of a day has up to 24 MiB
 MOST_NAME_BYTES, MOST_PART_BYTES = 800, 200  # what S3 and disks take, with room for our own
 MOST_FILE_BYTES = 2**32  # of a mesh or picture that is read into memory
 WRITERS = 4  # objects that are written at the same time

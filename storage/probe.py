@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,8 @@ from storage.records import (
     UnreadableFrame,
 )
 from storage.scenes import SceneSeries, hard_cuts
+
+MOST_UNREADABLE = 10_000  # places that a record lists; a drive's record stays some MB
 
 
 @dataclass
@@ -181,7 +184,7 @@ class _Assembly:
             codec=first.codec,
             rotation=(-90 * first.turns) % 360,
             cuts=tuple(cuts),
-            unreadable=tuple(self._unreadable),
+            unreadable=_bounded(self._unreadable),
             problems=(*self._problems, *describe_scenes(series, table, cuts)),
         )
         return record, table
@@ -225,6 +228,19 @@ class _Assembly:
         return FrameTable(seconds, clip.astype(np.int32), index, flags.astype(np.uint8))
 
 
+def _bounded(lost: Sequence[UnreadableFrame]) -> tuple[UnreadableFrame, ...]:
+    """The first `MOST_UNREADABLE`, and one for each clip that stands for all that follow."""
+    following = groupby(lost[MOST_UNREADABLE:], key=lambda frame: frame.clip)
+    rest = [list(frames) for _, frames in following]
+    return (*lost[:MOST_UNREADABLE], *map(_together, rest))
+
+
+def _together(frames: Sequence[UnreadableFrame]) -> UnreadableFrame:
+    first, count = frames[0], sum(frame.count for frame in frames)
+    reason = first.reason if len(frames) == 1 else f"{first.reason}; more follow, not in one row"
+    return replace(first, reason=reason, count=count)
+
+
 def _probe_images(location: str, progress: Progress | None) -> tuple[DriveRecord, FrameTable]:
     scan = scan_images(location, progress)
     frames = len(scan.index)
@@ -250,6 +266,6 @@ def _probe_images(location: str, progress: Progress | None) -> tuple[DriveRecord
         codec=scan.codec,
         rotation=scan.rotation,
         cuts=tuple(cuts),
-        unreadable=tuple(UnreadableFrame(0, i, why) for i, why in scan.lost.items()),
+        unreadable=_bounded([UnreadableFrame(0, i, why) for i, why in scan.lost.items()]),
         problems=(*problems, *describe_scenes(scan.series, table, cuts)),
     ), table

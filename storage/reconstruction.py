@@ -26,6 +26,7 @@ from storage.commits import Commits, mapping_in, plain
 from storage.encoding import (
     StoredRows,
     VouchedObjects,
+    coordinates,
     empty_segment,
     encode_rows,
     group_document,
@@ -47,6 +48,7 @@ from storage.errors import (
 from storage.garbage import Referenced, find_garbage
 from storage.layout import ArraySpec, by_name, chunk_commit, segment_claim, segment_name
 from storage.objects import (
+    MOST_DOCUMENT_BYTES,
     MOST_FILE_BYTES,
     Folder,
     check_name,
@@ -55,7 +57,7 @@ from storage.objects import (
     open_folder,
     redacted,
 )
-from storage.records import MOST_FRAMES, Chunk, Segment
+from storage.records import MOST_FRAMES, NOWHERE, Chunk, Segment
 
 __all__ = [
     "ChunkMissing",
@@ -148,6 +150,7 @@ class ReconstructionStore:
         """Make a store at `url`, or open the one that is there, and set its attributes.
 
         Raises:
+            ValueError: the attributes are too large to be read again; they are not written.
             NotAStore: something else is there; it is left untouched.
             StoreTooNew: a store of a newer schema is there.
             StoreUnavailable: no credentials, no such bucket, not writable, no answer.
@@ -193,7 +196,11 @@ class ReconstructionStore:
         return found
 
     def update_attributes(self, attributes: Mapping[str, Any]) -> None:
-        """Set attributes by name and keep the others; NaN and infinities become null."""
+        """Set attributes by name and keep the others; NaN and infinities become null.
+
+        Raises:
+            ValueError: together they are too large to be read again; none is written.
+        """
         self._check_drive()
         _write_root(self._folder, self.attributes, attributes)
 
@@ -589,8 +596,9 @@ class ReconstructionStore:
                 f"{segment.start}..{segment.stop}"
             )
         found = self._require_layout(segment)
-        all_chunks = segment.chunks(found["chunk_frames"])
-        chunks = [c for c in all_chunks if c.start < stop and start < c.stop]
+        each = found["chunk_frames"]
+        numbers = range((start - segment.start) // each, -(-(stop - segment.start) // each))
+        chunks = [segment.chunk(number, each) for number in numbers]
         records = self._require_chunks(segment, chunks, found)
         rows = slice(start - segment.start, stop - segment.start)
         with self._vouched(records, segment_name(segment.index)):
@@ -825,18 +833,21 @@ class ReconstructionStore:
     def verify(self) -> list[str]:
         """Read back all that is committed and compare digests; names of what is damaged.
 
-        A commit that is no record of ours is named itself, "commits/align.json", and so is the
-        metadata of a segment's array, "segments/0000/gate/zarr.json", whatever is committed of it.
+        A commit that is no record of ours is named itself, "commits/align.json", and so are the
+        coordinates of a segment, "segments/0000/frame", and the metadata of its arrays,
+        "segments/0000/gate/zarr.json", whatever is committed of it. Those of the segment itself,
+        "segments/0000/zarr.json", are named where they are not what chunks were committed to.
         """
         commits = self._commits.each()
         damaged = [name for commit, record in commits for name in self._damage(commit, record)]
-        return damaged + [name for names in self._broken_segments().values() for name in names]
+        broken = [name for names in self._broken_segments().values() for name in names]
+        return list(dict.fromkeys(damaged + broken))
 
     def repair(self) -> list[str]:
         """Declare what `verify` finds damaged unfinished, so that the next run makes it anew.
 
-        Only the commits whose own data or files are damaged are dropped. A segment whose array
-        metadata are damaged is removed, as none of its chunks can be read or written.
+        Only the commits whose own data or files are damaged are dropped. A segment whose
+        coordinates or array metadata are damaged is removed: the latter let no chunk be read.
 
         Holds the claim on the drive while it reads and, before it drops anything, those on all
         that it drops: it could take back what a run has made anew meanwhile.
@@ -897,20 +908,20 @@ class ReconstructionStore:
         What a run at work has written and not committed yet is younger than a day.
         """
         self._commits.check_sum()
-        creations = self._creations()
-        kept = Referenced(_planned(self.attributes, creations.keys()) & creations.keys())
+        there = self._segments_there()
+        kept = Referenced(_planned(self.attributes, there) & there)
         for name, record in self._commits.each():
-            if _is_valid(name, record, creations):
+            if _is_valid(name, record):
                 kept.add(name, record)
         return find_garbage(self._folder, kept, age_s)
 
-    def _creations(self) -> dict[int, Any]:
-        """What the groups of all segments are called by the commits of their chunks, by index."""
+    def _segments_there(self) -> set[int]:
+        """Indices of the segments whose groups have attributes."""
         listed = self._folder.sizes(layout.SEGMENTS)
         indices = {i for name in listed if (i := layout.segment_index(name)) is not None}
         groups = {n: i for i in indices if (n := f"{segment_name(i)}/zarr.json") in listed}
         documents = self._folder.each_record({name: listed[name] for name in groups})
-        return {groups[n]: a.get("creation") for n, data in documents if (a := _attributes(data))}
+        return {groups[name] for name, data in documents if _attributes(data)}
 
     def delete_garbage(self, age_s: float) -> dict[str, int]:
         """Remove what `garbage` gives, as the only one at work on the store.
@@ -941,6 +952,8 @@ class ReconstructionStore:
         if not _is_record(commit, record):
             return [f"{layout.COMMITS}/{commit}.json"]
         numbers = layout.chunk_numbers(commit)
+        if numbers is not None and not self._is_of_segment(record, *numbers):
+            return [f"{segment_name(numbers[0])}/zarr.json"]
         chunk = None if numbers is None else numbers[1]
         named = "" if chunk is None else f" chunk {chunk}"
         digests, files = mapping_in(record, "digests"), mapping_in(record, "files")
@@ -948,23 +961,41 @@ class ReconstructionStore:
         broken = [name for name, d in files.items() if self._stored_file_digest(name) != d]
         return [f"{path}{named}" for path in arrays] + broken
 
+    def _is_of_segment(self, record: dict[str, Any], index: int, chunk: int) -> bool:
+        """Whether a commit is of this chunk of the segment that is there now."""
+        found = self._sound_layout(index)
+        if found is None:
+            return False
+        segment = Segment(index, found["start"], found["stop"], NOWHERE)
+        return _is_of(record, segment.chunk(chunk, found["chunk_frames"]), found)
+
+    def _sound_layout(self, index: int) -> dict[str, Any] | None:
+        """As `_segment_layout`, None also where the document is too large to be one."""
+        name = f"{segment_name(index)}/zarr.json"
+        return _layout_in(self._folder.read_records([name]).get(name))
+
     def _broken_segments(self) -> dict[int, list[str]]:
-        """Objects of metadata that are not those of an array of ours, by index of the segment."""
+        """Coordinates and metadata of arrays that are not ours, by index of the segment."""
         listed = map(layout.segment_index, self._folder.sizes(layout.SEGMENTS))
         found = {i: self._broken_metadata(i) for i in sorted({i for i in listed if i is not None})}
         return {index: names for index, names in found.items() if names}
 
     def _broken_metadata(self, index: int) -> list[str]:
         """Of one segment; none while it is being made or removed."""
+        found = self._sound_layout(index)
+        if found is None:
+            return []
         group = segment_name(index)
         paths = [_array_path(group, name) for name in CHUNK_SPECS]
         specs = {f"{path}/zarr.json": layout.spec_at(path) for path in paths}
         sizes = {n: s for n, s in self._folder.sizes(group).items() if n in specs}
         sound = {n for n, data in self._folder.each_record(sizes) if is_array(data, specs[n])}
+        wanted = coordinates(found["start"], found["stop"], found["chunk_frames"])
+        known = {f"{group}/{name}": _digest(values) for name, values in wanted.items()}
         broken = [name for name in specs if name not in sound]
-        # Looked at last: it is written after the arrays, and removed before them.
-        made = self._folder.read_records([f"{group}/zarr.json"]).values() if broken else ()
-        return broken if any(map(_layout_in, made)) else []
+        broken += [p for p, digest in known.items() if self._stored_digest(p, {}, None) != digest]
+        # Looked at again: it is removed before its arrays.
+        return broken if broken and self._sound_layout(index) == found else []
 
     def _stored_file_digest(self, name: str) -> str | None:
         """Through a local copy: a mesh may be larger than memory."""
@@ -1033,7 +1064,7 @@ def _new_root(folder: Folder, attributes: Mapping[str, Any]) -> dict[str, Any]:
     content = ["a file"] if folder.is_file() else list(folder.sizes())
     if not content:
         with suppress(CommitExists):
-            folder.write_new("zarr.json", group_document(_merged({}, attributes)))
+            folder.write_new("zarr.json", _root_document(_merged({}, attributes)))
     found = _root_attributes(folder)
     if found is None:
         raise NotAStore(
@@ -1047,7 +1078,18 @@ def _write_root(folder: Folder, current: Mapping[str, Any], changes: Mapping[str
     """Merge `changes` into the attributes; no write where nothing changes."""
     merged = _merged(current, changes)
     if merged != current:
-        folder.write("zarr.json", group_document(merged))
+        folder.write("zarr.json", _root_document(merged))
+
+
+def _root_document(attributes: Mapping[str, Any]) -> bytes:
+    document = group_document(attributes)
+    if len(document) > MOST_DOCUMENT_BYTES:
+        raise ValueError(
+            f"the record and plan of the drive have {len(document) >> 20} MiB, more than the "
+            f"{MOST_DOCUMENT_BYTES >> 20} MiB that are read again; they were not written: choose "
+            "longer segments (segment_frames), or cut the recording into several drives"
+        )
+    return document
 
 
 def _merged(current: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -1093,6 +1135,7 @@ def _layout_in(data: bytes | None) -> dict[str, Any] | None:
     lengths = [sizes.get(dim) for spec in CHUNK_SPECS.values() for dim in spec.dims]
     counts = [*lengths, found.get("start"), found.get("stop"), found.get("chunk_frames")]
     is_whole = all(type(n) is int and n >= 0 for n in counts) and found["chunk_frames"] > 0
+    is_whole = is_whole and _is_range([found["start"], found["stop"]])
     return found if is_whole and isinstance(found.get("creation"), str) else None
 
 
@@ -1107,7 +1150,7 @@ def _segment_attributes(
     segment: Segment, chunk_frames: int, common: Mapping[str, int]
 ) -> dict[str, Any]:
     """What a segment's group says of it, but for its creation."""
-    own = {"frame": segment.frames, "chunk": len(segment.chunks(chunk_frames))}
+    own = {"frame": segment.frames, "chunk": segment.count_chunks(chunk_frames)}
     return {
         "start": segment.start,
         "stop": segment.stop,
@@ -1125,7 +1168,8 @@ def _check_names(given: Any, known: Mapping[str, ArraySpec], required: set[str])
 
 
 def _check_chunk(segment: Segment, chunk: Chunk, chunk_frames: int) -> None:
-    if chunk not in segment.chunks(chunk_frames):
+    is_there = 0 <= chunk.index < segment.count_chunks(chunk_frames)
+    if not is_there or chunk != segment.chunk(chunk.index, chunk_frames):
         raise ValueError(
             f"{chunk} is not a chunk of {segment} cut every {chunk_frames} frames; writing it "
             "would touch the shard of another chunk"
@@ -1241,14 +1285,9 @@ def _is_file_name(name: str) -> bool:
         return False
 
 
-def _is_valid(name: str, record: Mapping[str, Any], creations: Mapping[int, Any]) -> bool:
-    """Whether a commit counts: one of a chunk belongs to the segment as it was created last."""
-    if not _is_of_chunk(name):
-        return bool(record)
-    numbers = layout.chunk_numbers(name)
-    if numbers is None:
-        return False
-    return bool(record.get("creation") == creations.get(numbers[0]))
+def _is_valid(name: str, record: Mapping[str, Any]) -> bool:
+    """Whether what a commit refers to is kept, though the group of its segment may be damaged."""
+    return bool(record) and (not _is_of_chunk(name) or layout.chunk_numbers(name) is not None)
 
 
 def _planned(attributes: Mapping[str, Any], there: Collection[int]) -> set[int]:

@@ -39,7 +39,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class UnreadableFrame:
-    """A frame that the recording promises and that cannot be decoded."""
+    """A frame that the recording promises and that cannot be decoded.
+
+    Of very many the last of a clip stands for all that follow, wherever they are.
+    """
 
     clip: int  # index into DriveRecord.clips
     index: int  # position in the clip, in presentation order where known
@@ -153,10 +156,18 @@ class Segment:
         """Number of frames."""
         return self.stop - self.start
 
+    def count_chunks(self, chunk_frames: int) -> int:
+        """Number of chunks of `chunk_frames`."""
+        return -(-self.frames // chunk_frames)
+
+    def chunk(self, index: int, chunk_frames: int) -> Chunk:
+        """One of the chunks of `chunk_frames`; the last one may be shorter."""
+        start = self.start + index * chunk_frames
+        return Chunk(index, start, min(start + chunk_frames, self.stop))
+
     def chunks(self, chunk_frames: int) -> list[Chunk]:
         """Cut into chunks of `chunk_frames`; the last one may be shorter."""
-        starts = range(self.start, self.stop, chunk_frames)
-        return [Chunk(i, s, min(s + chunk_frames, self.stop)) for i, s in enumerate(starts)]
+        return [self.chunk(i, chunk_frames) for i in range(self.count_chunks(chunk_frames))]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
 
     Raises:
         ValueError: that stage has not finished, or there is no such part.
+        DataDamaged: what is stored is not what was committed; nothing is written.
     """
     store = ReconstructionStore.open(url)
     part = choose_part(store, part)
@@ -88,9 +89,10 @@ def mesh_bytes(store: ReconstructionStore, format: str, part: int) -> bytes:
     if not mesh["triangles"]:
         raise ValueError(f"part {part} of {store.url} has an empty mesh; there is nothing to write")
     name = f"{mesh['folder']}/mesh.{format}"
-    if not store.list_files(name):
+    files = merged.get("files") or {}
+    if name not in files and not store.list_files(name):
         raise ValueError(
             f"{store.url} has no {format.upper()} of part {part}, as it would be too large "
             f"({mesh['triangles']:,} triangles); export ply instead"
         )
-    return store.get_file(name)
+    return store.get_file(name, files.get(name))

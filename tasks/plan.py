@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import pairwise
@@ -160,6 +161,12 @@ def read_placed_plan(store: ReconstructionStore) -> Plan:
 def read_aside(store: ReconstructionStore) -> dict[int, dict[str, Any]]:
     """Why segments are set aside, by their index."""
     return {int(n.rpartition("/")[2]): record for n, record in store.commits(ASIDE).items()}
+
+
+def list_aside(store: ReconstructionStore) -> list[int]:
+    """Segments that are set aside, from a listing: no record is read."""
+    names = (name.rpartition("/")[2] for name in store.commit_names(ASIDE))
+    return sorted(int(name) for name in names if re.fullmatch("[0-9]{4,9}", name))
 
 
 def aside_commit(index: int) -> str:

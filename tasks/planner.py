@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from storage.bounds import ILLEGIBLE
 from storage.drives import DriveLocation
 from storage.errors import StoreRefused
 from storage.glance import glance_at
@@ -123,10 +124,12 @@ def _observe(url: str, sha256: str) -> tuple[list[Observation], list[Observation
     try:
         store = ReconstructionStore.open(url)
         ledger = store.read_commit(LEDGER)
-        if ledger is None:
-            return [], _observe_unfinished(store, sha256)
-        return (observed(ledger) if ledger["weights_sha256"] == sha256 else []), []
-    except StoreError:  # a damaged neighbour: others tell the rates
+        finished = observed(ledger) if ledger and ledger["weights_sha256"] == sha256 else []
+        unfinished = _observe_unfinished(store, sha256) if ledger is None else []
+        for observation in (*finished, *unfinished):
+            fit_rates([observation])  # fails where its figures are none
+        return finished, unfinished
+    except (StoreError, *ILLEGIBLE):  # a damaged neighbour: others tell the rates
         return [], []
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import fsspec
 import numpy as np
 
+from storage.layout import chunk_numbers
 from storage.media import is_there
 from storage.objects import REMOTE_OPTIONS, explaining
 from storage.reconstruction import ReconstructionStore
 from storage.records import NOWHERE, DriveRecord, Plan
-from tasks.plan import read_aside
+from tasks.plan import list_aside
 
 # What one thread each is busy with during inference, by the seconds in the chunks' commits.
 BUSY = {
@@ -54,7 +55,7 @@ def progress(url: str) -> dict[str, Any]:
     store = ReconstructionStore.open(url)
     commits = {name: store.read_commit(name) for name in ("probe", "plan", "align", "report")}
     commits["fuse"] = store.read_commit("fuse/merged")
-    aside = read_aside(store)
+    aside = list_aside(store)
     chunks, done = count_chunks(store, aside)
     commits["infer"] = {} if chunks and done == chunks else None
     stage = next((name for name in STAGES if commits[name] is None), "done")
@@ -66,7 +67,7 @@ def progress(url: str) -> dict[str, Any]:
         "stage": stage,
         "chunks": chunks,
         "chunks_done": done,
-        "set_aside": sorted(aside),
+        "set_aside": aside,
         "error": None if failed is None else failed["error"],
     }
 
@@ -77,12 +78,13 @@ def count_chunks(store: ReconstructionStore, aside: Collection[int] = ()) -> tup
         return 0, 0
     plan = Plan.from_json(store.attributes["plan"])
     wanted = {
-        f"infer/{segment.index:04d}/{chunk.index:04d}"
+        segment.index: segment.count_chunks(plan.chunk_frames)
         for segment in plan.segments
         if segment.index not in aside
-        for chunk in segment.chunks(plan.chunk_frames)
     }
-    return len(wanted), len(wanted & set(store.commit_names("infer")))
+    numbers = filter(None, map(chunk_numbers, store.commit_names("infer")))
+    done = sum(chunk < wanted.get(segment, 0) for segment, chunk in numbers)
+    return sum(wanted.values()), done
 
 
 def summarise(store: ReconstructionStore) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def summarise(store: ReconstructionStore) -> dict[str, Any]:
         record = DriveRecord.from_json(store.attributes["drive"])
         figures |= {
             "frames": record.frames,
-            "frames_unreadable": len(record.unreadable),
+            "frames_unreadable": sum(max(lost.count, 1) for lost in record.unreadable),
             "recording": f"{record.width} x {record.height}, {record.codec}, {record.fps:.4g} fps",
             "duration_s": record.duration_s,
         }

@@ -250,6 +250,27 @@ def test_plan_that_no_drive_has_is_refused(plan):
         Plan.from_json(plan)
 
 
+def test_plan_of_a_day_in_short_segments_can_be_read_again(store):
+    frames = 24 * 3600 * 60
+    starts = range(0, frames - 4, 12)
+    segments = tuple(Segment(i, s, min(s + 16, frames), 0) for i, s in enumerate(starts))
+    store.update_attributes({"plan": Plan(frames, 16, segments).to_json()})
+    assert path_of(store, "zarr.json").stat().st_size < LARGE * 0.75
+    assert len(ReconstructionStore.open(store.url).attributes["plan"]["segments"]) == len(segments)
+
+
+def test_attributes_that_could_not_be_read_again_are_not_written(store, tmp_path):
+    store.update_attributes({"drive": "mine"})
+    with pytest.raises(ValueError, match=r"have 33 MiB, more than the 32 .* longer segments"):
+        store.update_attributes({"plan": "x" * LARGE})
+    with pytest.raises(ValueError, match="longer segments"):
+        ReconstructionStore.create(store.url, {"plan": "x" * LARGE})
+    assert ReconstructionStore.open(store.url).attributes["drive"] == "mine"
+    with pytest.raises(ValueError, match="longer segments"):
+        ReconstructionStore.create(tmp_path / "new.zarr", {"plan": "x" * LARGE})
+    assert not (tmp_path / "new.zarr").exists()
+
+
 @pytest.fixture
 def full(store):
     """The store with a trajectory, a mesh and a plan too."""

@@ -17,6 +17,7 @@ from storage.objects import open_folder
 from storage.reconstruction import ReconstructionStore
 
 ROOT = Path(__file__).resolve().parents[2]
+PID = str(os.getpid()).encode()
 HOLDER = """
 import sys, time
 from storage.reconstruction import ReconstructionStore
@@ -145,6 +146,38 @@ def test_waiting_for_a_lost_machine_can_be_given_up(store):
     ):
         pass
     assert store._folder.sizes("claims").keys() == {"claims/zarr.json", *left}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"[" * 100_000,
+        b"\xff",
+        b"[1]",
+        b'{"progress": 0, "deaths": "x"}',
+        b'{"progress": 0, "deaths": Infinity}',
+        b'{"machine": "here"}',
+        b'{"machine": "here", "pid": "../../etc", "started": "1"}',
+        b'{"machine": "here", "pid": %d, "started": "", "token": []}',
+    ],
+)
+def test_claim_that_is_none_of_ours_is_taken_over(store, monkeypatch, record):
+    monkeypatch.setattr(claims, "LEASE_S", 1.0)
+    monkeypatch.setattr(claims, "WATCH_S", 0.1)
+    monkeypatch.setattr(claims, "_machine", lambda: "here")
+    monkeypatch.setattr(claims, "_start_of", lambda _: "")
+    open_folder(store.url).write("claims/drive/000001.json", record.replace(b"%d", PID))
+    with store.claim("drive") as claim:
+        assert claim.deaths <= 1
+    assert store.repair() == []
+
+
+@pytest.mark.parametrize("name", ["00000\u00b2.json", "00000\u0663.json", "000001.data"])
+def test_object_that_is_not_named_like_a_claim_is_none(store, name):
+    open_folder(store.url).write(f"claims/drive/{name}", b"{}")
+    with store.claim("drive") as claim:
+        assert claim.deaths == 0
+    assert store.repair() == []
 
 
 def test_chunk_is_not_written_after_the_claim_on_its_segment_is_lost(store):

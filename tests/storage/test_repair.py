@@ -1,9 +1,14 @@
 """Repair: what is damaged is declared unfinished, and never anything else."""
 
+import json
+
 import fsspec
+import numpy as np
 import pytest
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
+from storage import layout
+from storage.encoding import whole_array
 from storage.errors import Claimed, ClaimLost
 from storage.reconstruction import ReconstructionStore
 
@@ -110,3 +115,58 @@ def test_nothing_more_is_dropped_once_the_claim_is_lost(store, monkeypatch):
     with pytest.raises(ClaimLost):
         store.repair()
     assert len(store.commit_names("infer")) == len(CHUNKS) - 1
+
+
+def change_attributes(store: ReconstructionStore, **changes: object) -> None:
+    """Damage what a segment's group says of it."""
+    name = f"{store.url}/segments/0000/zarr.json"
+    with fsspec.open(name) as file:
+        node = json.load(file)
+    node["attributes"] |= changes
+    with fsspec.open(name, "w") as file:
+        json.dump(node, file)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda store: change_attributes(store, creation="another"),
+        lambda store: change_attributes(store, creation=None),
+        lambda store: change_attributes(store, start=1),
+        lambda store: change_attributes(store, stop=10**30),
+        lambda store: change_attributes(store, chunk_frames=10**30),
+        lambda store: overwrite(store, "segments/0000/zarr.json"),
+        lambda store: store._folder.delete("segments/0000/zarr.json"),
+    ],
+)
+def test_segment_whose_group_is_damaged_is_named_kept_by_gc_and_made_anew(store, damage):
+    damage(store)
+    assert store.verify()[0] == "segments/0000/zarr.json"
+    assert store.garbage(0) == {}
+    commits = [f"infer/0000/{number:04d}" for number in range(len(CHUNKS))]
+    assert store.repair()[: len(CHUNKS)] == commits
+    assert store.verify() == []
+    store.create_segment(SEGMENT, 16, **SHAPE)
+    for number in range(len(CHUNKS)):
+        finish(store, number)
+    assert store.verify() == []
+    assert store.read(SEGMENT, "depth", 0, 46).shape == (46, 48, 64)
+
+
+@pytest.mark.parametrize("name", ["frame", "state/frame"])
+@pytest.mark.parametrize("content", ["zeros", "damaged", "gone"])
+def test_segment_whose_coordinates_are_damaged_is_named_and_removed(store, name, content):
+    path = f"segments/0000/{name}"
+    if content == "zeros":
+        rows = len(CHUNKS) if name == "state/frame" else SEGMENT.frames
+        spec = layout.spec_at(path)
+        for part, data in whole_array(path, spec, np.zeros(rows, np.int64)).items():
+            store._folder.write(part, data)
+    elif content == "damaged":
+        overwrite(store, f"{path}/c/0")
+    else:
+        store._folder.delete(f"{path}/c/0")
+    assert store.verify() == [path]
+    assert store.repair() == ["segments/0000"]
+    assert store.verify() == []
+    assert store.commit_names("infer") == []

@@ -13,6 +13,7 @@ import pytest
 from numbered_video import X264, encode, number_in, picture
 from PIL import Image
 
+from storage import probe
 from storage.errors import GivenUp
 from storage.records import FrameTable
 from storage.video import UnreadableVideo, list_drives, probe_drive, probe_video, read_frames
@@ -308,3 +309,17 @@ def test_images_that_cannot_be_used_are_listed(tmp_path):
     (tmp_path / "6.jpg").write_bytes((tmp_path / "5.jpg").read_bytes())
     with pytest.raises(UnreadableVideo, match="holds 7 images, 6 when it was probed"):
         list(read_frames(record, table, 0, 4))
+
+
+def test_of_very_many_images_that_cannot_be_used_the_last_stands_for_the_rest(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(probe, "MOST_UNREADABLE", 2)
+    for number in range(9):
+        width = 256 if number in (1, 3, 5, 7) else 320
+        Image.fromarray(picture(number, width=width)).save(tmp_path / f"{number}.png")
+    record, table = probe_drive(str(tmp_path))
+    assert [(u.index, u.count) for u in record.unreadable] == [(1, 1), (3, 1), (5, 2)]
+    assert "more follow" in record.unreadable[-1].reason
+    assert list(table.index) == [0, 2, 4, 6, 8]
+    assert numbers_of(tmp_path, 1, 4) == [2, 4, 6]

@@ -39,6 +39,38 @@ def test_drives_that_are_finished_are_found_wherever_they_are(stores, tmp_path):
     assert known_rates(str(tmp_path), "compact").sources == ("001.zarr", "064.zarr", "100.zarr")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weights_sha256": None},
+        {"seconds": "x"},
+        {"seconds": {"infer": "x"}},
+        {"frames": "x"},
+        {"frames": None},
+        {"megapixels": [1]},
+        {"devices": [1]},
+        {"devices": {"cpu": {"seconds": 0, "lost_seconds": 1, "frames_inferred": "x"}}},
+        {"used": {}},
+    ],
+)
+def test_malformed_ledger_of_a_neighbour_is_passed_over(stores, tmp_path, changes):
+    for store in stores[:2]:
+        finish(store, "compact")
+    stores[1].commit("ledger", {**stores[1].read_commit("ledger"), **changes})
+    stores[2].commit("ledger", {})
+    assert known_rates(str(tmp_path), "compact").sources == ("000.zarr",)
+
+
+@pytest.mark.parametrize(
+    "attempt", [{}, {"device_kind": "cpu"}, {"device_kind": "cpu", "seconds": "x"}]
+)
+def test_malformed_attempt_of_a_neighbour_is_passed_over(stores, tmp_path, attempt):
+    finish(stores[0], "compact")
+    weights = weights_info("compact").sha256
+    stores[1].commit("attempts/infer-0", {**attempt, "weights_sha256": weights})
+    assert known_rates(str(tmp_path), "compact").sources == ("000.zarr",)
+
+
 def test_drives_on_the_device_that_is_asked_for_are_found_among_others(stores, tmp_path):
     for store in stores:
         finish(store, "compact", "NVIDIA H100")

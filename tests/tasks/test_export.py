@@ -1,0 +1,44 @@
+"""Export: what was committed, or an error."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storage.errors import DataDamaged
+from storage.reconstruction import ReconstructionStore
+from tasks.export import export_store
+
+MESH = "fusion/mesh.ply"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ReconstructionStore:
+    """A drive of four frames and a mesh."""
+    made = ReconstructionStore.create(tmp_path / "drive.zarr", {})
+    made.write_trajectory({"part": np.zeros(4, np.int32)})
+    made.commit("align", {"key": "key"})
+    files = {MESH: made.put_file(MESH, b"ply as committed")}
+    meshes = [{"part": 0, "triangles": 1, "folder": "fusion"}]
+    made.commit("fuse/merged", {"key": "key", "meshes": meshes, "files": files})
+    return made
+
+
+def test_mesh_is_exported_as_it_was_committed(store, tmp_path):
+    target = tmp_path / "mesh.ply"
+    export_store(store.url, "ply", str(target))
+    assert target.read_bytes() == b"ply as committed"
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"ply with a hole", "not what"), (None, "gone")])
+def test_damaged_mesh_is_not_exported(store, tmp_path, content, said):
+    stored, target = Path(store.url, MESH), tmp_path / "mesh.ply"
+    stored.unlink() if content is None else stored.write_bytes(content)
+    with pytest.raises(DataDamaged, match=said):
+        export_store(store.url, "ply", str(target))
+    assert not target.exists()
+
+
+def test_mesh_that_was_too_large_for_a_format_is_said_to_be(store):
+    with pytest.raises(ValueError, match="too large"):
+        export_store(store.url, "glb")
