@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trimesh
+from PIL import Image
 from recordings import moving_squares, write_video
 
 from flows.cli import main
@@ -299,6 +300,18 @@ def test_evaluate_against_itself_has_no_error_and_against_another_scale_only_wit
 def test_evaluate_names_what_is_wrong_with_the_ground_truth(run, store, tmp_path):
     code, _, err = run("evaluate", store, "--ground-truth", tmp_path / "no.txt", "--format", "tum")
     assert_one_line(code, err, "no.txt")
+
+
+def test_evaluate_opens_depth_as_png_whatever_else_a_file_is(run, store, tmp_path):
+    run("export", store, "--format", "kitti", "--to", tmp_path / "k.txt")
+    truth = ("--ground-truth", tmp_path / "k.txt", "--format", "kitti", "--depth", tmp_path)
+    depth = np.full((48, 64), 5000, np.uint16)
+    Image.fromarray(depth).save(tmp_path / "0.png")
+    code, out, _ = run("evaluate", store, *truth, "--json")
+    assert (code, json.loads(out)["depth_frames"]) == (0, 1)
+    (tmp_path / "0.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\nshowpage\n")
+    code, _, err = run("evaluate", store, *truth)
+    assert_one_line(code, err, "0.png is no PNG file")
 
 
 def test_verify_passes_on_golden_files_and_fails_on_a_changed_one(run, tmp_path):
