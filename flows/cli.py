@@ -586,9 +586,9 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Say how far every drive under OUTPUT is."""
-    from tasks.summary import list_stores, progress
+    from tasks import summary
 
-    rows = [progress(url) for url in list_stores(output)]
+    rows = summary.status(output)
     if as_json:
         print_json(rows)
         return

@@ -173,6 +173,28 @@ def test_status_and_inspect_tell_what_is_finished(run, store):
     assert found["damaged"] == []
 
 
+def test_status_shows_every_drive_whatever_is_wrong_with_one(run, tmp_path):
+    for name in ("a", "b", "c", "d"):
+        ReconstructionStore.create(tmp_path / f"{name}.zarr", {})
+    (tmp_path / "killed.zarr").mkdir()  # before its root was published
+    (tmp_path / "killed.zarr/.zarr.json.0.partial").write_text("{")
+    ReconstructionStore.open(tmp_path / "a.zarr").commit("aside/x", {"reason": "none of ours"})
+    ReconstructionStore.open(tmp_path / "b.zarr").commit("failed", {})
+    ReconstructionStore.open(tmp_path / "c.zarr").update_attributes({"plan": {"frames": 1}})
+    code, out, _ = run("status", tmp_path, "--json")
+    rows = {row["drive"]: row for row in json.loads(out)}
+    assert code == 0
+    assert [rows[n]["stage"] for n in ("a", "b", "d")] == ["probe"] * 3
+    assert rows["a"]["error"] is rows["d"]["error"] is None
+    assert rows["a"]["set_aside"] == []
+    assert rows["b"]["error"] == "the reason is not recorded"
+    assert [rows[n]["stage"] for n in ("c", "killed")] == ["unknown"] * 2
+    assert rows["c"]["error"] == "KeyError: 'segments'"
+    assert "no reconstruction at" in rows["killed"]["error"]
+    code, out, _ = run("status", tmp_path)
+    assert (code, len(out.splitlines())) == (0, 5)
+
+
 def test_inspect_verify_names_damaged_data(run, store, tmp_path):
     copy = tmp_path / "copy.zarr"
     shutil.copytree(store, copy)
