@@ -395,6 +395,7 @@ def plan(
     from storage.video import list_drives
     from tasks.planner import estimate_drives, known_rates
     from tasks.prices import read_prices
+    from tasks.probe import may_take_over
 
     config = checked(
         lambda: read_settings(
@@ -406,7 +407,8 @@ def plan(
     )
     table = read_prices(prices) if prices else None
     known = known_rates(output, weights, device_kind, rates)
-    estimates = estimate_drives(list_drives(source, output), output, config, known, table)
+    drives = list_drives(source, output, may_take_over)
+    estimates = estimate_drives(drives, output, config, known, table)
     (print_plan_json if as_json else print_plan)(estimates, known, table)
 
 
@@ -475,11 +477,12 @@ def run_reconstruction(source: str, output: str, config: Any, budget: Any) -> No
     from flows.progress import progress_of
     from flows.reconstruct_drive import check_config, store_url
     from storage.video import is_collection, list_drives
+    from tasks.probe import may_take_over
 
     if os.environ.get("PREFECT_HOME") == str(prefect_cache()):
         use_home(prefect_cache())
     check_config(config)
-    drives = list_drives(source, output)
+    drives = list_drives(source, output, may_take_over)
     with progress_of([store_url(output, drive.name) for drive in drives]):
         if is_collection(source):
             outcomes = run_collection(source, output, config, budget)

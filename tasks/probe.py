@@ -13,7 +13,7 @@ from prefect import task
 from storage.drives import drive_files
 from storage.media import file_name, is_there
 from storage.objects import explaining
-from storage.reconstruction import ReconstructionStore
+from storage.reconstruction import ReconstructionStore, StoreRefused
 from storage.records import DriveRecord
 from storage.video import probe_drive
 from tasks.attempts import attempt_id, counted
@@ -63,6 +63,30 @@ def _modification_mark(info: dict[str, Any]) -> str:
     return str(next((mark for mark in marks if mark is not None), ""))
 
 
+def may_take_over(url: str, location: str) -> bool:
+    """Whether the store at `url`, made for another location, may become that of a recording.
+
+    It may if it holds that recording, which was moved, or nothing yet of one that is gone.
+
+    Raises:
+        StoreUnavailable: the store cannot be read.
+    """
+    store = ReconstructionStore.open(url)
+    known = store.attributes
+    try:
+        if "drive" not in known:
+            fs, path = fsspec.core.url_to_fs(known["location"])
+            return not fs.exists(path)
+        return (store.read_commit("probe") or {}).get("key") == probe_key(absolute(location))
+    except (ValueError, OSError, StoreRefused):  # nothing that can be looked at
+        return False
+
+
+def probe_key(location: str) -> str:
+    """Key of what probing finds in the recording as it is now."""
+    return stage_key("probe", VERSION, fingerprint(location))
+
+
 def relocated(record: DriveRecord, location: str) -> DriveRecord:
     """The record of a drive that was moved, or that is reached by another path now."""
     clips = [
@@ -82,7 +106,7 @@ def probe_stage(location: str, name: str, url: str) -> None:
         UnreadableVideo: no frame of the recording decodes.
     """
     location = absolute(location)
-    key = stage_key("probe", VERSION, fingerprint(location))
+    key = probe_key(location)
     store = ReconstructionStore.create(url, {})
     known = store.attributes.get("drive")
     if known is not None and (store.read_commit("probe") or {}).get("key") == key:

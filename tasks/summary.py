@@ -8,6 +8,7 @@ from typing import Any
 import fsspec
 import numpy as np
 
+from storage.drives import stores_in
 from storage.media import is_there
 from storage.objects import REMOTE_OPTIONS, explaining
 from storage.reconstruction import ReconstructionStore, StoreError
@@ -32,18 +33,15 @@ def list_stores(location: str) -> list[str]:
     """
     with explaining(location):
         fs, path = fsspec.core.url_to_fs(location, **REMOTE_OPTIONS)
-        path = path.rstrip("/")
-        is_any = is_there(fs, path)
-        if path.endswith(".zarr") and is_any:
+        if path.rstrip("/").endswith(".zarr") and is_there(fs, path.rstrip("/")):
             return [location.rstrip("/")]
-        names = fs.ls(path, detail=False) if is_any else []
-    found = sorted(n.rstrip("/") for n in names if n.rstrip("/").endswith(".zarr"))
+    found = stores_in(location)
     if not found:
         raise ValueError(
             f"there is no reconstruction (<drive>.zarr) at {location}; give the --output of "
             "`ttt3r reconstruct`"
         )
-    return [f"{location.rstrip('/')}/{name.rsplit('/', 1)[-1]}" for name in found]
+    return [f"{location.rstrip('/')}/{name}.zarr" for name in found]
 
 
 def status(location: str) -> list[dict[str, Any]]:
