@@ -681,15 +681,28 @@ def export(
 
 
 @app.command()
-def report(url: StoreUrl) -> None:
-    """Write the report of a drive that no run is at work on anew and print where it is."""
+def report(
+    url: StoreUrl,
+    recording: Annotated[
+        str | None,
+        typer.Option(
+            help="Location of the drive, to show its frames.", callback=without_credentials
+        ),
+    ] = None,
+) -> None:
+    """Write the report of a drive that no run is at work on anew and print where it is.
+
+    Without --recording no file is opened that the store names: whoever wrote it could name any.
+    """
     from storage.reconstruction import ReconstructionStore
-    from tasks.report import report_stage
+    from tasks.report import NO_FRAMES, report_stage
 
     store = ReconstructionStore.open(url)
     with store.claim("drive"):
         store.drop_commits("report")
-        report_stage.fn(url)
+        report_stage.fn(url, recording)
+    if recording is None:
+        typer.echo(NO_FRAMES, err=True)
     typer.echo(store.file_url("report/report.html"))
 
 

@@ -126,7 +126,7 @@ def run_stages(
     claim.check()
     fuse_drive(url, name, config.fuse, config.infer, spread)
     claim.check()
-    report_stage(url)
+    report_stage(url, location)
     publish_drive(url)
     publish_ledger(write_ledger(url, prices))
     write_finished(location, url, config)

@@ -89,6 +89,8 @@ def probe_key(location: str) -> str:
 
 def relocated(record: DriveRecord, location: str) -> DriveRecord:
     """The record of a drive that was moved, or that is reached by another path now."""
+    if location == record.location:
+        return record
     clips = [
         replace(clip, location=location + clip.location.removeprefix(record.location))
         for clip in record.clips

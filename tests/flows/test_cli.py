@@ -221,7 +221,13 @@ def test_report_is_left_alone_while_a_run_is_at_work_on_the_drive(run, store):
     assert len(err.strip().splitlines()) == 1
     assert "'drive' is being worked on" in err
     assert opened.commits() == before
-    assert run("report", store)[0] == 0
+    code, _, err = run("report", store)
+    assert code == 0
+    assert "Frames of the recording are not shown" in err
+    video = Path(store).parents[1] / "squares.mp4"
+    code, _, err = run("report", store, "--recording", video)
+    assert (code, err) == (0, "")
+    assert 'alt="frame"' in opened.get_file("report/report.html").decode()
     assert opened.read_commit("report")["commit_id"] != before["report"]["commit_id"]
 
 

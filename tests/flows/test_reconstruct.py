@@ -61,6 +61,7 @@ def test_drive_becomes_poses_depth_states_and_a_report(video, tmp_path):
     assert state["tokens"].ndim == 2
     page = store.get_file("report/report.html").decode()
     assert "UNTRAINED" in page
+    assert 'alt="frame"' in page
     assert "<script src=" not in page  # self-contained
     assert store.verify() == []
 
