@@ -414,6 +414,7 @@ def plan(
     from storage.video import list_drives
     from tasks.planner import estimate_drives, known_rates
     from tasks.prices import read_prices
+    from tasks.probe import may_take_over
 
     config = checked(
         lambda: read_settings(
@@ -425,7 +426,8 @@ def plan(
     )
     table = read_prices(prices) if prices else None
     known = known_rates(output, weights, device_kind, rates)
-    estimates = estimate_drives(list_drives(source, output), output, config, known, table)
+    drives = list_drives(source, output, may_take_over)
+    estimates = estimate_drives(drives, output, config, known, table)
     (print_plan_json if as_json else print_plan)(estimates, known, table)
 
 
@@ -494,11 +496,12 @@ def run_reconstruction(source: str, output: str, config: Any, budget: Any) -> No
     from flows.progress import progress_of
     from flows.reconstruct_drive import check_config, store_url
     from storage.video import is_collection, list_drives
+    from tasks.probe import may_take_over
 
     if os.environ.get("PREFECT_HOME") == str(prefect_cache()):
         use_home(prefect_cache())
     check_config(config)
-    drives = list_drives(source, output)
+    drives = list_drives(source, output, may_take_over)
     with progress_of([store_url(output, drive.name) for drive in drives]):
         if is_collection(source):
             outcomes = run_collection(source, output, config, budget)
@@ -605,9 +608,9 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Say how far every drive under OUTPUT is."""
-    from tasks.summary import list_stores, progress
+    from tasks import summary
 
-    rows = [progress(url) for url in list_stores(output)]
+    rows = summary.status(output)
     if as_json:
         print_json(rows)
         return
@@ -697,15 +700,28 @@ def export(
 
 
 @app.command()
-def report(url: StoreUrl) -> None:
-    """Write the report of a drive that no run is at work on anew and print where it is."""
+def report(
+    url: StoreUrl,
+    recording: Annotated[
+        str | None,
+        typer.Option(
+            help="Location of the drive, to show its frames.", callback=without_credentials
+        ),
+    ] = None,
+) -> None:
+    """Write the report of a drive that no run is at work on anew and print where it is.
+
+    Without --recording no file is opened that the store names: whoever wrote it could name any.
+    """
     from storage.reconstruction import ReconstructionStore
-    from tasks.report import report_stage
+    from tasks.report import NO_FRAMES, report_stage
 
     store = ReconstructionStore.open(url)
     with store.claim("drive"):
         store.drop_commits("report")
-        report_stage.fn(url)
+        report_stage.fn(url, recording)
+    if recording is None:
+        say(NO_FRAMES, err=True)
     say(store.file_url("report/report.html"))
 
 

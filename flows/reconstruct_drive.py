@@ -136,7 +136,7 @@ def run_stages(
     check_claim()
     fuse_drive(url, name, config.fuse, config.infer, spread)
     check_claim()
-    report_stage(url)
+    report_stage(url, location)
     retried(publish_drive)(url)
     publish_ledger(retried(write_ledger)(url, prices))
     retried(write_finished)(location, url, config)

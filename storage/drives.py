@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from glob import has_magic
+from itertools import count
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.errors import NotAStore, StoreMissing, StoreTooNew
+from storage.errors import DataDamaged, NotAStore, StoreMissing, StoreRefused, StoreTooNew
 from storage.images import is_picture
 from storage.media import (
     IMAGE_SUFFIXES,
@@ -30,7 +31,7 @@ from storage.media import (
     pass_over,
     qualified,
 )
-from storage.objects import explaining, is_expired
+from storage.objects import REMOTE_OPTIONS, explaining, is_expired
 from storage.reconstruction import ReconstructionStore
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 DEEPEST = 8  # folders below the collection that are looked into
 LONGEST_NAME = 120  # characters
 LOOKERS = 32  # threads that look whose a name is
+
+TakesOver = Callable[[str, str], bool]  # of a store's URL and a drive's location
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class DriveLocation:
     location: str
 
 
-def list_drives(collection: str, output: str | None = None) -> list[DriveLocation]:
+def list_drives(
+    collection: str, output: str | None = None, may_take_over: TakesOver | None = None
+) -> list[DriveLocation]:
     """The drives at a path, fsspec URL or glob, in natural name order.
 
     - A video file is a drive, named after the file.
@@ -63,11 +68,13 @@ def list_drives(collection: str, output: str | None = None) -> list[DriveLocatio
       folders found that may not be read are passed over.
 
     Names that clash are prefixed by those of their parent folders. With the `output` that takes
-    `<name>.zarr` a drive keeps the name under which it is there, and only others are prefixed.
+    `<name>.zarr` a drive keeps the name under which it is there, for as long as it is; others are
+    prefixed, also when that drive has left the collection. A store made for another location is a
+    drive's own where `may_take_over` says so.
 
     Raises:
         ValueError: nothing is found; says what was looked for.
-        StoreUnavailable: the location, or an output that is looked into, cannot be read.
+        StoreUnavailable: the location or the output cannot be read.
     """
     with explaining(collection):
         roots = _roots(collection)
@@ -78,7 +85,20 @@ def list_drives(collection: str, output: str | None = None) -> list[DriveLocatio
             f"({_some(VIDEO_SUFFIXES, '.mp4 .mov .mkv .avi')}), a folder of videos, of two or "
             "more 8-bit images (.jpg, .png, ...), of such folders, or a glob of these"
         )
-    return _named(list(dict.fromkeys(found)), output and output.rstrip("/"))
+    return _named(list(dict.fromkeys(found)), output and output.rstrip("/"), may_take_over)
+
+
+def stores_in(location: str) -> list[str]:
+    """Names, without `.zarr`, of the stores directly in a folder; none where nothing is there.
+
+    Raises:
+        StoreUnavailable: it cannot be read.
+    """
+    with explaining(location):
+        fs, path = url_to_fs(location, **REMOTE_OPTIONS)
+        found = fs.ls(path, detail=False) if is_there(fs, path) else []
+    names = sorted(name.rstrip("/").rpartition("/")[2] for name in found)
+    return [name.removesuffix(".zarr") for name in names if name.endswith(".zarr")]
 
 
 def hold_name(url: str, location: str) -> None:
@@ -175,55 +195,96 @@ def _is_same(a: str, b: str) -> bool:
     return url_to_fs(a)[1].rstrip("/") == url_to_fs(b)[1].rstrip("/")
 
 
-def _named(locations: Sequence[str], output: str | None) -> list[DriveLocation]:
+def _named(
+    locations: Sequence[str], output: str | None, may_take_over: TakesOver | None
+) -> list[DriveLocation]:
     """Names from the last part of each location, and as many parents as tell them apart.
 
-    Of drives whose names clash, one whose store has the name already keeps it.
+    A drive keeps the name of its store, and none gets the name of another's.
     """
-    parts = [_parts(location) for location in locations]
-    names = [_safe(p[-1]) for p in parts]
-    kept: set[int] = set()
+    own = [_names_of(location) for location in locations]
+    holders = {} if output is None else _holders(output, own)
+    kept = _kept(locations, holders)
+    if output is not None and may_take_over is not None:
+        kept |= _taken_over(locations, own, kept, holders, output, may_take_over)
+    names = [kept.get(i, tried[0]) for i, tried in enumerate(own)]
 
     def without_name() -> list[int]:
-        clashing = [i for i in _clashing(names) if i not in kept]
-        own = [(names[i], locations[i]) for i in clashing]
-        kept.update(i for i, held in zip(clashing, _are_held(own, output), strict=True) if held)
-        return [i for i in clashing if i not in kept]
+        clashing = _clashing(names)
+        free = [i for i in range(len(names)) if i not in kept]
+        return [i for i in free if i in clashing or holders.get(names[i]) is not None]
 
-    for length in range(2, max(len(p) for p in parts) + 1):
+    for length in range(1, max(map(len, own))):
         for i in without_name():
-            names[i] = _safe("_".join(parts[i][-length:]))
-    left = without_name()
-    tried = [(i, number) for i in left for number in range(1, len(left) + 1)]
-    are_held = _are_held([(f"{names[i]}-{n}", locations[i]) for i, n in tried], output)
-    numbers = {i: number for (i, number), held in zip(tried, are_held, strict=True) if held}
-    free = iter(sorted(set(range(1, len(left) + 1)) - set(numbers.values())))
-    for i in left:
-        names[i] = f"{names[i]}-{numbers[i] if i in numbers else next(free)}"
+            names[i] = own[i][min(length, len(own[i]) - 1)]
+    left = set(without_name())
+    used = {name.casefold() for i, name in enumerate(names) if i not in left}
+    numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(1))
+    for i in sorted(left):
+        numbered = (f"{names[i]}-{number}" for number in numbers[names[i].casefold()])
+        names[i] = next(n for n in numbered if not holders.get(n) and n.casefold() not in used)
     return [DriveLocation(n, at) for n, at in zip(names, locations, strict=True)]
 
 
-def _clashing(names: Sequence[str]) -> list[int]:
+def _names_of(location: str) -> list[str]:
+    """The names that a drive may get, but for numbers: with no parent, with one, with all."""
+    parts = _parts(location)
+    return [_safe("_".join(parts[-length:])) for length in range(1, len(parts) + 1)]
+
+
+def _kept(locations: Sequence[str], holders: Mapping[str, str | None]) -> dict[int, str]:
+    """By its position, the name of the store of each drive that has one."""
+    by_length = sorted(holders, key=len, reverse=True)
+    held = {holders[name]: name for name in by_length if holders[name] is not None}
+    wholes = [_whole(location) for location in locations]
+    return {i: held[whole] for i, whole in enumerate(wholes) if whole in held}
+
+
+def _taken_over(
+    locations: Sequence[str],
+    own: Sequence[Sequence[str]],
+    kept: Mapping[int, str],
+    holders: Mapping[str, str | None],
+    output: str,
+    may_take_over: TakesOver,
+) -> dict[int, str]:
+    """By its position, the name of a store made for another location that a drive may have."""
+    others = {name for name, holder in holders.items() if holder is not None} - set(kept.values())
+
+    def find(position: int) -> str | None:
+        tried = [name for name in own[position] if name in others]
+        at = locations[position]
+        return next((n for n in tried if may_take_over(f"{output}/{n}.zarr", at)), None)
+
+    open_ = [i for i in range(len(locations)) if i not in kept]
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        found = dict(zip(open_, pool.map(find, open_), strict=True))
+    first = {name: i for i, name in reversed(found.items()) if name is not None}
+    return {i: name for name, i in first.items()}
+
+
+def _clashing(names: Sequence[str]) -> set[int]:
     """Positions of names that another name equals, upper and lower case being the same."""
     folded = [name.casefold() for name in names]
     counts = Counter(folded)
-    return [i for i, name in enumerate(folded) if counts[name] > 1]
+    return {i for i, name in enumerate(folded) if counts[name] > 1}
 
 
-def _are_held(own: Sequence[tuple[str, str]], output: str | None) -> list[bool]:
-    """Of names and locations of drives: whether the store of that name is that drive's."""
-    names = sorted({name for name, _ in own}) if output is not None else []
+def _holders(output: str, own: Sequence[Sequence[str]]) -> dict[str, str | None]:
+    """By name, the location that each store is for whose name a drive could get; None: of none."""
+    names = {name for tried in own for name in tried}
+    bases = {tried[-1] for tried in own}
+    there = [n for n in stores_in(output) if n in names or re.sub(r"-\d+$", "", n) in bases]
     with ThreadPoolExecutor(LOOKERS) as pool:
-        holders = pool.map(lambda name: _holder(f"{output}/{name}.zarr"), names)
-        found = dict(zip(names, holders, strict=True))
-    return [found.get(name) == _whole(location) for name, location in own]
+        found = pool.map(lambda name: _holder(f"{output}/{name}.zarr"), there)
+        return dict(zip(there, found, strict=True))
 
 
 def _holder(url: str) -> str | None:
     """Location of the drive that the store at `url` is for; None: there is none that says so."""
     try:
-        attributes = ReconstructionStore.open(url).attributes
-    except (StoreMissing, NotAStore, StoreTooNew):
+        attributes = ReconstructionStore.attributes_at(url)
+    except (StoreMissing, NotAStore, StoreTooNew, StoreRefused, DataDamaged):  # its run will tell
         return None
     drive = attributes.get("drive", attributes)
     location = drive.get("location") if isinstance(drive, dict) else None

@@ -175,12 +175,14 @@ class ReconstructionStore:
         """
         with explaining(str(url)):
             folder = open_folder(str(url).rstrip("/"))
-            if _root_attributes(folder) is None:
-                raise StoreMissing(
-                    f"no reconstruction at {redacted(folder.url)}; check the location, or run "
-                    "the reconstruction that makes it"
-                )
+            _require_root(folder)
             return cls(folder)
+
+    @staticmethod
+    def attributes_at(url: str) -> dict[str, Any]:
+        """Attributes of the store at `url`, by one read; errors as of `open`."""
+        with explaining(url):
+            return _require_root(open_folder(url.rstrip("/")))
 
     @property
     def url(self) -> str:
@@ -1115,6 +1117,16 @@ def _root_attributes(folder: Folder) -> dict[str, Any] | None:
         raise StoreTooNew(
             f"{redacted(folder.url)} has schema version {version}; this software "
             f"knows up to {layout.SCHEMA_VERSION}: update it, or choose another location"
+        )
+    return found
+
+
+def _require_root(folder: Folder) -> dict[str, Any]:
+    found = _root_attributes(folder)
+    if found is None:
+        raise StoreMissing(
+            f"no reconstruction at {redacted(folder.url)}; check the location, or run "
+            "the reconstruction that makes it"
         )
     return found
 

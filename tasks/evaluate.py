@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord, Plan
@@ -112,8 +112,15 @@ def depth_figures(
 
 
 def read_depth(path: Path, shape: Fit, size: tuple[int, int]) -> NDArray[np.float32]:
-    """True depth [h, w] in metres at the network's pixels (nearest), NaN where invalid."""
-    image = Image.open(path)
+    """True depth [h, w] in metres at the network's pixels (nearest), NaN where invalid.
+
+    Raises:
+        ValueError: it is no PNG file, or of another size than the recording.
+    """
+    try:  # as PNG only: for other kinds Pillow may start a program (EPS: Ghostscript)
+        image = Image.open(path, formats=("PNG",))
+    except UnidentifiedImageError:
+        raise ValueError(f"{path.name} is no PNG file; expected 16-bit depth") from None
     if image.size != size:
         raise ValueError(
             f"{path.name} is {image.size[0]} x {image.size[1]}; the recording is "

@@ -159,8 +159,9 @@ def read_placed_plan(store: ReconstructionStore) -> Plan:
 
 
 def read_aside(store: ReconstructionStore) -> dict[int, dict[str, Any]]:
-    """Why segments are set aside, by their index."""
-    return {int(n.rpartition("/")[2]): record for n, record in store.commits(ASIDE).items()}
+    """Why segments are set aside, by their index; other names are none of ours."""
+    found = {n.rpartition("/")[2]: record for n, record in store.commits(ASIDE).items()}
+    return {int(index): record for index, record in found.items() if index.isdecimal()}
 
 
 def list_aside(store: ReconstructionStore) -> list[int]:

@@ -13,7 +13,7 @@ from prefect import task
 from storage.drives import drive_files
 from storage.media import file_name, is_file, is_there
 from storage.objects import explaining
-from storage.reconstruction import ReconstructionStore
+from storage.reconstruction import ReconstructionStore, StoreRefused
 from storage.records import DriveRecord
 from storage.video import probe_drive
 from tasks.attempts import attempt_id, counted
@@ -68,8 +68,29 @@ def _modification_mark(info: dict[str, Any]) -> str:
     return str(next((mark for mark in marks if mark is not None), ""))
 
 
+def may_take_over(url: str, location: str) -> bool:
+    """Whether the store at `url`, made for another location, may become that of a recording.
+
+    It may if it holds that recording, which was moved, or nothing yet of one that is gone.
+
+    Raises:
+        StoreUnavailable: the store cannot be read.
+    """
+    store = ReconstructionStore.open(url)
+    known = store.attributes
+    try:
+        if "drive" not in known:
+            fs, path = fsspec.core.url_to_fs(known["location"])
+            return not fs.exists(path)
+        return (store.read_commit("probe") or {}).get("key") == recording_key(absolute(location))
+    except (ValueError, OSError, StoreRefused):  # nothing that can be looked at
+        return False
+
+
 def relocated(record: DriveRecord, location: str) -> DriveRecord:
     """The record of a drive that was moved, or that is reached by another path now."""
+    if location == record.location:
+        return record
     clips = [
         replace(clip, location=location + clip.location.removeprefix(record.location))
         for clip in record.clips

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ import numpy as np
 from markupsafe import Markup
 from prefect import task
 
+from storage.drives import drive_files
 from storage.objects import redacted
 from storage.reconstruction import ReconstructionStore
 from storage.records import NOWHERE, DriveRecord, Plan
 from tasks import report_figures as figures
 from tasks.attempts import attempt_id, counted
-from tasks.frames import DriveInput
+from tasks.frames import DriveInput, Image
 from tasks.keys import stage_key
 from tasks.meshes import read_ply
 from tasks.plan import longest_part, read_aside, read_plan, require_key
+from tasks.probe import absolute, relocated
 from tasks.retries import STAGE_OPTIONS
 from tasks.summary import busy_seconds, summarise
 from ttt3r.weights import WeightsInfo
@@ -30,6 +33,10 @@ STRIP_FRAMES = 6
 # Above this, neighbouring segments disagree so much that a seam can be seen.
 LARGE_SEAM_RESIDUAL = 0.1
 LARGE_FOCAL_SPREAD = 0.2
+NO_FRAMES = (
+    "Frames of the recording are not shown, as it was not named: "
+    "`ttt3r report --recording LOCATION`."
+)
 PASSING = ("stage", "error", "chunks_done")  # figures of a summary that are soon out of date
 # What the seconds in the chunks' commits were spent on: `<name>_seconds`.
 BUSY_WITH = {
@@ -49,17 +56,26 @@ SHOWN_ATTRIBUTES = ("drive", "plan", "configuration", "weights", "versions")
 
 @task(name="report", task_run_name="report {url}", **STAGE_OPTIONS)
 @counted("report")
-def report_stage(url: str) -> None:
-    """Write `report/report.html` and its pictures, unless they are up to date."""
+def report_stage(url: str, recording: str | None = None) -> None:
+    """Write `report/report.html` and its pictures, unless they are up to date.
+
+    Args:
+        url: the drive's store.
+        recording: location of the drive, whose frames are shown. None: they are left out, and no
+            file is opened that the store names, which could be any if others wrote it.
+
+    Raises:
+        ValueError: a stage has not finished, or the store names other files than the recording's.
+    """
     store = ReconstructionStore.open(url)
-    key = report_key(store)
+    key = report_key(store, recording is not None)
     if (store.read_commit("report") or {}).get("key") == key:
         return
     store.drop_commits("report")
     trajectory = store.read_trajectory()
     part = longest_part(trajectory["part"])
-    columns = strip(store, trajectory)
-    notes = warnings(store)
+    columns = strip(store, trajectory, recording)
+    notes = warnings(store) + ([] if recording is not None else [NO_FRAMES])
     page = render(store, trajectory, part, columns, notes)
     contents = {
         "report/report.html": page.encode(),
@@ -71,8 +87,8 @@ def report_stage(url: str) -> None:
     store.commit("report", record)
 
 
-def report_key(store: ReconstructionStore) -> str:
-    """Key of all that the page shows.
+def report_key(store: ReconstructionStore, has_frames: bool) -> str:
+    """Key of all that the page shows, with or without frames of the recording.
 
     Raises:
         ValueError: a stage has not finished.
@@ -82,7 +98,8 @@ def report_key(store: ReconstructionStore) -> str:
     stages = [require_key(store, stage) for stage in ("align", "fuse/merged")]
     attributes = store.attributes
     shown = {name: attributes[name] for name in SHOWN_ATTRIBUTES}
-    return stage_key("report", VERSION, stages, shown)
+    left_out = () if has_frames else (NO_FRAMES,)
+    return stage_key("report", VERSION, stages, shown, *left_out)
 
 
 def warnings(store: ReconstructionStore) -> list[str]:
@@ -157,17 +174,21 @@ def _alignment_warnings(align: dict[str, Any], seams: int) -> list[str]:
     return notes
 
 
-def strip(store: ReconstructionStore, trajectory: figures.Arrays) -> list[dict[str, Any]]:
-    """Some frames over the whole drive, with depth and confidence, as pictures."""
+def strip(
+    store: ReconstructionStore, trajectory: figures.Arrays, recording: str | None
+) -> list[dict[str, Any]]:
+    """Depth and confidence of some frames over the whole drive, and these, as pictures."""
     info = WeightsInfo.from_json(store.attributes["weights"])
     drive = DriveInput.from_store(store, info.config)
+    if recording is not None:
+        drive = replace(drive, record=relocated(drive.record, absolute(recording)))
     placed = np.flatnonzero(trajectory["part"] != NOWHERE)
     count = min(STRIP_FRAMES, len(placed))
     columns = []
     for row in np.linspace(0, len(placed) - 1, count).round().astype(int).tolist():
         frame = int(placed[row])
         segment = drive.plan.segments[int(trajectory["segment"][frame])]
-        color = next(iter(drive.read(frame, frame + 1)))
+        color = None if recording is None else read_own(drive, frame)
         depth = store.read(segment, "depth", frame, frame + 1)[0]
         confidence = store.read(segment, "confidence", frame, frame + 1)[0]
         columns.append(
@@ -179,6 +200,23 @@ def strip(store: ReconstructionStore, trajectory: figures.Arrays) -> list[dict[s
             }
         )
     return columns
+
+
+def read_own(drive: DriveInput, frame: int) -> Image:
+    """A frame out of the recording at the drive's location, whatever else its record names.
+
+    Raises:
+        ValueError: the record has the frame in another file; that is not opened.
+    """
+    record, table = drive.record, drive.frames
+    files = {c.location for n, c in enumerate(record.clips) if frame in table.rows_of(n)}
+    others = files - {record.location}
+    if others.difference(drive_files(record.location)[0] if others else ()):
+        raise ValueError(
+            f"frame {frame} is in {redacted(min(others))}, says the store, which is not part of "
+            f"{redacted(record.location)}; give the location that was reconstructed"
+        )
+    return next(iter(drive.read(frame, frame + 1)))
 
 
 def render(
@@ -235,8 +273,8 @@ def mesh_location(store: ReconstructionStore, part: int) -> str | None:
 
 
 def _encode_column(column: dict[str, Any]) -> dict[str, Any]:
-    names = ("frame", "depth", "confidence")
-    notes = ("", "", "uniform" if column["uniform"] else "")
+    names = ("frame", "depth", "confidence")[-len(column["images"]) :]
+    notes = [""] * (len(names) - 1) + ["uniform" if column["uniform"] else ""]
     cells = []
     for name, note, image in zip(names, notes, column["images"], strict=True):
         data = base64.b64encode(figures.png(image, figures.THUMBNAIL_PX)).decode()

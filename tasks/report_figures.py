@@ -210,9 +210,9 @@ def colormap(values: NDArray[Any], low: float, high: float, name: str) -> NDArra
 
 
 def strip_cells(
-    color: NDArray[np.uint8], depth: NDArray[Any], confidence: NDArray[Any]
+    color: NDArray[np.uint8] | None, depth: NDArray[Any], confidence: NDArray[Any]
 ) -> list[NDArray[np.uint8]]:
-    """One column of the strip: the frame, its inverse depth (near is bright), its confidence.
+    """One column of the strip: the frame, if any, inverse depth (near is bright), confidence.
 
     Uniform confidence is grey: a colour would say sure or unsure.
     """
@@ -225,7 +225,8 @@ def strip_cells(
     else:
         sure = np.log(np.maximum(confidence, 1.0))
         certainty = colormap(sure, 0.0, float(max(np.percentile(sure, 98), 0.1)), "viridis")
-    return [color, colormap(nearness, float(low), float(high), "inferno"), certainty]
+    shown = [] if color is None else [color]
+    return [*shown, colormap(nearness, float(low), float(high), "inferno"), certainty]
 
 
 def is_uniform(confidence: NDArray[Any]) -> bool:

@@ -8,10 +8,11 @@ from typing import Any
 import fsspec
 import numpy as np
 
+from storage.drives import stores_in
 from storage.layout import chunk_numbers
 from storage.media import is_there
 from storage.objects import REMOTE_OPTIONS, explaining
-from storage.reconstruction import ReconstructionStore
+from storage.reconstruction import ReconstructionStore, StoreError
 from storage.records import NOWHERE, DriveRecord, Plan
 from tasks.plan import list_aside
 
@@ -33,18 +34,39 @@ def list_stores(location: str) -> list[str]:
     """
     with explaining(location):
         fs, path = fsspec.core.url_to_fs(location, **REMOTE_OPTIONS)
-        path = path.rstrip("/")
-        is_any = is_there(fs, path)
-        if path.endswith(".zarr") and is_any:
+        if path.rstrip("/").endswith(".zarr") and is_there(fs, path.rstrip("/")):
             return [location.rstrip("/")]
-        names = fs.ls(path, detail=False) if is_any else []
-    found = sorted(n.rstrip("/") for n in names if n.rstrip("/").endswith(".zarr"))
+    found = stores_in(location)
     if not found:
         raise ValueError(
             f"there is no reconstruction (<drive>.zarr) at {location}; give the --output of "
             "`ttt3r reconstruct`"
         )
-    return [f"{location.rstrip('/')}/{name.rsplit('/', 1)[-1]}" for name in found]
+    return [f"{location.rstrip('/')}/{name}.zarr" for name in found]
+
+
+def status(location: str) -> list[dict[str, Any]]:
+    """`progress` of each reconstruction at or directly under `location`.
+
+    One that cannot be read is a row too: `error` says why, and `stage` is "unknown".
+
+    Raises:
+        ValueError, StoreUnavailable: as of `list_stores`.
+    """
+    return [_row(url) for url in list_stores(location)]
+
+
+def _row(url: str) -> dict[str, Any]:
+    try:
+        return progress(url)
+    except Exception as error:  # whatever is in a store, the others are shown
+        said = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
+        nothing = {"chunks": 0, "chunks_done": 0, "set_aside": []}
+        return {"drive": _file_name(url), "url": url, "stage": "unknown", **nothing, "error": said}
+
+
+def _file_name(url: str) -> str:
+    return url.rsplit("/", 1)[-1].removesuffix(".zarr")
 
 
 def progress(url: str) -> dict[str, Any]:
@@ -60,15 +82,14 @@ def progress(url: str) -> dict[str, Any]:
     commits["infer"] = {} if chunks and done == chunks else None
     stage = next((name for name in STAGES if commits[name] is None), "done")
     failed = store.read_commit("failed")
-    name = store.attributes.get("drive", {}).get("name") or url.rsplit("/", 1)[-1][: -len(".zarr")]
     return {
-        "drive": name,
+        "drive": store.attributes.get("drive", {}).get("name") or _file_name(url),
         "url": url,
         "stage": stage,
         "chunks": chunks,
         "chunks_done": done,
         "set_aside": aside,
-        "error": None if failed is None else failed["error"],
+        "error": None if failed is None else failed.get("error", "the reason is not recorded"),
     }
 
 

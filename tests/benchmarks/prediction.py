@@ -86,7 +86,7 @@ def run_stages(location: str, url: str) -> None:
     for batch in range(plan_tiles_stage.fn(url, config.fuse)):
         fuse_tiles_stage.fn(url, batch, config.fuse, config.infer)
     merge_tiles_stage.fn(url, config.fuse)
-    report_stage.fn(url)
+    report_stage.fn(url, location)
     write_ledger(url)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trimesh
+from PIL import Image
 from recordings import moving_squares, write_video
 
 from flows.cli import main
@@ -188,6 +189,28 @@ def test_status_and_inspect_tell_what_is_finished(run, store):
     assert found["damaged"] == []
 
 
+def test_status_shows_every_drive_whatever_is_wrong_with_one(run, tmp_path):
+    for name in ("a", "b", "c", "d"):
+        ReconstructionStore.create(tmp_path / f"{name}.zarr", {})
+    (tmp_path / "killed.zarr").mkdir()  # before its root was published
+    (tmp_path / "killed.zarr/.zarr.json.0.partial").write_text("{")
+    ReconstructionStore.open(tmp_path / "a.zarr").commit("aside/x", {"reason": "none of ours"})
+    ReconstructionStore.open(tmp_path / "b.zarr").commit("failed", {})
+    ReconstructionStore.open(tmp_path / "c.zarr").update_attributes({"plan": {"frames": 1}})
+    code, out, _ = run("status", tmp_path, "--json")
+    rows = {row["drive"]: row for row in json.loads(out)}
+    assert code == 0
+    assert [rows[n]["stage"] for n in ("a", "b", "d")] == ["probe"] * 3
+    assert rows["a"]["error"] is rows["d"]["error"] is None
+    assert rows["a"]["set_aside"] == []
+    assert rows["b"]["error"] == "the reason is not recorded"
+    assert [rows[n]["stage"] for n in ("c", "killed")] == ["unknown"] * 2
+    assert rows["c"]["error"] == "KeyError: 'segments'"
+    assert "no reconstruction at" in rows["killed"]["error"]
+    code, out, _ = run("status", tmp_path)
+    assert (code, len(out.splitlines())) == (0, 5)
+
+
 def test_inspect_verify_names_damaged_data(run, store, tmp_path):
     copy = tmp_path / "copy.zarr"
     shutil.copytree(store, copy)
@@ -214,7 +237,13 @@ def test_report_is_left_alone_while_a_run_is_at_work_on_the_drive(run, store):
     assert len(err.strip().splitlines()) == 1
     assert "'drive' is being worked on" in err
     assert opened.commits() == before
-    assert run("report", store)[0] == 0
+    code, _, err = run("report", store)
+    assert code == 0
+    assert "Frames of the recording are not shown" in err
+    video = Path(store).parents[1] / "squares.mp4"
+    code, _, err = run("report", store, "--recording", video)
+    assert (code, err) == (0, "")
+    assert 'alt="frame"' in opened.get_file("report/report.html").decode()
     assert opened.read_commit("report")["commit_id"] != before["report"]["commit_id"]
 
 
@@ -315,6 +344,18 @@ def test_evaluate_against_itself_has_no_error_and_against_another_scale_only_wit
 def test_evaluate_names_what_is_wrong_with_the_ground_truth(run, store, tmp_path):
     code, _, err = run("evaluate", store, "--ground-truth", tmp_path / "no.txt", "--format", "tum")
     assert_one_line(code, err, "no.txt")
+
+
+def test_evaluate_opens_depth_as_png_whatever_else_a_file_is(run, store, tmp_path):
+    run("export", store, "--format", "kitti", "--to", tmp_path / "k.txt")
+    truth = ("--ground-truth", tmp_path / "k.txt", "--format", "kitti", "--depth", tmp_path)
+    depth = np.full((48, 64), 5000, np.uint16)
+    Image.fromarray(depth).save(tmp_path / "0.png")
+    code, out, _ = run("evaluate", store, *truth, "--json")
+    assert (code, json.loads(out)["depth_frames"]) == (0, 1)
+    (tmp_path / "0.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\nshowpage\n")
+    code, _, err = run("evaluate", store, *truth)
+    assert_one_line(code, err, "0.png is no PNG file")
 
 
 def test_verify_passes_on_golden_files_and_fails_on_a_changed_one(run, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def test_drive_becomes_poses_depth_states_and_a_report(video, tmp_path):
     assert state["tokens"].ndim == 2
     page = store.get_file("report/report.html").decode()
     assert "UNTRAINED" in page
+    assert 'alt="frame"' in page
     assert "<script src=" not in page  # self-contained
     assert store.verify() == []
 
@@ -138,6 +140,18 @@ def test_collection_finishes_every_drive_and_records_the_one_that_fails(tmp_path
     assert "UnreadableVideo" in broken.read_commit("failed")["error"]
     monday = ReconstructionStore.open(tmp_path / "out" / "monday.zarr")
     assert monday.read_commit("report") is not None
+
+
+def test_every_night_has_a_name_though_the_drive_of_the_night_before_has_gone(tmp_path):
+    logs, output = tmp_path / "logs", tmp_path / "out"
+    for night, name in (("24", "front"), ("25", "25_front"), ("25", "25_front")):
+        if not (logs / night).exists():
+            shutil.rmtree(logs, ignore_errors=True)
+            (logs / night).mkdir(parents=True)
+            write_video(logs / night / "front.mp4", moving_squares(12 + int(night) % 2))
+        (outcome,) = reconstruct_collection(str(logs / "*" / "*"), str(output), CONFIG)
+        assert (outcome["name"], outcome["error"]) == (name, None)
+    assert sorted(p.name for p in output.glob("*.zarr")) == ["25_front.zarr", "front.zarr"]
 
 
 def test_drive_that_cannot_be_read_at_its_end_stops_no_other(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import fsspec
@@ -150,10 +151,63 @@ def test_numbers_that_are_held_stay(tmp_path):
     assert len({avi, mkv, mp4}) == 3
 
 
-def test_output_is_not_looked_into_where_no_names_clash(tmp_path):
-    touch(tmp_path, "a.mp4", "b.mp4")
-    drives = list_drives(f"{tmp_path}/*.mp4", "no-such-protocol://bucket")
-    assert [drive.name for drive in drives] == ["a", "b"]
+def test_a_name_stays_its_drives_when_that_has_left_the_collection(tmp_path):
+    logs, output = tmp_path / "logs", tmp_path / "out"
+    for night, left, names in (
+        ("24", None, ["front"]),
+        ("25", "24", ["25_front"]),
+        ("26", None, ["25_front", "26_front"]),
+        ("27", "25", ["26_front", "27_front"]),
+        ("28", "26", ["27_front", "28_front"]),
+    ):
+        touch(logs, f"{night}/front.mp4")
+        if left:
+            (logs / left / "front.mp4").unlink()
+        assert names_in(logs, output) == names
+        hold_all(logs, output)
+    (logs / "28/front.mp4").unlink()
+    assert names_in(logs, output) == ["27_front"]  # alone, under the name that it has
+
+
+def test_numbers_stay_when_others_have_left(tmp_path):
+    logs, output = tmp_path / "logs", tmp_path / "out"
+    touch(logs, "x/a.avi", "x/a.mkv", "x/a.mp4")
+    hold_all(logs, output)
+    avi, _, mp4 = names_in(logs, output)
+    (logs / "x/a.avi").unlink()
+    (logs / "x/a.mkv").unlink()
+    assert names_in(logs, output) == [mp4]
+    touch(logs, "x/a.mov", "x/a.webm")
+    new = {*names_in(logs, output)} - {mp4}
+    assert len(new) == 2
+    assert avi not in new
+
+
+def test_many_names_that_are_alike_take_little_memory(tmp_path):
+    logs, output = tmp_path / "logs", tmp_path / "out"
+    touch(logs, *(f"x/{'long' * 40}{i}.mp4" for i in range(300)))
+    tracemalloc.start()
+    hold_all(logs, output)
+    names = names_in(logs, output)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(names)) == 300
+    assert max(map(len, names)) <= 124
+    assert peak < 10 * 2**20  # all pairs of a drive and a number: 28
+    held = {drive.location: drive.name for drive in list_drives(f"{logs}/*/*", str(output))}
+    for i in range(0, 300, 2):
+        (logs / f"x/{'long' * 40}{i}.mp4").unlink()
+    assert all(held[d.location] == d.name for d in list_drives(f"{logs}/*/*", str(output)))
+
+
+def test_a_store_that_cannot_be_read_stops_no_listing(tmp_path):
+    logs, output = tmp_path / "logs", tmp_path / "out"
+    touch(logs, "x/a.mp4", "x/b.mp4", "x/c.mp4")
+    hold_all(logs, output)
+    (output / "a.zarr/zarr.json").write_text("nonsense")
+    with (output / "b.zarr/zarr.json").open("wb") as file:
+        file.truncate(2**26)
+    assert names_in(logs, output) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(

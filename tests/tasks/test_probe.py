@@ -3,10 +3,11 @@ import shutil
 import pytest
 from recordings import moving_squares, write_video
 
+from storage.drives import hold_name, list_drives
 from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord, FrameTable
 from storage.video import read_frames
-from tasks.probe import probe_stage
+from tasks.probe import may_take_over, probe_stage
 
 
 @pytest.fixture
@@ -82,3 +83,27 @@ def test_probe_refuses_to_replace_another_drive(drive, tmp_path):
     with pytest.raises(ValueError, match="holds the drive at"):
         probe(other, tmp_path)
     assert probe(drive / "0.mp4", tmp_path).commits() == before
+
+
+def test_drives_that_were_moved_keep_their_names_and_new_ones_take_none(tmp_path):
+    output = tmp_path / "out"
+
+    def names(logs: str) -> list[str]:
+        drives = list_drives(f"{tmp_path}/{logs}/*/*", str(output), may_take_over)
+        return [drive.name for drive in drives]
+
+    for day in ("24", "25"):
+        (tmp_path / "logs" / day).mkdir(parents=True)
+    video = write_video(tmp_path / "logs/24/front.mp4", moving_squares(4))
+    probe_stage.fn(str(video), "front", f"{output}/front.zarr")
+    begun = write_video(tmp_path / "logs/24/rear.mp4", moving_squares(4))
+    hold_name(f"{output}/rear.zarr", str(begun))
+    shutil.move(tmp_path / "logs", tmp_path / "archive")
+    assert names("archive") == ["front", "rear"]
+    shutil.copytree(tmp_path / "archive", tmp_path / "copy")  # dates of change included
+    shutil.rmtree(tmp_path / "archive")
+    write_video(tmp_path / "copy/24/front.mp4", moving_squares(6))
+    assert names("copy") == ["24_front", "rear"]
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(b"not gone")
+    assert names("copy") == ["24_front", "24_rear"]

@@ -99,6 +99,45 @@ def test_new_trajectory_makes_a_new_report_even_of_the_same_mesh(fused):
     assert fused.read_commit("report")["commit_id"] != before
 
 
+def test_report_shows_frames_of_the_recording_that_is_named_only(fused, tmp_path):
+    page = page_of(fused)
+    assert page.count('alt="frame"') == 0
+    assert page.count('alt="depth"') == 6
+    assert "Frames of the recording are not shown" in Reader(page).text
+    report_stage.fn(fused.url, str(tmp_path / "corridor.mp4"))
+    page = fused.get_file("report/report.html").decode()
+    assert page.count('alt="frame"') == 6
+    assert "Frames of the recording are not shown" not in Reader(page).text
+
+
+def test_report_opens_nothing_but_the_recording_whatever_a_store_names(fused, tmp_path):
+    drive = fused.attributes["drive"]
+    (tmp_path / "mine").mkdir()
+    mine = shutil.copy(tmp_path / "corridor.mp4", tmp_path / "mine" / "corridor.mp4")
+    private = shutil.move(tmp_path / "corridor.mp4", tmp_path / "private.mp4")
+
+    def name(location: str, clip: str) -> None:
+        clips = [{**drive["clips"][0], "location": clip}]
+        fused.update_attributes({"drive": {**drive, "location": location, "clips": clips}})
+
+    for location, clip, given in (
+        (str(tmp_path), str(private), str(tmp_path / "mine")),
+        (str(tmp_path / "mine"), str(private), str(tmp_path / "mine")),
+        ("/nowhere", "/nowhere/../private.mp4", str(tmp_path / "mine")),
+        ("/nowhere", str(private), str(mine)),
+        (str(mine), str(private), str(mine)),
+    ):
+        name(location, clip)
+        with pytest.raises(ValueError, match="which is not part of"):
+            report_stage.fn(fused.url, given)
+        private.rename(tmp_path / "gone")  # what is not there cannot be opened
+        assert 'alt="frame"' not in page_of(fused)
+        (tmp_path / "gone").rename(private)
+    name("/nowhere", "/nowhere/corridor.mp4")
+    report_stage.fn(fused.url, str(tmp_path / "mine"))
+    assert fused.get_file("report/report.html").decode().count('alt="frame"') == 6
+
+
 def test_damaged_report_is_named_and_made_anew(fused):
     page = page_of(fused)
     assert fused.verify() == []
