@@ -223,8 +223,8 @@ def test_outage_of_the_store_between_two_stages_is_waited_for_as_within_one(
     video = write_video(tmp_path / "squares.mp4", moving_squares(10))
     back = threading.Timer(8, mortal_seaweed.start)  # s3fs gives up after 2 s
 
-    def report_before_an_outage(url: str) -> None:
-        report_stage(url)
+    def report_before_an_outage(url: str, location: str) -> None:
+        report_stage(url, location)
         mortal_seaweed.kill()
         back.start()
 
