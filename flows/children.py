@@ -38,6 +38,7 @@ from tasks.keys import stage_key
 
 FIRST_POLL_S, LONGEST_POLL_S, POLL_GROWTH = 1.0, 15.0, 1.3
 MOST_CRASHES = 7  # of one child, one after the other and without getting on
+MOST_DOUBLINGS = 6  # of the wait before another run
 OUTAGE_S = 1800.0  # of the Prefect server, that a parent waits for
 PAGE = 200  # runs that the server returns at once
 CANCELLERS = 8  # threads that ask it to end runs
@@ -250,8 +251,9 @@ def settle(child: Child, run: FlowRun | None) -> bool:
         return True
     is_free = run is None or run.state is None or run.state.is_crashed()
     child.refusals = 0 if is_free else child.refusals + 1
-    waits = 5.0 * 2 ** max(child.crashes, child.refusals)
-    child.due = time.monotonic() + (0.0 if got_on and is_free else min(waits, 300.0))
+    doublings = min(max(child.crashes, child.refusals), MOST_DOUBLINGS)
+    waits = min(5.0 * 2**doublings, 300.0)
+    child.due = time.monotonic() + (0.0 if got_on and is_free else waits)
     return False
 
 

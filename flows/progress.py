@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from storage.reconstruction import StoreError
 from storage.wording import shown
 from tasks.summary import progress
 
@@ -50,7 +49,7 @@ def _watch(bars: Progress, urls: Sequence[str], stop: threading.Event) -> None:
         for url in urls:
             try:
                 state = progress(url)
-            except (StoreError, OSError):  # not there yet, or not now: only a bar depends on it
+            except Exception:  # not there yet, not now, or damaged: only a bar depends on it
                 continue
             if url not in rows:
                 rows[url] = bars.add_task(shown(state["drive"]), total=None, stage=state["stage"])

@@ -32,6 +32,7 @@ from tasks.infer import device_kind, resolve_device
 from tasks.memory import use_one_arena
 from tasks.plan import read_aside
 from tasks.probe import may_take_over
+from tasks.retries import retried
 
 DEPLOYMENT = "reconstruct-drive/fleet"
 LOOKERS = 32  # threads that look which drives are finished
@@ -87,7 +88,7 @@ def reconstruct_collection(
             refuse_credentials(given or "")
         check_config(config, spread)
         output = output.rstrip("/")  # or the same work would have other keys, and be done twice
-        drives = list_drives(collection, output, may_take_over)
+        drives = retried(list_drives)(collection, output, may_take_over)
         if spread == "deployments":
             outcomes = reconstruct_elsewhere(drives, output, config, drives_at_once, budget)
         else:

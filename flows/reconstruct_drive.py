@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from prefect import flow
@@ -158,14 +159,16 @@ def record_failure(url: str, error: Exception, unreadable: str | None = None) ->
     """
     record = {"error": reason_of(error), "time": datetime.now(UTC).isoformat()}
     is_known = False
+    if unreadable is not None:
+        with suppress(StoreError, OSError, ValueError):  # it is gone by now
+            record["recording"] = recording_key(absolute(unreadable))
     try:
         store = ReconstructionStore.create(url, {})
-        if unreadable is not None:
-            record["recording"] = recording_key(absolute(unreadable))
+        if "recording" in record:
             known = store.read_commit("failed") or {}
             is_known = known.get("recording") == record["recording"]
         store.commit("failed", record)
-    except (StoreError, OSError, ValueError) as also:  # the first error says more than this one
+    except (StoreError, OSError) as also:  # the first error says more than this one
         log.warning("%s: the failure cannot be recorded: %s", url, also)
     if is_known:
         metrics.drive_still_unreadable()

@@ -107,7 +107,7 @@ class Claim:
         self._seen_since = self._seen_since or time.monotonic()
         is_alive = _is_alive(found) if numbers else False
         # As text: NaN, in a record that is none of ours, is not equal to itself.
-        if is_alive is None and before is not None and repr(before) != repr(self._seen):
+        if is_alive is None and before is not None and repr(before[1]) != repr(found):
             is_alive = True
         if is_alive:
             raise self._claimed(f"process {found.get('pid')} on {found.get('host')}")

@@ -7,16 +7,25 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import has_magic
 from itertools import count
 from pathlib import PurePosixPath
+from typing import Any
 from urllib.parse import urlsplit
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from storage.errors import DataDamaged, NotAStore, StoreMissing, StoreRefused, StoreTooNew
+from storage.errors import (
+    Claimed,
+    DataDamaged,
+    NotAStore,
+    StoreMissing,
+    StoreRefused,
+    StoreTooNew,
+)
 from storage.images import is_picture
 from storage.media import (
     IMAGE_SUFFIXES,
@@ -104,13 +113,25 @@ def stores_in(location: str) -> list[str]:
 def hold_name(url: str, location: str) -> None:
     """Make the store at `url`, unless it is there, and say in it which drive it is for.
 
+    A store that holds no drive yet may have been another's; one that a run is at work on is left.
+
     Raises:
         StoreUnavailable, NotAStore, StoreTooNew: as of `ReconstructionStore.create`.
     """
+    held = {"location": _whole(location)}
     try:
-        ReconstructionStore.open(url)
+        store = ReconstructionStore.open(url)
     except StoreMissing:
-        ReconstructionStore.create(url, {"location": _whole(location)})
+        ReconstructionStore.create(url, held)
+        return
+    if not _is_held(store.attributes, held):
+        with suppress(Claimed), store.claim("drive"):
+            if not _is_held(store.attributes, held):
+                store.update_attributes(held)
+
+
+def _is_held(attributes: Mapping[str, Any], held: Mapping[str, str]) -> bool:
+    return "drive" in attributes or held.items() <= attributes.items()
 
 
 def is_collection(location: str) -> bool:

@@ -35,8 +35,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def _without_secrets(found: re.Match[str]) -> str:
-    url, mark, query = found[0].partition("?")
-    if "://" not in url:
-        return found[0]
-    after = query[len(query.rstrip(AFTER_URL)) :]
-    return f"{redacted(url)}?...{after}" if mark else redacted(url)
+    url, mark, query = re.sub(r"://[^/\s]*@", "://", found[0]).partition("?")
+    if not mark or "://" not in url:
+        return url + mark + query
+    return f"{url}?...{query[len(query.rstrip(AFTER_URL)) :]}"

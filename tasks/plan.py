@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import pairwise
@@ -160,14 +161,19 @@ def read_placed_plan(store: ReconstructionStore) -> Plan:
 
 def read_aside(store: ReconstructionStore) -> dict[int, dict[str, Any]]:
     """Why segments are set aside, by their index; other names are none of ours."""
-    found = {n.rpartition("/")[2]: record for n, record in store.commits(ASIDE).items()}
-    return {int(index): record for index, record in found.items() if index.isdecimal()}
+    records = store.commits(ASIDE)
+    return {index: records[name] for name, index in _aside_in(records).items()}
 
 
 def list_aside(store: ReconstructionStore) -> list[int]:
     """Segments that are set aside, from a listing: no record is read."""
-    names = (name.rpartition("/")[2] for name in store.commit_names(ASIDE))
-    return sorted(int(name) for name in names if re.fullmatch("[0-9]{4,9}", name))
+    return sorted(_aside_in(store.commit_names(ASIDE)).values())
+
+
+def _aside_in(names: Iterable[str]) -> dict[str, int]:
+    """Indices of the segments that commits set aside, by the commits' names."""
+    found = {name: re.fullmatch(f"{ASIDE}/([0-9]{{4,9}})", name) for name in names}
+    return {name: int(match[1]) for name, match in found.items() if match}
 
 
 def aside_commit(index: int) -> str:

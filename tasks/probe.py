@@ -11,9 +11,10 @@ import fsspec
 from prefect import task
 
 from storage.drives import drive_files
+from storage.errors import StoreError, StoreUnavailable
 from storage.media import file_name, is_file, is_there
 from storage.objects import explaining
-from storage.reconstruction import ReconstructionStore, StoreRefused
+from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord
 from storage.video import probe_drive
 from tasks.attempts import attempt_id, counted
@@ -74,16 +75,26 @@ def may_take_over(url: str, location: str) -> bool:
     It may if it holds that recording, which was moved, or nothing yet of one that is gone.
 
     Raises:
-        StoreUnavailable: the store cannot be read.
+        StoreUnavailable: the store or the recording cannot be read.
     """
-    store = ReconstructionStore.open(url)
-    known = store.attributes
     try:
+        store = ReconstructionStore.open(url)
+        known = store.attributes
         if "drive" not in known:
-            fs, path = fsspec.core.url_to_fs(known["location"])
-            return not fs.exists(path)
+            return _is_gone(known["location"])
         return (store.read_commit("probe") or {}).get("key") == recording_key(absolute(location))
-    except (ValueError, OSError, StoreRefused):  # nothing that can be looked at
+    except StoreUnavailable:
+        raise
+    except (ValueError, OSError, StoreError):  # nothing that can be looked at
+        return False
+
+
+def _is_gone(location: str) -> bool:
+    """Whether nothing is at a location any more; not where that cannot be seen."""
+    try:
+        with explaining(location):
+            return not is_there(*fsspec.core.url_to_fs(location))
+    except (ValueError, OSError, ImportError, StoreError):
         return False
 
 

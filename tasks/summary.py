@@ -83,7 +83,7 @@ def progress(url: str) -> dict[str, Any]:
     stage = next((name for name in STAGES if commits[name] is None), "done")
     failed = store.read_commit("failed")
     return {
-        "drive": store.attributes.get("drive", {}).get("name") or _file_name(url),
+        "drive": str(store.attributes.get("drive", {}).get("name") or _file_name(url)),
         "url": url,
         "stage": stage,
         "chunks": chunks,

@@ -197,6 +197,7 @@ def test_status_shows_every_drive_whatever_is_wrong_with_one(run, tmp_path):
     ReconstructionStore.open(tmp_path / "a.zarr").commit("aside/x", {"reason": "none of ours"})
     ReconstructionStore.open(tmp_path / "b.zarr").commit("failed", {})
     ReconstructionStore.open(tmp_path / "c.zarr").update_attributes({"plan": {"frames": 1}})
+    ReconstructionStore.create(tmp_path / "e.zarr", {"drive": {"name": ["e"]}})
     code, out, _ = run("status", tmp_path, "--json")
     rows = {row["drive"]: row for row in json.loads(out)}
     assert code == 0
@@ -208,7 +209,7 @@ def test_status_shows_every_drive_whatever_is_wrong_with_one(run, tmp_path):
     assert rows["c"]["error"] == "KeyError: 'segments'"
     assert "no reconstruction at" in rows["killed"]["error"]
     code, out, _ = run("status", tmp_path)
-    assert (code, len(out.splitlines())) == (0, 5)
+    assert (code, len(out.splitlines())) == (0, 6)
 
 
 def test_inspect_verify_names_damaged_data(run, store, tmp_path):

@@ -38,6 +38,7 @@ def test_a_night_whose_bucket_is_away_is_counted_as_failed(tmp_path, monkeypatch
         "AWS_MAX_ATTEMPTS": "1",
     }.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("tasks.retries.RETRY_DELAYS_S", [0])
     with pytest.raises(StoreUnavailable):
         reconstruct_collection("s3://logs/2026", str(tmp_path), CONFIG)
     assert counted("ttt3r.collections") == {"failed": 1}

@@ -233,7 +233,8 @@ def test_outage_of_the_store_between_two_stages_is_waited_for_as_within_one(
     try:
         url = reconstruct_drive(str(video), f"{mortal_seaweed.access.url}/out", CONFIG)
     finally:
-        back.join()
+        if back.ident is not None:
+            back.join()
     store = ReconstructionStore.open(url)
     assert store.read_commit("finished") is not None
     assert store.read_commit("failed") is None

@@ -196,8 +196,6 @@ def test_drives_stream_from_local_folders_and_s3(output_url, tmp_path):
     assert_drive_reads_from(output_url, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
 class GivenUpLater(threading.Event):
     """Set from when it was looked at so often."""
 
@@ -217,6 +215,8 @@ def test_reading_can_be_given_up_on_the_way_to_the_first_frame(tmp_path):
         next(read_frames(record, table, 39, 40, given_up=GivenUpLater()))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
 def test_pauses_between_frames_do_not_fill_memory(tmp_path):
     # All 500 frames are 1.4 GB of RGB: decord given the whole file decodes them while it waits.
     path = tmp_path / "a.mp4"

@@ -107,3 +107,21 @@ def test_drives_that_were_moved_keep_their_names_and_new_ones_take_none(tmp_path
     begun.parent.mkdir(parents=True)
     begun.write_bytes(b"not gone")
     assert names("copy") == ["24_front", "24_rear"]
+    begun.unlink()
+    hold_name(f"{output}/rear.zarr", f"{tmp_path}/copy/24/rear.mp4")
+    begun.write_bytes(b"not gone")
+    assert names("copy") == ["24_front", "rear"]
+
+
+def test_a_record_that_cannot_be_read_stops_no_listing(tmp_path):
+    output = tmp_path / "out"
+    (tmp_path / "logs").mkdir()
+    for name in ("front", "rear", "side"):
+        video = write_video(tmp_path / f"logs/{name}.mp4", moving_squares(4))
+        probe_stage.fn(str(video), name, f"{output}/{name}.zarr")
+    shutil.move(tmp_path / "logs", tmp_path / "archive")
+    (output / "front.zarr/commits/probe.json").unlink()
+    (output / "front.zarr/commits/probe.json").symlink_to("/etc/hostname")
+    ReconstructionStore.open(output / "rear.zarr").drop_commits("probe")
+    drives = list_drives(f"{tmp_path}/archive/*", str(output), may_take_over)
+    assert [drive.name for drive in drives] == ["archive_front", "archive_rear", "side"]
