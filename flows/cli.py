@@ -497,11 +497,12 @@ def run_reconstruction(source: str, output: str, config: Any, budget: Any) -> No
     from flows.reconstruct_drive import check_config, store_url
     from storage.video import is_collection, list_drives
     from tasks.probe import may_take_over
+    from tasks.retries import retried
 
     if os.environ.get("PREFECT_HOME") == str(prefect_cache()):
         use_home(prefect_cache())
     check_config(config)
-    drives = list_drives(source, output, may_take_over)
+    drives = retried(list_drives)(source, output, may_take_over)
     with progress_of([store_url(output, drive.name) for drive in drives]):
         if is_collection(source):
             outcomes = run_collection(source, output, config, budget)

@@ -84,7 +84,7 @@ def test_run_that_the_store_refuses_tells_no_secret(tmp_path, seaweed):
     video = write_video(tmp_path / "squares.mp4", moving_squares(8))
     wrong = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
     code, said = run(tmp_path, str(video), seaweed.url, **{**seaweed.environment, **wrong})
-    assert code == 1
+    assert code == 2
     assert b"access denied" in said
     assert_nowhere(tmp_path, said)
 
