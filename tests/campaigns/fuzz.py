@@ -298,7 +298,7 @@ def _claim(root: Path, data: bytes) -> object:
     except (OSError, ValueError):  # no file can have the name
         return None
     claim = claims.Claim(open_folder(str(root)), "drive")
-    with mock.patch.object(claims, "LEASE_S", 0.0), claim:  # nobody renews it: do not wait
+    with mock.patch.multiple(claims, LEASE_S=0.0, WATCH_S=0.0), claim:  # nobody renews it
         return claim.deaths
 
 
