@@ -42,6 +42,7 @@ MOST_DOUBLINGS = 6  # of the wait before another run
 OUTAGE_S = 1800.0  # of the Prefect server, that a parent waits for
 PAGE = 200  # runs that the server returns at once
 CANCELLERS = 8  # threads that ask it to end runs
+START_S = 10.0  # from a run's slot to its start on a machine that is there
 FROM_ABOVE = "cancelled-from-above"  # tag of runs that nobody cancelled for their own sake
 UNFINISHED = [
     StateType.SCHEDULED,
@@ -337,18 +338,34 @@ def cancel_children(family: str) -> None:
     Those of a parent that is between two attempts would not hear of it from that one.
     """
     asked: set[UUID] = set()
-    # First those that wait: else one takes the slot of another that has just been cancelled, and
-    # Prefect never ends a run that is cancelled between its slot and its start.
+    until = time.monotonic() + START_S
+    # First those that wait: else one takes the slot of another that has just been cancelled.
     for states in ([StateType.SCHEDULED], UNFINISHED):
         wanted = FlowRunFilter(
             tags=FlowRunFilterTags(all_=[family_tag(family)]),
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)),
         )
         while runs := [run for run in query(wanted) if run.id not in asked]:
+            ready = [run for run in runs if time.monotonic() > until or not is_starting(run)]
             # Prefect leaves a cancelled parent 30 s for all of them.
             with get_client(sync_client=True) as client, ThreadPoolExecutor(CANCELLERS) as pool:
-                list(pool.map(partial(cancel, client), runs))
-            asked |= {run.id for run in runs}
+                list(pool.map(partial(cancel, client), ready))
+            asked |= {run.id for run in ready}
+            if len(ready) < len(runs):
+                time.sleep(FIRST_POLL_S)
+
+
+def is_starting(run: FlowRun) -> bool:
+    """Whether a run has just taken its slot.
+
+    A process worker listens for cancelling from a moment later on. What comes before is not heard:
+    the run's process is refused by the server, and the run keeps its slot, Cancelling, until
+    Prefect gives up after 5 minutes.
+    """
+    state = run.state
+    if state is None or not state.is_pending():
+        return False
+    return (datetime.now(UTC) - state.timestamp).total_seconds() < START_S
 
 
 def cancel(client: SyncPrefectClient, run: FlowRun) -> None:

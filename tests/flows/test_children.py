@@ -1,6 +1,7 @@
 """What a parent asks of others: the same whatever is finished, so that nothing is started twice."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from uuid import UUID, uuid4
 
@@ -9,7 +10,7 @@ from prefect import flow, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.flow_engine import run_flow
 from prefect.runtime import flow_run
-from prefect.states import Cancelled, Cancelling, Crashed, Failed, Running, State
+from prefect.states import Cancelled, Cancelling, Crashed, Failed, Pending, Running, State
 from recordings import moving_squares, write_video
 
 from flows import fuse_tiles, infer_segments, reconstruct_collection
@@ -185,6 +186,22 @@ def test_runs_that_wait_are_cancelled_before_slots_are_free(deployment, output):
     cancel_children(output)
     when = {run_id: read(run_id).state.timestamp for run_id in waiting + working}
     assert max(when[i] for i in waiting) < min(when[i] for i in working)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_run_that_is_starting_is_cancelled_once_it_runs_or_should(deployment, output, begins):
+    run_id = start(deployment, output, child(output))
+    put(run_id, Pending())
+    with ThreadPoolExecutor() as pool:
+        cancelling = pool.submit(cancel_children, output)
+        time.sleep(3)
+        assert read(run_id).state.is_pending()
+        if begins:
+            put(run_id, Running())
+            began = time.monotonic()
+        cancelling.result()
+        assert read(run_id).state.is_cancelling()
+        assert not begins or time.monotonic() - began < 5
 
 
 def test_run_that_was_told_to_end_is_not_joined(deployment, output):

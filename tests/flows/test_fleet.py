@@ -133,7 +133,7 @@ def test_cancelled_collection_cancels_all_below_it_also_what_a_lost_run_had_begu
     time.sleep(5)  # it has found its children
     fleet.prefect("flow-run", "cancel", run_id)
     assert fleet.wait_for(run_id, 300)["state_type"] == "CANCELLED"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400  # Prefect gives up after 300 s on a run that does not hear it
     while time.monotonic() < deadline:
         drives = runs_of(fleet, "reconstruct-drive", output)
         parts = runs_of(fleet, "infer-segments", output)
