@@ -29,7 +29,7 @@ from tasks.budget import within_budget
 from tasks.config import BudgetConfig, ReconstructionConfig
 from tasks.finished import is_finished
 from tasks.infer import device_kind, resolve_device
-from tasks.memory import use_one_arena
+from tasks.memory import collect_garbage, use_one_arena
 from tasks.plan import read_aside
 from tasks.probe import may_take_over
 from tasks.retries import retried
@@ -220,6 +220,7 @@ def reconstruct_one(
     """Reconstruct one drive as a flow of its own; its failure becomes a record."""
     given = (drive.location, output, config, drive.name)
     state = reconstruct_drive(*given, prices=prices, return_state=True)
+    collect_garbage()
     error = state.result(raise_on_failure=False) if not state.is_completed() else None
     said = None if error is None else f"{type(error).__name__}: {error}"
     return outcome_of(drive, output, said)
