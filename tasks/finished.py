@@ -8,6 +8,8 @@ drive unfinished too.
 from __future__ import annotations
 
 import hashlib
+import logging
+from typing import Any
 
 from storage.reconstruction import ReconstructionStore, StoreError
 from tasks import align, fuse, infer, plan, probe, report
@@ -17,25 +19,38 @@ from tasks.keys import stage_key
 from tasks.plan import ASIDE
 from ttt3r.weights import weights_info
 
+log = logging.getLogger(__name__)
+
 FINISHED = "finished"
 VERSIONS = [stage.VERSION for stage in (probe, plan, infer, align, fuse, report)]
 
 
 def finished_key(location: str, config: ReconstructionConfig) -> str:
     """Key of all that decides a drive's result: its files, the configuration, the weights."""
-    files = probe.fingerprint(probe.absolute(location))
+    return _key(probe.fingerprint(probe.absolute(location)), config)
+
+
+def _key(files: list[list[Any]], config: ReconstructionConfig) -> str:
     network = [config.infer.rule, config.infer.precision, weights_info(config.infer.weights).sha256]
     parts = (config.plan, config.align, config.fuse)
     return stage_key(FINISHED, 1, VERSIONS, files, network, *parts)
 
 
 def write_finished(location: str, url: str, config: ReconstructionConfig) -> None:
-    """Say that all stages are finished; not if segments are set aside, which want another try."""
+    """Say that all stages are finished, unless there is more to do.
+
+    Segments that are set aside want another try. A recording that changed after it was probed, say
+    a folder into which clips are still copied, is finished as it was: the next run probes it again.
+    """
     store = ReconstructionStore.open(url)
+    files = probe.fingerprint(probe.absolute(location))
+    if (store.read_commit("probe") or {}).get("key") != probe.fingerprint_key(files):
+        log.warning("%s: the recording changed meanwhile; the next run takes it up", location)
+        return
     names = store.commit_names()
     if any(name.startswith(f"{ASIDE}/") for name in names):
         return
-    record = {"key": finished_key(location, config), "commits": _digest(names)}
+    record = {"key": _key(files, config), "commits": _digest(names)}
     known = store.read_commit(FINISHED) or {}
     if {name: known.get(name) for name in record} != record:
         store.commit(FINISHED, record)

@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 from prefect import task
@@ -60,7 +61,12 @@ def fingerprint(location: str) -> list[list[Any]]:
 
 def recording_key(location: str) -> str:
     """Key of a drive's files; another one when any of them is replaced."""
-    return stage_key("probe", VERSION, fingerprint(location))
+    return fingerprint_key(fingerprint(location))
+
+
+def fingerprint_key(files: list[list[Any]]) -> str:
+    """Key of a drive whose files have this fingerprint: that of its commit `probe`."""
+    return stage_key("probe", VERSION, files)
 
 
 def _modification_mark(info: dict[str, Any]) -> str:
@@ -81,7 +87,7 @@ def may_take_over(url: str, location: str) -> bool:
         store = ReconstructionStore.open(url)
         known = store.attributes
         if "drive" not in known:
-            return _is_gone(known["location"])
+            return _is_gone(known.get("location"), absolute(location))
         return (store.read_commit("probe") or {}).get("key") == recording_key(absolute(location))
     except StoreUnavailable:
         raise
@@ -89,11 +95,19 @@ def may_take_over(url: str, location: str) -> bool:
         return False
 
 
-def _is_gone(location: str) -> bool:
-    """Whether nothing is at a location any more; not where that cannot be seen."""
+def _is_gone(recorded: Any, location: str) -> bool:
+    """Whether nothing is at a recorded location any more; not where that cannot be seen.
+
+    Looked at is only what lies where `location` does, on this machine or on the same server: a
+    store of somebody else may name any other.
+    """
+    if not isinstance(recorded, str) or "::" in recorded:
+        return False
+    if urlsplit(recorded)[:2] != urlsplit(location)[:2]:
+        return False
     try:
-        with explaining(location):
-            return not is_there(*fsspec.core.url_to_fs(location))
+        with explaining(recorded):
+            return not is_there(*fsspec.core.url_to_fs(recorded))
     except (ValueError, OSError, ImportError, StoreError):
         return False
 

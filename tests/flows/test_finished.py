@@ -7,6 +7,7 @@ from recordings import moving_squares, write_video
 
 from flows.reconstruct_drive import reconstruct_drive
 from storage.reconstruction import ReconstructionStore
+from tasks.align import align_stage
 from tasks.config import FuseConfig, InferConfig, PlanConfig, ReconstructionConfig
 from tasks.finished import is_finished
 
@@ -33,6 +34,25 @@ def test_drive_is_finished_until_its_video_its_configuration_or_a_commit_changes
     assert is_finished(str(video), url, CONFIG)
     write_video(video, moving_squares(21))
     assert not is_finished(str(video), url, CONFIG)
+
+
+def test_clip_that_comes_while_its_drive_is_at_work_is_not_passed_over(tmp_path, monkeypatch):
+    drive = tmp_path / "drive"
+    drive.mkdir()
+    write_video(drive / "1.mp4", moving_squares(20))
+    align = align_stage.fn
+
+    def copy_goes_on(url, *given):
+        write_video(drive / "2.mp4", moving_squares(20))
+        return align(url, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(align_stage, "fn", copy_goes_on)
+        url = reconstruct_drive(str(drive), str(tmp_path / "out"), CONFIG)
+    assert not is_finished(str(drive), url, CONFIG)
+    reconstruct_drive(str(drive), str(tmp_path / "out"), CONFIG)
+    assert is_finished(str(drive), url, CONFIG)
+    assert len(ReconstructionStore.open(url).read_frames()["timestamp"]) == 40
 
 
 def test_drive_with_a_segment_set_aside_wants_another_run(tmp_path):

@@ -1,4 +1,5 @@
 import shutil
+import socket
 
 import pytest
 from recordings import moving_squares, write_video
@@ -125,3 +126,32 @@ def test_a_record_that_cannot_be_read_stops_no_listing(tmp_path):
     ReconstructionStore.open(output / "rear.zarr").drop_commits("probe")
     drives = list_drives(f"{tmp_path}/archive/*", str(output), may_take_over)
     assert [drive.name for drive in drives] == ["archive_front", "archive_rear", "side"]
+
+
+@pytest.mark.parametrize(
+    "recorded",
+    ["github://a", "reference://x", "dir://x", "simplecache::/gone", "http://[", 3, None],
+)
+def test_a_foreign_store_that_names_no_place_of_ours_stops_no_listing(tmp_path, recorded):
+    output = tmp_path / "out"
+    (tmp_path / "logs").mkdir()
+    write_video(tmp_path / "logs/front.mp4", moving_squares(4))
+    attributes = {} if recorded is None else {"location": recorded}
+    ReconstructionStore.create(output / "front.zarr", attributes)
+    (drive,) = list_drives(f"{tmp_path}/logs/*", str(output), may_take_over)
+    is_held = isinstance(recorded, str)
+    assert drive.name == ("logs_front" if is_held else "front")
+
+
+def test_a_server_that_only_a_foreign_store_names_is_not_asked(tmp_path):
+    output = tmp_path / "out"
+    (tmp_path / "logs").mkdir()
+    write_video(tmp_path / "logs/front.mp4", moving_squares(4))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        recorded = f"http://127.0.0.1:{server.getsockname()[1]}/front.mp4"
+        ReconstructionStore.create(output / "front.zarr", {"location": recorded})
+        (drive,) = list_drives(f"{tmp_path}/logs/*", str(output), may_take_over)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert drive.name == "logs_front"
