@@ -5,15 +5,18 @@
 
 Each run is killed once to three times with signal 9, then run until it has finished. Killed is
 one of: the process of `ttt3r reconstruct`; its process group, as when a machine is lost; with
-`--s3 N` for that many of the runs the S3 server, which is started again. After each kill
+`--s3 N` for that many of the runs the S3 server, which is started again and which all drives at
+work are met by. After each kill
 
 - a reader is given the uninterrupted run's bytes or an error, for every chunk, state and file;
-- nothing of what is committed is damaged.
+- each chunk that was committed before this or an earlier kill has the same commit as then;
+- nothing of what is committed is damaged; a drive at work is judged so when its run has ended.
 
 After the last run
 
 - all stored arrays and meshes equal those of the uninterrupted run byte for byte;
-- each chunk that was committed before a kill has the same commit as then: it was not done again.
+- each chunk that was committed before a kill has the same commit as then: it was neither lost nor
+  done again.
 
 Exit code 1 where any of this does not hold.
 """
@@ -79,7 +82,7 @@ class Outcome:
     where: str  # "local" or "s3"
     kills: list[tuple[str, str]] = field(default_factory=list)  # (victim, stage it was in)
     runs: int = 0
-    kept: int = 0  # chunks that were committed before the last kill
+    kept: int = 0  # chunks that were committed before the last kill of the drive or the server
     beside: int = 0  # of these, in a lane beside one that lacked the chunk of that round
     recovery_s: float = 0.0  # longest time from a kill to the end of the next run
     faults: list[str] = field(default_factory=list)
@@ -111,6 +114,8 @@ class Campaign:
         self._server = server
         self._where = "s3" if server else "local"
         self._at_work: dict[str, Outcome] = {}  # drives whose runs a kill of the server meets
+        self._kept: dict[str, dict[str, bytes]] = {}  # by drive: chunks' commits seen at kills
+        self.server_kills = 0
         self._there = threading.RLock()  # held while the server must be, or is not, there
         self.reference = self._uninterrupted()
 
@@ -139,17 +144,17 @@ class Campaign:
         """Kill one drive's runs, run it to its end, and judge what is stored."""
         outcome, name = Outcome(self._where), f"{number:04d}"
         url = f"{self._root}/{name}/{NAME}"
-        kept: dict[str, bytes] = {}
         try:
             for _ in range(rng.choice([1] * 8 + [2, 3])):
                 if not self._kill_one(name, url, rng, outcome):
                     break
                 with self._there:
-                    kept = self._judge_committed(url, kept, outcome)
+                    self._judge_committed(url, outcome)
+                    self._judge_undamaged(url, outcome)
             self._finish(name, outcome)
             if not outcome.faults:
                 with self._there:
-                    self._judge_finished(url, kept, outcome)
+                    self._judge_finished(url, outcome)
         except Exception:
             outcome.faults.append(traceback.format_exc(limit=5))
         return outcome
@@ -181,10 +186,7 @@ class Campaign:
     def _kill(self, victim: str, process: ForkServerProcess, url: str, outcome: Outcome) -> None:
         if victim == "s3 server":
             with self._there:
-                for other, met in list(self._at_work.items()):
-                    met.kills.append((victim, stage_of(other, self.reference.chunks)))
-                self._server.kill()
-                self._server.start()
+                self._kill_server(dict(self._at_work))
             return
         with suppress(ProcessLookupError):  # it ended this very moment
             (os.killpg if victim == "process group" else os.kill)(process.pid, signal.SIGKILL)
@@ -192,6 +194,25 @@ class Campaign:
         if process.exitcode == -signal.SIGKILL:
             with self._there:
                 outcome.kills.append((victim, stage_of(url, self.reference.chunks)))
+                self._note_committed(url, outcome)
+
+    def _kill_server(self, met: dict[str, Outcome]) -> None:
+        """Kill and start the S3 server; what the drives at work had committed is still there."""
+        for url, outcome in met.items():
+            outcome.kills.append(("s3 server", stage_of(url, self.reference.chunks)))
+            self._note_committed(url, outcome)
+        self._server.kill()
+        self._server.start()
+        self.server_kills += 1
+        for url, outcome in met.items():
+            self._judge_committed(url, outcome)
+
+    def _note_committed(self, url: str, outcome: Outcome) -> None:
+        """Remember the commits of all chunks that are finished now; those first seen stay."""
+        found = commit_objects(url)
+        chunks = {n: data for n, data in found.items() if n.startswith("commits/infer/")}
+        self._kept[url] = chunks | self._kept.get(url, {})
+        outcome.kept, outcome.beside = len(chunks), beside_unfinished(chunks)
 
     def _choose_victim(self, rng: random.Random) -> str:
         if self._server and rng.random() < 0.3:
@@ -221,20 +242,17 @@ class Campaign:
             process.join(0.05 if self._server else 0.002)
         process.join(pause)
 
-    def _judge_committed(
-        self, url: str, kept: dict[str, bytes], outcome: Outcome
-    ) -> dict[str, bytes]:
-        """Compare what a reader is given; return the commits of all finished chunks."""
+    def _judge_committed(self, url: str, outcome: Outcome) -> None:
+        """Compare what a reader is given, and the chunks that were committed before a kill."""
+        kept = self._kept.get(url, {})
         for name, found in readable(url).items():
             if found != self.reference.readable.get(name):
                 outcome.faults.append(f"after {outcome.kills[-1]}: {name} reads otherwise")
-        commits = commit_objects(url)
-        outcome.faults += _changed(kept, commits, f"before {outcome.kills[-1]}")
-        chunks = {n: data for n, data in commits.items() if n.startswith("commits/infer/")}
-        outcome.kept, outcome.beside = len(chunks), beside_unfinished(chunks)
-        if commits and (damaged := ReconstructionStore.open(url).verify()):
+        outcome.faults += _changed(kept, commit_objects(url), f"after {outcome.kills[-1]}")
+
+    def _judge_undamaged(self, url: str, outcome: Outcome) -> None:
+        if commit_objects(url) and (damaged := ReconstructionStore.open(url).verify()):
             outcome.faults.append(f"after {outcome.kills[-1]}: damaged: {damaged}")
-        return chunks
 
     def _finish(self, name: str, outcome: Outcome) -> None:
         """Run until it finishes: with a server that is killed, a run may fail."""
@@ -248,8 +266,8 @@ class Campaign:
                 break
         outcome.faults.append(f"run {outcome.runs} ended with exit code {process.exitcode}")
 
-    def _judge_finished(self, url: str, kept: dict[str, bytes], outcome: Outcome) -> None:
-        outcome.faults += _changed(kept, commit_objects(url), "done again")
+    def _judge_finished(self, url: str, outcome: Outcome) -> None:
+        outcome.faults += _changed(self._kept.pop(url, {}), commit_objects(url), "in the end")
         found, expected = stored_objects(url), self.reference.objects
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
@@ -259,7 +277,11 @@ class Campaign:
 
 
 def _changed(kept: dict[str, bytes], now: dict[str, bytes], when: str) -> list[str]:
-    return [f"{name}: {when}" for name, data in kept.items() if now.get(name) != data]
+    return [
+        f"{name} {when}: {'done again' if name in now else 'lost'}"
+        for name, data in kept.items()
+        if now.get(name) != data
+    ]
 
 
 def stage_of(url: str, chunks: int) -> str:
@@ -299,17 +321,20 @@ def run_all(campaign: Campaign, runs: int, seed: int, at_once: int) -> list[Outc
         return list(pool.map(run_one, range(runs)))
 
 
-def summary(outcomes: list[Outcome], seconds: float) -> dict[str, object]:
-    """Figures of all drives together."""
-    kills = [kill for outcome in outcomes for kill in outcome.kills]
+def summary(outcomes: list[Outcome], server_kills: int, seconds: float) -> dict[str, object]:
+    """Figures of all drives together; a kill of the server meets several, and is one kill."""
+    met = [kill for outcome in outcomes for kill in outcome.kills]
+    victims = Counter(victim for victim, _ in met)
+    drives_met = victims.pop("s3 server", 0)
     killed = [outcome for outcome in outcomes if outcome.kills]
     return {
         "drives_killed": len(killed),
         "drives_that_ended_first": len(outcomes) - len(killed),
         "on_s3": sum(outcome.where == "s3" for outcome in killed),
-        "kills": len(kills),
-        "victims": dict(Counter(victim for victim, _ in kills)),
-        "stages": dict(Counter(stage for _, stage in kills)),
+        "kills": victims.total() + server_kills,
+        "victims": {**victims, "s3 server": server_kills},
+        "drives_met_by_a_kill_of_the_server": drives_met,
+        "stages": dict(Counter(stage for _, stage in met)),  # of each drive that was met
         "finished_chunks_kept": sum(outcome.kept for outcome in outcomes),
         "of_these_in_a_round_computed_again": sum(outcome.beside for outcome in outcomes),
         "longest_run_after_a_kill_s": max((o.recovery_s for o in outcomes), default=0.0),
@@ -327,7 +352,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file to write the outcomes to")
     parser.add_argument("--keep", type=Path, help="folder to work in, left as it is")
     arguments = parser.parse_args()
-    began = time.monotonic()
+    began, server_kills = time.monotonic(), 0
     with (
         working_folder(arguments.keep) as folder,
         prefect_server(folder),
@@ -352,7 +377,9 @@ def main() -> int:
             task = (campaign, arguments.s3, arguments.seed + 1, S3_AT_ONCE)
             tasks.append(places.submit(run_all, *task))
         outcomes = [outcome for task in tasks for outcome in task.result()]
-    found = summary(outcomes, time.monotonic() - began)
+        if arguments.s3:
+            server_kills = campaign.server_kills
+    found = summary(outcomes, server_kills, time.monotonic() - began)
     print(json.dumps(found, indent=1))
     if arguments.json:
         results = {**found, "outcomes": [asdict(outcome) for outcome in outcomes]}
