@@ -12,8 +12,9 @@ failed for a reason that passes is run once more in the evening, as the next nig
 In the end every good drive must be finished, with the arrays of an undisturbed run byte for byte;
 every broken one must have failed with a reason in one line, or be finished, which is counted apart
 (`finished_damaged`), as there is no undisturbed run to compare it with; and in the undisturbed
-rest of the day the memory of the process and of the Prefect server must not grow. Exit code 1 if
-not.
+rest of the day the memory of the process and of the servers must not grow. Memory is judged where a
+day has 150 drives or more, and then must have been sampled; the result says for each day what grew
+by how much, and whether that was judged. Exit code 1 if not.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
@@ -89,7 +90,9 @@ class Day:
     faults: dict[str, int] = field(default_factory=dict)  # of requests, by kind
     evening: int = 0  # drives that were run once more
     memory: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # (drives, MiB)
-    growth: dict[str, float] = field(default_factory=dict)  # MiB for 100 drives, by process
+    # MiB for 100 drives, by process; None: too few samples to say.
+    growth: dict[str, float | None] = field(default_factory=dict)
+    is_memory_judged: bool = False
     wrong: list[str] = field(default_factory=list)
 
 
@@ -212,10 +215,13 @@ def resident_mib(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def growth(samples: list[tuple[float, float]]) -> float:
-    """MiB for 100 drives, by least squares after the warm-up."""
-    drives, mib = np.array(samples[int(WARM_UP * len(samples)) :]).T
-    return float(np.polyfit(drives, mib, 1)[0] * 100) if len(set(drives)) > 1 else 0.0
+def growth(samples: list[tuple[float, float]]) -> float | None:
+    """MiB for 100 drives, by least squares after the warm-up; None if that cannot be said."""
+    late = samples[int(WARM_UP * len(samples)) :]
+    if len({drives for drives, _ in late}) < 2:
+        return None
+    drives, mib = np.array(late).T
+    return float(np.polyfit(drives, mib, 1)[0] * 100)
 
 
 # ---- the verdict
@@ -248,6 +254,27 @@ def judge(day: Day, drives: list[Drive], output: str, expected: Expected) -> Non
         is_told = error and len(error.splitlines()) == 1 and "Traceback" not in error
         if drive.kind in expected or not is_told:
             day.wrong.append(f"{drive.name} ({drive.kind}) is at {stage} and says {error!r}")
+
+
+def judge_memory(day: Day, processes: Iterable[str]) -> None:
+    """Say how much each process has grown; in a day that is judged, not to know is wrong too."""
+    day.growth = {name: growth(day.memory.get(name, [])) for name in processes}
+    day.is_memory_judged = day.drives >= LEAST_DRIVES
+    if not day.is_memory_judged:
+        return
+    for name, mib in day.growth.items():
+        if mib is None:
+            day.wrong.append(f"memory of the {name} was not sampled")
+        elif mib > LARGEST_GROWTH:
+            day.wrong.append(f"memory of the {name} grows by {mib:.1f} MiB for 100 drives")
+
+
+def growth_in_words(day: Day) -> str:
+    """What grew, and whether that counts."""
+    found = {name: "unknown" if g is None else f"{g:+.1f}" for name, g in day.growth.items()}
+    said = ", ".join(f"{name} {mib}" for name, mib in found.items())
+    verdict = "judged" if day.is_memory_judged else f"not judged, fewer than {LEAST_DRIVES} drives"
+    return f"MiB for 100 drives: {said} ({verdict})"
 
 
 def end_of(url: str) -> tuple[str, str | None]:
@@ -290,11 +317,12 @@ def spend_day(
     if left:
         life.start(sorted({drive.hour for drive in left})).join()
     judge(day, made, place.output, expected)
-    day.growth = {name: growth(samples) for name, samples in day.memory.items()}
-    for name, mib in day.growth.items():
-        if mib > LARGEST_GROWTH and place.drives >= LEAST_DRIVES:
-            day.wrong.append(f"memory of the {name} grows by {mib:.1f} MiB for 100 drives")
-    print(f"{day.where}: {day.drives} drives, wrong: {day.wrong or 'nothing'}", flush=True)
+    judge_memory(day, ("flow process", *place.pids()))
+    print(
+        f"{day.where}: {day.drives} drives, wrong: {day.wrong or 'nothing'}\n"
+        f"    {growth_in_words(day)}",
+        flush=True,
+    )
     return day
 
 

@@ -5,7 +5,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from campaigns.day import Day, Drive, judge
+from campaigns.day import (
+    LARGEST_GROWTH,
+    LEAST_DRIVES,
+    Day,
+    Drive,
+    growth_in_words,
+    judge,
+    judge_memory,
+)
 from campaigns.small_runs import stored_objects
 
 from storage.reconstruction import ReconstructionStore
@@ -35,3 +43,29 @@ def test_finished_counts_only_drives_that_were_compared(tmp_path):
     judge(day, [Drive(name, 0, kind) for name, kind in kinds.items()], str(tmp_path), expected)
     assert (day.finished, day.finished_damaged, day.failed) == (2, 1, {"empty": 1})
     assert day.wrong == ["other (good 0) differs from an undisturbed run"]
+
+
+def sampled(drives: int, growth: float) -> Day:
+    """A day whose flow process grew so many MiB for 100 drives."""
+    return Day("here", drives, memory={"flow process": [(n, n * growth / 100) for n in range(99)]})
+
+
+def test_memory_that_grows_is_wrong_in_a_day_that_is_judged():
+    long, short, steady = (
+        sampled(LEAST_DRIVES, 2 * LARGEST_GROWTH),
+        sampled(LEAST_DRIVES - 1, 2 * LARGEST_GROWTH),
+        sampled(LEAST_DRIVES, LARGEST_GROWTH / 2),
+    )
+    for day in (long, short, steady):
+        judge_memory(day, ["flow process"])
+    assert long.wrong == ["memory of the flow process grows by 30.0 MiB for 100 drives"]
+    assert (short.wrong, steady.wrong) == ([], [])
+    assert "+30.0 (not judged" in growth_in_words(short)
+    assert "+7.5 (judged)" in growth_in_words(steady)
+
+
+def test_memory_that_was_not_sampled_is_wrong_in_a_day_that_is_judged():
+    day = sampled(LEAST_DRIVES, 0.0)
+    judge_memory(day, ["flow process", "Prefect server"])
+    assert day.wrong == ["memory of the Prefect server was not sampled"]
+    assert day.growth["Prefect server"] is None
