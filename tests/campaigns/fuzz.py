@@ -3,8 +3,9 @@
     python tests/campaigns/fuzz.py --cases 1000000 [--seed N] [--only NAME] [--json FILE]
 
 Each parser may return or raise its documented exceptions. A crash is any other exception; an
-escape is an import, a process, a connection, or a file opened that is not the case's own (by
-Python's audit events). What once found something is kept in `corpus/` and always run first.
+escape is an import, a process, a connection, or a file or folder opened, listed, linked, made,
+changed or removed that is not the case's own (by Python's audit events). What once found something
+is kept in `corpus/` and always run first.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import importlib
 import io
 import json
 import logging
+import os
 import pickle
 import pkgutil
 import re
@@ -52,7 +54,7 @@ from storage.bounds import check_array
 from storage.commits import Commits
 from storage.drives import drive_name
 from storage.encoding import StoredRows, whole_array
-from storage.errors import Claimed
+from storage.errors import Claimed, DataDamaged
 from storage.images import ORIENTATION, is_picture, scan_images
 from storage.layout import FRAME_ARRAYS, SEGMENT_ARRAYS, by_name
 from storage.media import UnreadableVideo, natural_key
@@ -74,11 +76,28 @@ LONGEST_CASE_S = 5.0
 LARGEST_GROWTH_MIB = 1024
 FORBIDDEN = (
     "import", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.",
-    "exec", "compile", "ctypes.", "shutil.", "os.remove", "os.rename",
+    "exec", "compile", "ctypes.", "shutil.", "os.rename",
 )  # fmt: skip
+# Where in an event's arguments a path is, and the handle of the folder that it starts from. All of
+# these must be below the case's own folder.
+PATHS: dict[str, tuple[tuple[int, int | None], ...]] = {
+    "open": ((0, None),),
+    "os.chmod": ((0, 2),),
+    "os.chown": ((0, 3),),
+    "os.link": ((0, 2), (1, 3)),
+    "os.listdir": ((0, None),),
+    "os.mkdir": ((0, 2),),
+    "os.remove": ((0, 1),),
+    "os.rmdir": ((0, 1),),
+    "os.scandir": ((0, None),),
+    "os.symlink": ((0, 2), (1, 2)),
+    "os.truncate": ((0, None),),
+    "os.utime": ((0, 3),),
+    "shutil.copyfile": ((0, None), (1, None)),
+    "shutil.rmtree": ((0, 1),),
+}
 # What a claim says of its holder.
 HOLDER = re.compile(r"/proc/(sys/kernel/random/boot_id|-?[0-9]+/stat)")
-CHANGES = ("shutil.copyfile", "shutil.rmtree", "os.remove")  # of the case's own files: allowed
 WORDS = (
     b"../", b"/etc/passwd", b"\0", b"\xff" * 8, b"cposix\nsystem\n", b"c__builtin__\neval\n",
     b"R", b"-1", b"1e999", b"nan", b"9" * 30, b"[" * 40, b"[" * 20_000, b'{"a":', b"://", b"::",
@@ -119,26 +138,39 @@ class Watch:
     def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.allowed is None:
             return
-        if event == "open":
-            if isinstance(arguments[0], int) or HOLDER.fullmatch(str(arguments[0])):
-                return
-            if not str(arguments[0]).startswith(self.allowed):
-                self.escapes.append(f"open {arguments[0]!r}")
-        elif event in CHANGES:
-            if not self._is_allowed(event, arguments):
+        if event == "open" and (type(arguments[0]) is int or HOLDER.fullmatch(str(arguments[0]))):
+            return  # what a handle leads to was watched when it was opened
+        if event in PATHS:
+            places = ((arguments[at], _argument(arguments, handle)) for at, handle in PATHS[event])
+            if not all(is_below(self.allowed, *place) for place in places):
                 self.escapes.append(f"{event} {arguments!r:.120}")
         elif event.startswith(FORBIDDEN) and not self._is_own(event, arguments):
             self.escapes.append(f"{event} {arguments!r:.120}")
 
-    def _is_allowed(self, event: str, arguments: tuple[Any, ...]) -> bool:
-        """Changes of the case's own files; names in an open folder are those of rmtree."""
-        is_below_open = event == "os.remove" and arguments[1] not in (None, -1)
-        paths = arguments[:2] if event == "shutil.copyfile" else arguments[:1]
-        return is_below_open or all(str(path).startswith(str(self.allowed)) for path in paths)
-
     def _is_own(self, event: str, arguments: tuple[Any, ...]) -> bool:
         """What the standard library does by itself: modules that are loaded are found again."""
         return event == "import" and arguments[0] in sys.modules
+
+
+def _argument(arguments: tuple[Any, ...], at: int | None) -> Any:
+    return None if at is None or at >= len(arguments) else arguments[at]
+
+
+def is_below(folder: str, path: Any, handle: int | None) -> bool:
+    """Whether a path, as the system follows it, leads to `folder` or below.
+
+    Args:
+        folder: without links.
+        path: text or bytes, a handle, or None for the current folder.
+        handle: of the folder that a relative path starts from; None or -1 for the current one.
+    """
+    if type(path) is int:
+        path, handle = "", path
+    start = os.getcwd() if handle in (None, -1) else os.readlink(f"/proc/self/fd/{handle}")
+    whole = os.path.join(start, os.fsdecode(path or ""))
+    if "\0" in whole:  # the system takes no such name
+        return True
+    return Path(os.path.realpath(whole)).is_relative_to(folder)
 
 
 def mutate(seed: bytes, rng: np.random.Generator) -> bytes:
@@ -275,7 +307,7 @@ def parsers(folder: Path) -> list[Parser]:
         Parser("object", _object, (_object_of_zeros(),), (ValueError, RuntimeError), 4),
         Parser("image", partial(_image, folder / "images"), _images(), (UnreadableVideo,), 6),
         Parser("store", store.run, store.seeds, (NotAStore, StoreTooNew), 1),
-        Parser("claim", partial(_claim, folder / "claimed"), _claims(), (Claimed,), 1),
+        Parser("claim", partial(_claim, folder / "claimed"), _claims(), (Claimed, DataDamaged), 1),
         Parser("shard", _shard, (_shard_of_zeros(),), (ValueError, RuntimeError), 4),
     ]
 
@@ -288,7 +320,10 @@ def _claims() -> tuple[bytes, ...]:
 
 
 def _claim(root: Path, data: bytes) -> object:
-    """Take over a claim; an input is its name, a line feed and its record."""
+    """Take over a claim, which nobody else then gets.
+
+    An input is its name, a line feed and its record.
+    """
     name, _, content = data.partition(b"\n")
     place = root / "claims" / "drive"
     shutil.rmtree(place, ignore_errors=True)
@@ -297,9 +332,19 @@ def _claim(root: Path, data: bytes) -> object:
         (place / _text(name.replace(b"/", b""))).write_bytes(content)
     except (OSError, ValueError):  # no file can have the name
         return None
-    claim = claims.Claim(open_folder(str(root)), "drive")
+    claim, second = (claims.Claim(open_folder(str(root)), "drive") for _ in range(2))
     with mock.patch.multiple(claims, LEASE_S=0.0, WATCH_S=0.0), claim:  # nobody renews it
+        _require_refused(second)
         return claim.deaths
+
+
+def _require_refused(second: claims.Claim) -> None:
+    """A worker that comes second, in this process, sees that the first one lives."""
+    try:
+        with second:
+            raise AssertionError("two workers hold the same claim")
+    except Claimed:
+        pass
 
 
 class _NamedFolder(LocalFolder):
@@ -607,7 +652,7 @@ def fuzz_all(cases: int, seed: int, only: str = "") -> list[Report]:
     _load_what_is_loaded_on_first_use()
     watch = Watch()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = Path(name).resolve()
         chosen = [p for p in parsers(folder) if only in p.name]
         total = sum(p.share for p in chosen)
         reports = []
