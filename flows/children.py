@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -129,8 +130,11 @@ def run_children(
         await_children(deployment, family, list(children), at_once, on_end)
     except TerminationSignal:
         # Also what a lost machine's last minutes look like: its children go on then.
-        if is_cancelled():
-            cancel_children(family)
+        try:
+            if is_cancelled():
+                cancel_children(family)
+        except httpx.HTTPError as error:
+            log.warning("not all runs below this one could be cancelled: %s", error)
         raise
 
 
@@ -370,6 +374,7 @@ def is_starting(run: FlowRun) -> bool:
 
 def cancel(client: SyncPrefectClient, run: FlowRun) -> None:
     """Ask the server to end a run, and say in its tags that the reason is not its own."""
-    client.update_flow_run(run.id, tags=[*run.tags, FROM_ABOVE])
     message = "the run that it works for was cancelled"
-    client.set_flow_run_state(run.id, Cancelling(message=message))
+    with suppress(ObjectNotFound):
+        patiently(lambda: client.update_flow_run(run.id, tags=[*run.tags, FROM_ABOVE]))
+        patiently(lambda: client.set_flow_run_state(run.id, Cancelling(message=message)))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
-import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import StrEnum
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import click
 import typer
 
-from storage.wording import on_one_line, reason_of, shown
+from storage.wording import on_one_line, reason_of, shown, use_plain_records
 
 if TYPE_CHECKING:
     from storage.video import DriveLocation
@@ -47,7 +47,7 @@ app.add_typer(weights_app, name="weights")
 
 USER_ERROR, WORK_ERROR, INCOMPLETE = 2, 1, 3
 STOPPED = 128 + signal.SIGTERM
-OUR_LOGGERS = ("flows", "tasks", "storage", "ttt3r")
+SERVER_START_S = 300.0  # the first start of a Prefect server makes its tables
 
 
 def without_credentials(location: str | None) -> str | None:
@@ -154,7 +154,7 @@ def terminate(number: int, frame: Any) -> None:
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     quiet_prefect()
-    logging.setLogRecordFactory(PlainRecord)
+    use_plain_records()
     signal.signal(signal.SIGTERM, terminate)
     try:
         app(standalone_mode=False)
@@ -189,15 +189,6 @@ def is_users_mistake(error: Exception) -> bool:
 def say(*lines: str, fg: str | None = None, err: bool = False) -> None:
     """Print lines; whoever wrote what is in them, they cannot steer the terminal."""
     typer.secho("\n".join(map(shown, lines)), fg=fg, err=err)
-
-
-class PlainRecord(logging.LogRecord):
-    """What a log is told, with lines of this software as `say` prints them."""
-
-    def getMessage(self) -> str:
-        """The text of the line."""
-        text = super().getMessage()
-        return shown(text) if self.name.split(".")[0] in OUR_LOGGERS else text
 
 
 def fail(message: str, code: int) -> None:
@@ -814,7 +805,31 @@ def serve(
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
     from prefect import serve as serve_deployments
 
-    serve_deployments(*local_deployments(collection, output, cron))
+    deployments = local_deployments(collection, output, cron)
+    await_server(os.environ["PREFECT_API_URL"])
+    serve_deployments(*deployments)
+
+
+def await_server(url: str) -> None:
+    """Wait until the Prefect server answers, which it does some time after it names its address.
+
+    Raises:
+        RuntimeError: it does not for `SERVER_START_S`.
+    """
+    from prefect.client.orchestration import get_client
+
+    deadline = time.monotonic() + SERVER_START_S
+    with get_client(sync_client=True) as client:
+        if client.api_healthcheck() is None:
+            return
+        say(f"waiting for the Prefect server at {url}", err=True)
+        while error := client.api_healthcheck():
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"no Prefect server answers at {url} ({on_one_line(str(error))}); run `prefect "
+                    "server start`, or set PREFECT_API_URL to that of yours, with /api at its end"
+                )
+            time.sleep(2)
 
 
 def local_deployments(collection: str | None, output: str | None, cron: str | None) -> list[Any]:

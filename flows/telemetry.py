@@ -20,6 +20,7 @@ from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME, Resou
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
+from storage.wording import use_plain_records
 from tasks import metrics
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -28,7 +29,11 @@ FLUSH_MS = 5000  # a receiver that is away must not keep a machine
 
 @contextmanager
 def observed() -> Iterator[None]:
-    """Count the flow run at hand while the block runs; send what it counted before it ends."""
+    """Count the flow run at hand while the block runs; send what it counted before it ends.
+
+    What the run logs is plain: no file's or server's text can steer a terminal or hold a signature.
+    """
+    use_plain_records()
     provider = start_export()
     try:
         with metrics.run_active(flow_run.flow_name or "none", queued_s()):

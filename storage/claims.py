@@ -25,13 +25,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from storage.errors import Claimed, ClaimLost, CommitExists, GivenUp
+from storage.errors import Claimed, ClaimLost, CommitExists, DataDamaged, GivenUp
 from storage.layout import CLAIMS
 from storage.objects import Folder, check_name, in_parallel, is_name, redacted
 
 RENEW_S = 15.0
 LEASE_S = 90.0
 WATCH_S = 1.0  # between two looks at claims of other machines
+LAST_NUMBER = 999_999  # that the name of an object holds
 
 log = logging.getLogger(__name__)
 _held: dict[str, Claim] = {}  # by token, the claims that this process holds
@@ -42,6 +43,7 @@ class Claim:
 
     Raises:
         Claimed: on entering, a living worker holds it.
+        DataDamaged: on entering, somebody else has put a claim there with the last of all numbers.
     """
 
     def __init__(self, folder: Folder, name: str, progress: int = 0) -> None:
@@ -66,6 +68,11 @@ class Claim:
         if found.get("progress") == self._progress:
             self.deaths = _deaths_in(found) + 1
         number = max(numbers, default=0) + 1
+        if number > LAST_NUMBER:
+            raise DataDamaged(
+                f"{self._url}: the claim on {self.name!r} has number {LAST_NUMBER}, which no run "
+                f"gives; if none is at work, remove {self._object_of(LAST_NUMBER)}"
+            )
         self._object = self._object_of(number)
         self._renewed = time.monotonic()
         try:
@@ -164,7 +171,7 @@ class Claim:
         """Take over the claim that was not renewed in time, unless somebody else has."""
         began, numbers = time.monotonic(), self._numbers()
         newest = self._object_of(numbers[-1]) if numbers else ""
-        if newest != self._object or not self._is_mine():
+        if newest != self._object or numbers[-1] == LAST_NUMBER or not self._is_mine():
             self._is_lost = True
             return
         following = self._object_of(numbers[-1] + 1)

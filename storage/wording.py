@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
+OUR_LOGGERS = ("flows", "tasks", "storage", "ttt3r")
 AFTER_URL = ".,:;'\"<>)]}"  # in a text; no part of the URL
 
 
@@ -34,8 +36,22 @@ def reason_of(error: BaseException) -> str:
     return on_one_line(f"{type(error).__name__}: {error}")
 
 
+class PlainRecord(logging.LogRecord):
+    """What a log is told, with lines of this software as `shown`."""
+
+    def getMessage(self) -> str:
+        """The text of the line."""
+        text = super().getMessage()
+        return shown(text) if self.name.split(".")[0] in OUR_LOGGERS else text
+
+
+def use_plain_records() -> None:
+    """Let the logs of this process be told `PlainRecord`s."""
+    logging.setLogRecordFactory(PlainRecord)
+
+
 def _without_secrets(found: re.Match[str]) -> str:
     url, mark, query = re.sub(r"://[^/\s]*@", "://", found[0]).partition("?")
-    if not mark or "://" not in url:
+    if not mark or "://" not in found[0]:
         return url + mark + query
     return f"{url}?...{query[len(query.rstrip(AFTER_URL)) :]}"

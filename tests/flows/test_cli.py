@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -176,6 +179,23 @@ def test_a_schedule_that_cannot_work_is_refused_before_anything_is_served(run):
     code, _, err = run("serve", *secret)
     assert_one_line(code, err)
     assert "key:secret" not in err
+
+
+def test_serve_waits_for_a_server_and_says_where_it_looked(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/api"
+    code = "import sys; from flows import cli; cli.SERVER_START_S = 3; sys.argv[1:] = ['serve']"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; cli.main()"],
+        env={**os.environ, "PREFECT_API_URL": url, "PREFECT_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    waiting, *_, end = done.stderr.strip().splitlines()
+    assert done.returncode == 1
+    assert waiting == f"waiting for the Prefect server at {url}"
+    assert "run `prefect server start`" in end
 
 
 def test_status_and_inspect_tell_what_is_finished(run, store):

@@ -12,7 +12,7 @@ import pytest
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
 from storage import claims
-from storage.errors import ChunkMissing, Claimed, ClaimLost, CommitExists, GivenUp
+from storage.errors import ChunkMissing, Claimed, ClaimLost, CommitExists, DataDamaged, GivenUp
 from storage.objects import open_folder
 from storage.reconstruction import ReconstructionStore
 
@@ -170,6 +170,24 @@ def test_claim_that_is_none_of_ours_is_taken_over(store, monkeypatch, record):
     with store.claim("drive") as claim:
         assert claim.deaths <= 1
     assert store.repair() == []
+
+
+def test_no_worker_is_let_in_unseen_after_the_last_of_all_numbers(store, monkeypatch):
+    monkeypatch.setattr(claims, "LEASE_S", 1.0)
+    monkeypatch.setattr(claims, "WATCH_S", 0.1)
+    folder = open_folder(store.url)
+    folder.write("claims/drive/999998.json", b"{}")
+    with store.claim("drive"), pytest.raises(Claimed), store.claim("drive"):
+        pass
+    folder.write("claims/drive/999999.json", b"{}")
+    with (
+        pytest.raises(DataDamaged, match=r"remove claims/drive/999999\.json"),
+        store.claim("drive"),
+    ):
+        pass
+    folder.delete("claims/drive/999999.json")
+    with store.claim("drive"):
+        pass
 
 
 @pytest.mark.parametrize("name", ["00000\u00b2.json", "00000\u0663.json", "000001.data"])

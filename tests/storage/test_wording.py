@@ -16,6 +16,7 @@ from storage.wording import on_one_line, reason_of, shown
         ("http://h/a.mp4?X-Amz-Signature=s: gone", "http://h/a.mp4?...: gone"),
         ("403, url='http://h/a?sig=it's&b=s'", "403, url='http://h/a?...'"),
         ("a=http://h/,b=http://u:p@ss@h/y?sig=1", "a=http://h/,b=http://h/y?..."),
+        ("next?u=https://h/p?sig=s, kept", "next?..., kept"),
         ("(https://me:secret@h/a), s3://k:s@b", "(https://h/a), s3://b"),
     ],
 )
