@@ -9,6 +9,9 @@ worker with all it started, as when its machine is lost; the S3 server; the Pref
 and servers are started again; a collection whose run was killed is run again, as the next night
 would.
 
+A kill counts where the signal was delivered; of 40 kills or more at least one must have hit each
+kind of victim.
+
 After each kill a reader of the drive is given the undisturbed run's values or an error, and what
 is committed stays as it is. In the end every drive must be finished, its arrays and meshes those
 of an undisturbed run byte for byte, and every chunk that was seen committed must have the same
@@ -46,6 +49,8 @@ from storage.reconstruction import ReconstructionStore
 from tasks.summary import list_stores, progress
 
 FRAMES = 96  # eleven segments, two runs of the pool gpu
+# Three batches of tiles: fewer are fused by the drive's own run, without any of `fuse-tiles`.
+MANY_BATCHES = {"voxel_m": 0.0042, "frame_step": 12}
 DRIVE, COLLECTION = "reconstruct-drive/fleet", "reconstruct-collection/scheduled"
 # What is killed, and how often.
 VICTIMS = {
@@ -58,6 +63,7 @@ VICTIMS = {
     "S3 server": 2,
     "Prefect server": 1,
 }
+ENOUGH_KILLS = 40  # among which every kind of victim is
 PAUSE_S = (2.0, 12.0)  # between two kills
 DRIVES_AT_ONCE = 4
 WORKERS = {"cpu": ("cpu",), "gpu-a": ("gpu", "--limit", "1"), "gpu-b": ("gpu", "--limit", "1")}
@@ -87,7 +93,11 @@ class Campaign:
         cut = {"segment_frames": 12, "overlap_frames": 3, "chunk_frames": 4}
         weights = str(write_tiny_weights(folder / "tiny.safetensors"))
         grouped = {"segments_per_task": 6, "frames_per_run": 1}
-        self._config = {"plan": cut, "infer": {"weights": weights, "lanes": 2, **grouped}}
+        self._config = {
+            "plan": cut,
+            "infer": {"weights": weights, "lanes": 2, **grouped},
+            "fuse": MANY_BATCHES,
+        }
         self._kept: dict[str, str] = {}  # chunks seen committed, and their commits
         alone = {"location": str(write_drive(folder / "drive.mp4", FRAMES)), "spread": "here"}
         ended = self._run(DRIVE, {**alone, "output": str(folder / "alone")})
@@ -126,6 +136,9 @@ class Campaign:
                 found.faults.append(f"the collection has not ended after {LIMIT_S} s")
                 break
         self._judge(found)
+        if kills >= ENOUGH_KILLS:
+            missed = sorted(VICTIMS.keys() - {victim for victim, _ in found.kills})
+            found.faults += [f"no {victim} was killed" for victim in missed]
         found.seconds = time.monotonic() - began
         return found
 
@@ -141,20 +154,12 @@ class Campaign:
         return None
 
     def _kill_something(self, found: Found) -> None:
-        """Kill a victim, if any drive is at work."""
-        victim = self._rng.choices(list(VICTIMS), list(VICTIMS.values()))[0]
+        """Kill a victim, if any drive is at work; another one where the first is not there."""
         at_work = sorted({claim["url"] for claim in claims_under(self.output)})
         if not at_work:
             return
-        if victim == "S3 server":
-            self._server.kill()
-            self._server.start()
-        elif victim == "Prefect server":
-            self._fleet.kill_server()
-            self._fleet.start_server()
-        elif victim in ("worker", "machine"):
-            self._kill_worker(self._rng.choice(list(WORKERS)), alone=victim == "worker")
-        elif not self._kill_run(victim):
+        victim = next(filter(self._kill, self._victims(found)), None)
+        if victim is None:
             return
         stages = Counter(progress(url)["stage"] for url in at_work)
         said = ", ".join(f"{count} {stage}" for stage, count in sorted(stages.items()))
@@ -163,25 +168,52 @@ class Campaign:
         for url in at_work:
             self._look(url, found)
 
-    def _kill_worker(self, name: str, alone: bool) -> None:
+    def _victims(self, found: Found) -> list[str]:
+        """All kinds of victims, in the order in which they are looked for.
+
+        Kinds that were not hit yet come first, as some are there for a short time only; the rest is
+        by chance, with the frequent ones rather at the beginning.
+        """
+        hit = {victim for victim, _ in found.kills}
+        by_chance = sorted(VICTIMS, key=lambda v: self._rng.random() ** (1 / VICTIMS[v]))
+        return sorted(reversed(by_chance), key=lambda victim: victim in hit)
+
+    def _kill(self, victim: str) -> bool:
+        """Kill one of that kind; False if there was none."""
+        if victim == "S3 server":
+            self._server.kill()
+            self._server.start()
+        elif victim == "Prefect server":
+            self._fleet.kill_server()
+            self._fleet.start_server()
+        elif victim in ("worker", "machine"):
+            return self._kill_worker(self._rng.choice(list(WORKERS)), alone=victim == "worker")
+        else:
+            return self._kill_run(victim)
+        return True
+
+    def _kill_worker(self, name: str, alone: bool) -> bool:
         """Kill a worker, and unless `alone` all that it started; start another one."""
         worker = self._fleet.workers[name]
+        is_there = worker.poll() is None
         if alone:
             worker.kill()
             worker.wait()
         else:
             self._fleet.stop_worker(name)
         self._fleet.start_worker(*WORKERS[name][:1], name, *WORKERS[name][1:])
+        return is_there
 
     def _kill_run(self, flow: str) -> bool:
-        """Kill the process of some run of a flow that is under way."""
+        """Kill the process of some run of a flow that is under way; False if there is none."""
         running = {run["id"] for run in self._fleet.flow_runs(flow)}
         pids = [pid for pid, run in self._processes().items() if run in running]
-        if not pids:
-            return False
-        with suppress(ProcessLookupError):  # it ended this very moment
-            os.kill(self._rng.choice(pids), signal.SIGKILL)
-        return True
+        self._rng.shuffle(pids)
+        for pid in pids:
+            with suppress(ProcessLookupError):  # it ended this very moment
+                os.kill(pid, signal.SIGKILL)
+                return True
+        return False
 
     def _processes(self) -> dict[int, str]:
         """The flow run of every process below a worker."""
