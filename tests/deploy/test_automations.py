@@ -28,12 +28,13 @@ def entries() -> dict[str, dict[str, Any]]:
     return {entry["name"]: entry for entry in found}
 
 
-def test_both_are_taken_by_prefect_and_wait_long_enough():
+def test_all_are_taken_by_prefect_and_wait_long_enough():
     waits = {
         name: AutomationCore.model_validate(entry).trigger.within.total_seconds()
         for name, entry in entries().items()
     }
     assert waits["lost-runs"] > 3 * 30  # heartbeats
+    assert waits["lost-while-submitted"] >= 600  # a pull of the image, by Docker
     assert waits["lost-before-the-start"] >= 1800  # a node from zero, its driver, the image
 
 
@@ -43,7 +44,9 @@ def related_flow(name: str) -> dict[str, str]:
     return {"prefect.resource.id": f"prefect.flow.{uuid4()}", **role}
 
 
-@pytest.mark.parametrize("automation", ["lost-runs", "lost-before-the-start"])
+@pytest.mark.parametrize(
+    "automation", ["lost-runs", "lost-before-the-start", "lost-while-submitted"]
+)
 def test_runs_of_our_flows_are_watched_and_no_others(automation):
     trigger = EventTrigger.model_validate(entries()[automation]["trigger"])
     run = Resource.model_validate({"prefect.resource.id": f"prefect.flow-run.{uuid4()}"})
@@ -180,3 +183,23 @@ def test_a_run_that_is_lost_before_its_first_heartbeat_gives_its_slot_back(fleet
         ended = crashed
         time.sleep(1)
     assert ended == lost
+
+
+@pytest.mark.slow
+def test_a_run_whose_worker_is_lost_while_it_hands_it_over_gives_its_slot_back(fleet, tmp_path):
+    automate(fleet, tmp_path, "lost-while-submitted")
+    taken, handed_over, on_kubernetes, running, waiting = pool_with_runs(fleet, slots=4, runs=5)
+    for run in (taken, handed_over, on_kubernetes, running):
+        set_state(fleet, run, "PENDING", "Pending")
+    time.sleep(2)  # the server handles two events at once
+    for run in (handed_over, on_kubernetes, running):
+        set_state(fleet, run, "PENDING", "Submitting")
+    time.sleep(2)
+    set_state(fleet, on_kubernetes, "PENDING", "InfrastructurePending")
+    set_state(fleet, running, "RUNNING", "Running")
+    until = time.monotonic() + 120
+    while crashed_runs(fleet) != {taken, handed_over} and time.monotonic() < until:
+        time.sleep(1)
+    time.sleep(10)  # the others have had as long
+    assert crashed_runs(fleet) == {taken, handed_over}
+    assert handed_out(fleet) == [waiting]
