@@ -193,14 +193,17 @@ class Campaign:
         return True
 
     def _kill_worker(self, name: str, alone: bool) -> bool:
-        """Kill a worker, and unless `alone` all that it started; start another one."""
+        """Kill a worker, and unless `alone` all that it started; start another one.
+
+        False if it had ended before: its number may be another process's by now.
+        """
         worker = self._fleet.workers[name]
         is_there = worker.poll() is None
-        if alone:
+        if is_there and not alone:
+            self._fleet.stop_worker(name)
+        elif is_there:
             worker.kill()
             worker.wait()
-        else:
-            self._fleet.stop_worker(name)
         self._fleet.start_worker(*WORKERS[name][:1], name, *WORKERS[name][1:])
         return is_there
 
