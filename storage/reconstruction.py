@@ -392,14 +392,18 @@ class ReconstructionStore:
         self._make_segments(missing)
 
     def _make_segments(self, missing: Sequence[tuple[Segment, dict[str, Any]]]) -> None:
-        """Remove what is there and make empty arrays; the groups' attributes come last."""
+        """Make empty arrays in place of what is there; the groups' attributes come last.
+
+        What a creation that failed has left is written over, not removed: the store may carry out
+        a removal late, after its answer was given up, and take what was written since.
+        """
         objects: dict[str, bytes] = {}
         groups: dict[str, bytes] = {}
         for segment, wanted in missing:
             group = segment_name(segment.index)
             # Looked at before the claim: what another worker makes meanwhile is not removed.
             commits = self._commits.names(f"infer/{segment.index:04d}")
-            is_there = bool(commits or self._folder.sizes(group))
+            is_there = bool(commits) or self._folder.read(f"{group}/zarr.json") is not None
             self._check_claim(segment)
             if is_there:
                 self.remove_segment(segment.index)

@@ -18,6 +18,7 @@ from storage.errors import (
     NotAStore,
     StoreMissing,
     StoreTooNew,
+    StoreUnavailable,
 )
 from storage.objects import open_folder
 from storage.reconstruction import ReconstructionStore
@@ -244,6 +245,26 @@ def test_segment_half_created_is_made_anew(store):
     create_segment(store)
     finish(store, CHUNKS[0])
     assert store.is_chunk_done(SEGMENT, CHUNKS[0], "key")
+
+
+def test_what_a_failed_creation_left_is_written_over_and_not_removed(output_url, monkeypatch):
+    url = f"{output_url}/drive.zarr"
+    folder = open_folder(url)
+    monkeypatch.setattr(reconstruction, "open_folder", lambda _: folder)
+    store = ReconstructionStore.create(url, {})
+    removed: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "create_many", lambda _: (_ for _ in ()).throw(StoreUnavailable()))
+        with pytest.raises(StoreUnavailable):
+            create_segment(store, height=HEIGHT * 2)
+        patch.undo()
+        for name in ("delete", "delete_tree"):
+            patch.setattr(folder, name, removed.append)
+        create_segment(store)
+    assert removed == []
+    finish(store, CHUNKS[0])
+    assert store.read(SEGMENT, "depth", 10, 14).shape == (4, HEIGHT, WIDTH)
+    assert store.verify() == []
 
 
 # ---- commits
