@@ -238,7 +238,9 @@ def _drop_stale(store: ReconstructionStore, plan: Plan, segment: Segment, key: s
     current = {chunk_commit(segment.index, c.index) for c in segment.chunks(plan.chunk_frames)}
     records = store.commits(f"infer/{segment.index:04d}")
     for name in store.commit_names(f"infer/{segment.index:04d}"):
-        if name not in current or records.get(name, {}).get("key") != key:
+        # A listing may be older than the one before: what only one has is asked for by name.
+        record = records.get(name) or store.read_commit(name) or {}
+        if name not in current or record.get("key") != key:
             store.drop_commits(name)
 
 

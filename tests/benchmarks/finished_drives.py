@@ -62,12 +62,19 @@ def run(collection: str, output: str, spread: str) -> dict[str, Any]:
     return {**json.loads(done.stdout.splitlines()[-1]), "seconds": time.perf_counter() - began}
 
 
+def moved(root: bytes, number: int) -> bytes:
+    """zarr.json of the first drive's store, as that of the copy: it names its recording."""
+    return root.replace(b"logs/0000000", f"logs/{number:07d}".encode())
+
+
 def copy_locally(folder: Path, drives: int) -> tuple[str, str]:
     """Copies of drive 0000000 and its result, dates of change included."""
     for number in range(1, drives):
         shutil.copytree(folder / "logs" / "0000000", folder / "logs" / f"{number:07d}")
         target = folder / "out" / f"{number:07d}.zarr"
         shutil.copytree(folder / "out" / "0000000.zarr", target)
+        root = target / "zarr.json"
+        root.write_bytes(moved(root.read_bytes(), number))
     return str(folder / "logs"), str(folder / "out")
 
 
@@ -84,7 +91,8 @@ def copy_to_s3(folder: Path, drives: int, root: str) -> tuple[str, str]:
 
     def copy(number: int) -> None:
         fs.pipe(video.replace("0000000", f"{number:07d}"), recording)
-        fs.pipe({f"{bucket}/out/{number:07d}.zarr{n}": data for n, data in objects.items()})
+        copied = objects | {"/zarr.json": moved(objects["/zarr.json"], number)}
+        fs.pipe({f"{bucket}/out/{number:07d}.zarr{n}": data for n, data in copied.items()})
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(copy, range(1, drives)))

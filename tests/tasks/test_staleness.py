@@ -120,3 +120,21 @@ def test_align_reads_long_overlaps_in_part(finished, monkeypatch):
     fits = align.fit_seams(store, plan, focal, align.AlignSettings())
     assert fits[1].frames == 4
     np.testing.assert_allclose(fits[1].sim3.scale, before[1] / before[0], rtol=0.05)
+
+
+def test_listing_that_is_older_than_the_next_takes_no_finished_chunk_back(
+    finished, corridor_drive, monkeypatch
+):
+    store, infer = ReconstructionStore.open(finished.url), corridor_drive.config.infer
+    store.drop_commits("infer/0000")
+    infer_stage.fn(finished.url, (0,), infer)
+    before = finished.commits("infer/0000")
+    last = max(before)
+    store.drop_commits(last)
+    with monkeypatch.context() as patch:
+        patch.setattr(ReconstructionStore, "commits", lambda *_: {})
+        infer_stage.fn(finished.url, (0,), infer)
+    after = finished.commits("infer/0000")
+    assert after.keys() == before.keys()
+    kept = {name for name, record in before.items() if after[name] == record}
+    assert kept == before.keys() - {last}
