@@ -328,13 +328,23 @@ class ReconstructionStore:
         encoded = {n: known[n].encode(a, known[n].shape(sizes)) for n, a in arrays.items()}
         self._check_drive()
         self._commits.drop(stage)
-        self._folder.delete_tree(group)
         objects = {f"{group}/zarr.json": group_document({})}
         for name, values in encoded.items():
             objects |= whole_array(f"{group}/{name}", known[name], values)
         self._folder.write_many(objects)
+        # Not before: a removal that the store carries out late would take what was written since.
+        self._remove_others(group, encoded, objects)
         digests = {f"{group}/{name}": _digest(values) for name, values in encoded.items()}
         self._pending[stage] = {"digests": digests}
+
+    def _remove_others(self, group: str, arrays: Collection[str], objects: Collection[str]) -> None:
+        """Remove what else is below a group: other arrays, and other objects of these ones."""
+        others = {name: name.split("/")[1] for name in self._folder.sizes(group)}
+        for array in sorted({*others.values()} - {*arrays, "zarr.json"}):
+            self._folder.delete_tree(f"{group}/{array}")
+        for name, array in others.items():
+            if array in arrays and name not in objects:
+                self._folder.delete(name)
 
     def _read_whole(
         self, stage: str, group: str, specs: tuple[ArraySpec, ...]

@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -10,7 +11,7 @@ import pytest
 import xarray
 import zarr
 
-from storage import encoding, reconstruction
+from storage import encoding, layout, reconstruction
 from storage.errors import (
     ChunkMissing,
     CommitExists,
@@ -374,6 +375,31 @@ def test_trajectory_is_replaced_as_a_whole(store):
     }
     np.testing.assert_array_equal(read["cam_to_world"], short["cam_to_world"])
     assert read["cam_to_world"].dtype == np.float64
+
+
+def test_removals_that_come_late_take_nothing_of_the_new_trajectory(output_url, monkeypatch):
+    url = f"{output_url}/drive.zarr"
+    folder = open_folder(url)
+    monkeypatch.setattr(reconstruction, "open_folder", lambda _: folder)
+    store = ReconstructionStore.create(url, {})
+    rows = layout.ROWS_PER_OBJECT + 1
+    store.write_trajectory({"quality": np.ones(rows, np.float32), "scale": np.ones(2)})
+    store.commit("align", {"key": "old"})
+    late = []
+    with monkeypatch.context() as patch:
+        for name in ("delete", "delete_tree"):
+            removal = getattr(folder, name)
+            patch.setattr(folder, name, lambda what, do=removal: late.append(partial(do, what)))
+        store.write_trajectory({"quality": np.zeros(3, np.float32)})
+    store.commit("align", {"key": "new"})
+    commit = store.read_commit("align")
+    for removal in late[1:]:  # the first is that of the old commit
+        removal()
+    assert store.read_commit("align") == commit
+    np.testing.assert_array_equal(store.read_trajectory()["quality"], np.zeros(3))
+    left = [name for name in folder.sizes("trajectory") if "/c/" in name]
+    assert left == ["trajectory/quality/c/0"]
+    assert "trajectory/scale" not in store.describe()["arrays"]
 
 
 def test_trajectory_that_contradicts_itself_is_refused(tmp_path):
