@@ -45,7 +45,7 @@ def test_the_base_case_is_what_the_defaults_make():
     assert len(runs) == len(CASES["goal"].drive(1.0).group_s)
     assert config.segments_per_task == SEGMENTS_PER_TASK
     assert RENEW_S == CLAIM_RENEWAL_S
-    (lost, _) = yaml.safe_load((DEPLOY / "automations.yaml").read_text())["automations"]
+    (lost, *_) = yaml.safe_load((DEPLOY / "automations.yaml").read_text())["automations"]
     assert Setting(1).detection_s == lost["trigger"]["within"] + LEASE_S
 
 

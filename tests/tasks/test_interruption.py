@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 
 import pytest
 from recordings import moving_squares, write_video
@@ -30,7 +31,7 @@ def planned(tmp_path) -> ReconstructionStore:
     return ReconstructionStore.open(url)
 
 
-def test_interruption_is_heard_while_the_claims_of_a_lost_machine_are_watched(planned):
+def test_interruption_is_heard_while_the_claims_of_a_lost_machine_are_watched(planned, request):
     left = "claims/infer/0003/000001.json"
     planned._folder.write(left, b'{"machine": "lost"}')
     finished = [f"infer/{segment:04d}/{chunk:04d}" for segment in (0, 1) for chunk in (0, 1)]
@@ -42,6 +43,9 @@ def test_interruption_is_heard_while_the_claims_of_a_lost_machine_are_watched(pl
         os.kill(os.getpid(), signal.SIGINT)
 
     began = time.monotonic()
+    # A shell starts what goes on in the background with this signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, before))
     threading.Thread(target=interrupt_once_the_first_two_are_done, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         infer_stage.fn(planned.url, range(4), CONFIG.infer)
