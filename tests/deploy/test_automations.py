@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from uuid import uuid4
 
 import pytest
 import yaml
-from local_fleet import LocalFleet
+from local_fleet import LocalFleet, running_postgres
 from prefect.events.schemas.automations import AutomationCore
 from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import RelatedResource, Resource
@@ -62,13 +63,12 @@ def test_runs_of_our_flows_are_watched_and_no_others(automation):
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
-    """A server on SQLite, without workers."""
-    found = LocalFleet(tmp_path, f"sqlite+aiosqlite:///{tmp_path}/prefect.db", {})
-    try:
+    """A server on PostgreSQL, without workers."""
+    with running_postgres() as database, ExitStack() as stack:
+        found = LocalFleet(tmp_path, database, {})
+        stack.callback(found.stop)
         found.start_server()
         yield found
-    finally:
-        found.stop()
 
 
 def pool_with_runs(fleet: LocalFleet, slots: int, runs: int) -> list[str]:
