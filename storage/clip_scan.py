@@ -318,7 +318,7 @@ def _usual_period(intervals: NDArray[np.float64], nominal: Fraction | None) -> f
     """Mean of the intervals near the median: files may round timestamps to milliseconds."""
     if not len(intervals):
         return 1 / float(nominal or 10)
-    median = float(np.median(intervals))
+    median = float(np.quantile(intervals, 0.5, method="lower"))  # one of them
     near = np.abs(intervals - median) <= max(0.1 * median, 0.0011)
     return float(intervals[near].mean())
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import av
 import decord
 import numpy as np
+from av.error import FFmpegError
 from av.packet import Packet
 from av.video.stream import VideoStream
 from decord._ffi.base import DECORDError
@@ -54,6 +55,7 @@ def read_windows(
 
     Raises:
         SeekMissed: the key frame is not found; before the first window.
+        DecordFailure: no window can be made of the packets.
     """
     with open_video(location) as (container, stream):
         held: list[Packet] = []
@@ -70,35 +72,54 @@ def read_windows(
 
 
 def decode_window(
-    window: Window, size: tuple[int, int], wanted: Sequence[int]
+    window: Window, size: tuple[int, int], wanted: Sequence[int], repeats: NDArray[np.bool_]
 ) -> Iterator[NDArray[np.uint8]]:
     """RGB frames [H, W, 3] at the ascending positions `wanted` of a window.
 
+    Args:
+        window: as `read_windows` yields it.
+        size: (width, height) in pixels that its frames must have.
+        wanted: positions in the window.
+        repeats: of each of its frames, whether it may equal the one before.
+
     Raises:
-        DecordFailure: decord fails, or its frames are not as many or as large as they should be.
+        DecordFailure: decord fails, its frames are not as many or as large as they should be, or
+            it gives a neighbour, without a word, in place of one that it cannot decode.
     """
+    before = None
     try:
         reader = decord.VideoReader(io.BytesIO(window.data), num_threads=THREADS)
         if len(reader) != len(window.pts):
             raise DecordFailure(f"decord counts {len(reader)} frames of {len(window.pts)}")
         for position in range(wanted[-1] + 1):
-            frame = reader.next()
-            if position not in wanted:
-                continue
+            frame = reader.next().asnumpy()
             if frame.shape != (size[1], size[0], 3):
                 raise DecordFailure(f"decord gives a frame of shape {frame.shape}")
-            yield frame.asnumpy()
+            if not repeats[position] and _are_equal(frame, before):
+                raise DecordFailure(f"decord repeats frame {position - 1} of a window")
+            if position in wanted:
+                yield frame
+            before = frame
     except (DECORDError, StopIteration) as error:
         reason = (str(error).splitlines() or ["no more frames"])[0]
         raise DecordFailure(f"decord fails: {reason}") from error
 
 
+def _are_equal(frame: NDArray[np.uint8], before: NDArray[np.uint8] | None) -> bool:
+    if before is None or not np.array_equal(frame[::16, ::16], before[::16, ::16]):
+        return False
+    return np.array_equal(frame, before)
+
+
 def _window(held: Sequence[Packet], stream: VideoStream) -> Window:
     pts = np.sort(np.array([packet.pts for packet in held], np.int64))
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as output:
-        track = output.add_stream_from_template(stream)
-        for packet in held:
-            packet.stream = track
-            output.mux(packet)
+    try:
+        with av.open(buffer, "w", format="mp4") as output:
+            track = output.add_stream_from_template(stream)
+            for packet in held:
+                packet.stream = track
+                output.mux(packet)
+    except FFmpegError as error:
+        raise DecordFailure(f"its packets do not fit into an MP4 file: {error.strerror}") from error
     return Window(buffer.getvalue(), pts)

@@ -57,6 +57,7 @@ OPEN_OPTIONS = {
 # Some containers order seeking by decoding time, which comes before the time of showing.
 SEEK_BACK_S = (0, 2, 10)
 NO_PATH = (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+COLOR_TAGS, UNSPECIFIED = ("colorspace", "color_primaries", "color_trc"), 2
 SINGLE_THREAD = "NONE"
 ALL_THREADS = "AUTO"
 
@@ -217,16 +218,17 @@ def open_video(
     if fs.isfile(path) and fs.size(path) == 0:
         raise UnreadableVideo(f"{location}: the file is empty (0 bytes); copy it again")
     with ExitStack() as stack:
-        is_local = isinstance(fs, LocalFileSystem)
-        source = path if is_local else stack.enter_context(open_bytes(location))
+        # FFmpeg never opens the file: "I/O error" is also its word for data that make no sense.
+        # Read from here, errors of the disk or server are those of Python, all others the data's.
+        source = stack.enter_context(open_bytes(location))
         try:
             container = stack.enter_context(
                 av.open(source, mode="r", metadata_errors="replace", options=dict(OPEN_OPTIONS))
             )
+        except MemoryError as error:
+            why = "its header asks for more memory than there is"
+            raise UnreadableVideo(f"{location}: {why}") from error
         except FFmpegError as error:
-            # A file that ends in its header has another error than one of an unknown kind.
-            if isinstance(error, OSError):
-                raise
             raise UnreadableVideo(f"{location}: {_why_not_a_video(location)}") from error
         stream = _first_video(location, container)
         stream.thread_type = threads
@@ -271,6 +273,24 @@ def packets_from(
     return (packet for packet, _ in steps if packet is not None)
 
 
+def reformatted(reformatter: VideoReformatter, frame: VideoFrame, **wanted: Any) -> VideoFrame:
+    """A frame in another format or size; colour tags without a meaning count as not given.
+
+    Raises:
+        UnreadableVideo: FFmpeg cannot convert such pictures.
+    """
+    try:
+        return reformatter.reformat(frame, **wanted)
+    except FFmpegError:
+        for tag in COLOR_TAGS:
+            setattr(frame, tag, UNSPECIFIED)
+    try:
+        return reformatter.reformat(frame, **wanted)
+    except FFmpegError as failure:
+        what = f"pictures of the format {frame.format.name} cannot be converted"
+        raise UnreadableVideo(f"{what}: {_words(failure)}") from failure
+
+
 class RgbConverter:
     """Turns decoded frames into upright RGB arrays; keeps its scaling tables between frames."""
 
@@ -279,7 +299,7 @@ class RgbConverter:
 
     def convert(self, frame: VideoFrame) -> NDArray[np.uint8]:
         """uint8 [H, W, 3] with the recording's rotation applied."""
-        rgb = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
+        rgb = reformatted(self._reformatter, frame, format="rgb24").to_ndarray()
         return np.ascontiguousarray(np.rot90(rgb, quarter_turns(frame)))
 
 
@@ -308,8 +328,6 @@ def _packets(
         except IndexError:  # PyAV's answer to a track that appears after the header: not ours
             continue
         except FFmpegError as failure:
-            if isinstance(failure, OSError | MemoryError):  # the disk or server, not the data
-                raise
             failures += 1
             yield None, _words(failure)
 
@@ -337,11 +355,20 @@ def _packets_from(
 
 
 def _seek(container: InputContainer, stream: VideoStream, pts: int) -> None:
-    """Go to a packet at or before `pts`, or to the start."""
-    try:
-        container.seek(max(pts, stream.start_time or 0), stream=stream, backward=True)
-    except PermissionError:  # FFmpeg's answer where there is nothing before
-        container.seek(stream.start_time or 0, stream=stream, any_frame=True)
+    """Go to a packet at or before `pts`, or to the start.
+
+    Raises:
+        SeekMissed: the container leads to neither.
+    """
+    start = stream.start_time or 0
+    for place, options in ((max(pts, start), {"backward": True}), (start, {"any_frame": True})):
+        try:
+            container.seek(place, stream=stream, **options)
+        except FFmpegError as failure:  # such as where there is nothing before
+            missed = failure
+        else:
+            return
+    raise SeekMissed(f"seeking to {pts} fails: {_words(missed)}")
 
 
 def _drain(stream: VideoStream) -> Iterator[Step]:

@@ -34,7 +34,7 @@ from storage.media import (
 )
 from storage.objects import explaining
 from storage.probe import probe_drive, probe_video
-from storage.records import KEYFRAME, DriveRecord, FrameTable
+from storage.records import DUPLICATE, KEYFRAME, DriveRecord, FrameTable
 
 __all__ = [
     "DriveLocation",
@@ -145,6 +145,7 @@ class _ClipReader:
         self._seconds = table.timestamp[mine]
         self._index = table.index[mine]
         self._keys = np.flatnonzero(table.flags[mine] & KEYFRAME)
+        self._repeats = (table.flags[mine] & DUPLICATE) > 0
         self._lost = sum(u.count for u in record.unreadable if u.clip == number)
         if self._clip.time_base:
             ticks = (self._seconds - self._seconds[0]) / float(Fraction(self._clip.time_base))
@@ -223,7 +224,8 @@ class _ClipReader:
                 raise DecordFailure(f"the packets from frame {first} on are not those probed")
             inside = _inside(wanted, rows)
             if inside:
-                yield from decode_window(window, self._size, _shifted(inside, -first))
+                repeats = self._repeats[rows.start : rows.stop]
+                yield from decode_window(window, self._size, _shifted(inside, -first), repeats)
 
     def _key_before(self, row: int) -> int | None:
         """Timestamp of the last key frame up to `row`; None where decoding must start at 0."""

@@ -32,16 +32,18 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import av
 import fsspec.asyn
 import fsspec.implementations
 import google_crc32c
 import numpy as np
+from av.video.stream import VideoStream
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from zarr.core.array import Array
@@ -55,6 +57,7 @@ from storage.commits import Commits
 from storage.drives import drive_name
 from storage.encoding import StoredRows, whole_array
 from storage.errors import Claimed, DataDamaged
+from storage.glance import glance_at
 from storage.images import ORIENTATION, is_picture, scan_images
 from storage.layout import FRAME_ARRAYS, SEGMENT_ARRAYS, by_name
 from storage.media import UnreadableVideo, natural_key
@@ -62,6 +65,7 @@ from storage.objects import MOST_DOCUMENT_BYTES, LocalFolder, check_name, open_f
 from storage.reconstruction import UNDECODABLE, NotAStore, ReconstructionStore, StoreTooNew
 from storage.records import DriveRecord, Plan, Segment
 from storage.shards import shard_reader
+from storage.video import probe_drive, read_frames
 from ttt3r.checkpoint_import import model_tensors
 from ttt3r.download import without_secrets
 from ttt3r.fetch import cached_path, plain_url
@@ -78,6 +82,8 @@ FORBIDDEN = (
     "import", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.",
     "exec", "compile", "ctypes.", "shutil.", "os.rename",
 )  # fmt: skip
+CYTHON_FRAME = ("compile", b"_getframe()")
+DECORD_DATA = ("ctypes.cdata", "ctypes.cdata/buffer", "ctypes.addressof")
 # Where in an event's arguments a path is, and the handle of the folder that it starts from. All of
 # these must be below the case's own folder.
 PATHS: dict[str, tuple[tuple[int, int | None], ...]] = {
@@ -148,8 +154,14 @@ class Watch:
             self.escapes.append(f"{event} {arguments!r:.120}")
 
     def _is_own(self, event: str, arguments: tuple[Any, ...]) -> bool:
-        """What the standard library does by itself: modules that are loaded are found again."""
-        return event == "import" and arguments[0] in sys.modules
+        """What libraries do by themselves, whatever the input is.
+
+        Modules that are loaded are found again, Cython makes a frame for a traceback, and decord
+        is handed a window of a video.
+        """
+        if event == "import":
+            return arguments[0] in sys.modules
+        return event in DECORD_DATA or (event, *arguments[:1]) == CYTHON_FRAME
 
 
 def _argument(arguments: tuple[Any, ...], at: int | None) -> Any:
@@ -306,6 +318,7 @@ def parsers(folder: Path) -> list[Parser]:
         Parser("array_metadata", _array_metadata, _array_documents(), UNDECODABLE, 4),
         Parser("object", _object, (_object_of_zeros(),), (ValueError, RuntimeError), 4),
         Parser("image", partial(_image, folder / "images"), _images(), (UnreadableVideo,), 6),
+        Parser("video", partial(_video, folder / "videos"), _videos(), (UnreadableVideo,), 3),
         Parser("store", store.run, store.seeds, (NotAStore, StoreTooNew), 1),
         Parser("claim", partial(_claim, folder / "claimed"), _claims(), (Claimed, DataDamaged), 1),
         Parser("shard", _shard, (_shard_of_zeros(),), (ValueError, RuntimeError), 4),
@@ -543,6 +556,58 @@ def _with_right_checksums(data: bytes) -> bytes:
     return bytes(right)
 
 
+@lru_cache(maxsize=1)
+def _videos() -> tuple[bytes, ...]:
+    """Small videos, mostly header, of the containers and codecs that cameras write."""
+    kinds = (
+        ("mp4", "libx264", "yuv420p", {"bf": "2", "g": "4"}),
+        ("mp4", "libx265", "yuv420p", {"x265-params": "log-level=none"}),
+        ("matroska", "libx264", "yuv420p", {}),
+        ("webm", "libvpx-vp9", "yuv420p", {}),
+        ("mpegts", "mpeg2video", "yuv420p", {}),
+        ("avi", "mpeg4", "yuv420p", {}),
+        ("avi", "mjpeg", "yuvj420p", {}),
+        ("mov", "mjpeg", "yuvj420p", {}),
+    )
+    return tuple(_encoded(*kind) for kind in kinds)
+
+
+def _encoded(container: str, codec: str, pixels: str, options: dict[str, str]) -> bytes:
+    buffer, rng = io.BytesIO(), np.random.default_rng(0)
+    with av.open(buffer, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=10, options=options)
+        assert isinstance(stream, VideoStream)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, pixels
+        for _ in range(6):
+            picture = rng.integers(0, 256, (4, 4, 3), np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        output.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def _video(folder: Path, data: bytes) -> object:
+    """What planning, probing and inference do with a video: all its frames, the last one alone."""
+    folder.mkdir(exist_ok=True)
+    place = folder / "clip.mp4"  # what it is, the content says
+    place.write_bytes(data)
+    glance_at(str(place))
+    record, table = probe_drive(str(place))
+    frames = list(read_frames(record, table, 0, record.frames))
+    (last,) = read_frames(record, table, record.frames - 1, record.frames)
+    by_pyav = replace(record, clips=tuple(replace(c, backend="pyav") for c in record.clips))
+    others = list(read_frames(by_pyav, table, 0, record.frames))
+    if len(frames) != len(others) or {f.shape for f in (*frames, *others)} != {last.shape}:
+        raise AssertionError(f"{len(frames)} frames came, by PyAV {len(others)}, or of other sizes")
+    repeats = [
+        i
+        for i in range(1, len(frames))
+        if np.array_equal(frames[i], frames[i - 1]) and not np.array_equal(others[i], others[i - 1])
+    ]
+    if repeats:
+        raise AssertionError(f"{repeats} repeat the frame before")
+    return record.to_json()
+
+
 def _weights_record() -> bytes:
     from ttt3r.weights import weights_info
 
@@ -635,6 +700,9 @@ def _load_what_is_loaded_on_first_use() -> None:
             importlib.import_module(module)
     for document in _array_documents():
         _array_metadata(document)
+    with tempfile.TemporaryDirectory() as folder:
+        for video in _videos():
+            _video(Path(folder), video)
     Image.init()
     fsspec.asyn.get_loop()  # a pair of sockets within this process
 
