@@ -46,7 +46,7 @@ from campaigns.small_runs import (
     write_drive,
     write_tiny_weights,
 )
-from fault_proxy import DEFAULT_WEIGHTS, Fault, FaultPlan, FaultProxy, running_proxy
+from fault_proxy import DEFAULT_WEIGHTS, SPELLS, Fault, FaultPlan, FaultProxy, running_proxy
 from seaweed import running_seaweed
 
 from storage.objects import open_folder
@@ -66,15 +66,20 @@ WEIGHTS = DEFAULT_WEIGHTS | {
     Fault.LATE: 2.0,
 }
 STALE_RATE = 0.4  # of the few listings that were answered otherwise before
+CALM_S = (
+    90.0  # without a spell, after one: it ends all attempts, and a stage must find time between
+)
 
 
 class CampaignPlan(FaultPlan):
-    """A plan under which listings are stale more often than other requests are broken."""
+    """A plan under which listings are stale often, and spells come one at a time."""
 
     def choose(self, kinds: list[Fault], now: float) -> Fault | None:
         if Fault.STALE_LISTING in kinds and self._random.random() < STALE_RATE:
             return Fault.STALE_LISTING
-        return super().choose(kinds, now)
+        last = max(self._ends.values(), default=-CALM_S)
+        is_calm = last <= now < last + CALM_S
+        return super().choose([k for k in kinds if not (is_calm and k in SPELLS)], now)
 
 
 @dataclass
