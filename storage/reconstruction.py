@@ -227,6 +227,13 @@ class ReconstructionStore:
         """The record of a finished stage or chunk, else None."""
         return self._commits.read(name)
 
+    def read_commits(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Records of those of the stages or chunks that are finished, by name.
+
+        Each is asked for: a listing may be older than the one before, and miss what is there.
+        """
+        return self._commits.read_many(names)
+
     def commits(self, prefix: str = "") -> dict[str, dict[str, Any]]:
         """Records of `prefix` itself and of all below `prefix/`, by name."""
         return self._commits.all(prefix)

@@ -167,8 +167,8 @@ def _planned_name(batch: int) -> str:
 
 def _is_planned(store: ReconstructionStore, commit: dict[str, Any]) -> bool:
     """Whether the record of every batch is there."""
-    names = set(store.commit_names("tiles"))
-    return all(_planned_name(batch) in names for batch in range(commit["batches"]))
+    names = [_planned_name(batch) for batch in range(commit["batches"])]
+    return len(store.read_commits(names)) == len(names)
 
 
 def runs_of(numbers: Sequence[int], gap: int = 0) -> list[tuple[int, int]]:
@@ -243,9 +243,20 @@ def unfused_batches(url: str, batches: int) -> list[int]:
         ValueError: the tiles are not planned.
     """
     store = ReconstructionStore.open(url)
-    planned, fused = require_key(store, "tiles"), store.commits("fuse")
-    found = {batch: fused.get(_fused_name(batch), {}).get("key") for batch in range(batches)}
-    return [batch for batch, key in found.items() if key != _fused_key(planned, batch)]
+    fused = _fused(store, batches)
+    return [batch for batch in range(batches) if batch not in fused]
+
+
+def _fused(store: ReconstructionStore, batches: int) -> dict[int, dict[str, Any]]:
+    """Records of those of the first `batches` batches that are fused, by batch.
+
+    Raises:
+        ValueError: the tiles are not planned.
+    """
+    planned = require_key(store, "tiles")
+    records = store.read_commits(_fused_name(batch) for batch in range(batches))
+    found = {batch: records.get(_fused_name(batch), {}) for batch in range(batches)}
+    return {b: r for b, r in found.items() if r.get("key") == _fused_key(planned, b)}
 
 
 def _fused_key(planned: str, batch: int) -> str:
@@ -331,14 +342,14 @@ def merge_tiles_stage(url: str, config: FuseConfig) -> None:
 
 def _require_fused(store: ReconstructionStore, batches: int) -> dict[str, str]:
     """Digests of all tiles, by name; refuses to make a mesh with holes."""
-    missing = unfused_batches(store.url, batches)
+    fused = _fused(store, batches)
+    missing = [batch for batch in range(batches) if batch not in fused]
     if missing:
         raise ValueError(
             f"{len(missing)} of {batches} batches of tiles of {store.url} are not fused, the "
             f"first is {missing[0]}; run `ttt3r reconstruct` again"
         )
-    records = store.commits("fuse")
-    return {n: d for b in range(batches) for n, d in records[_fused_name(b)]["files"].items()}
+    return {name: d for record in fused.values() for name, d in record["files"].items()}
 
 
 def _read_tile(store: ReconstructionStore, name: str, digest: str) -> Mesh:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from storage.errors import ChunkMissing, Claimed, DataDamaged
+from storage.objects import LocalFolder
 from storage.reconstruction import ReconstructionStore
 from tasks import fuse
 from tasks.align import align_stage
@@ -113,6 +114,20 @@ def test_merge_refuses_to_leave_a_batch_out(aligned, small_tiles):
     store.drop_commits("fuse/0001")
     with pytest.raises(ValueError, match="are not fused, the first is 1"):
         merge_tiles_stage.fn(aligned.url, CONFIG)
+
+
+def test_listing_older_than_the_one_before_hides_no_tile(aligned, small_tiles, monkeypatch):
+    store = fuse_drive(aligned)
+    before = {name: store.read_commit(name) for name in ("tiles", "tiles/0000", "fuse/0000")}
+    store.drop_commits("fuse/merged")
+    listed = LocalFolder.sizes
+
+    def sizes(folder, prefix=""):
+        made_since = ("commits/tiles/", "commits/fuse/")
+        return {n: s for n, s in listed(folder, prefix).items() if not n.startswith(made_since)}
+
+    monkeypatch.setattr(LocalFolder, "sizes", sizes)
+    assert {name: fuse_drive(aligned).read_commit(name) for name in before} == before
 
 
 def test_merge_takes_no_tile_of_another_plan_and_none_that_is_not_what_was_fused(
