@@ -46,9 +46,10 @@ LARGEST_SIDE = 16384  # pixels; beyond it a header is taken to be false
 LARGEST_PICTURE = 2**27  # pixels: 16384 x 8192; a few bytes may ask for more than memory holds
 REMOTE_BLOCK = 4 * 2**20  # bytes a request of a remote file reads ahead
 DEMUX_TRIES = 8  # damaged stretches in a row, without a packet between, before giving up
-# Only plain containers: a playlist or a script named .mp4 could make FFmpeg open other files.
+# Only plain containers, and no file but the one handed over: a playlist or a script named .mp4
+# could make FFmpeg open others.
 OPEN_OPTIONS = {
-    "protocol_whitelist": "file",
+    "protocol_whitelist": "none",
     "format_whitelist": (
         "mov,matroska,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,h264,hevc,mjpeg,m4v,mxf,ivf,nut,obu,"
         "dhav,yuv4mpegpipe,gif,wtv,vc1,mpeg2video"
