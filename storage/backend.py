@@ -101,7 +101,7 @@ def _seeks_right(scan: ClipScan) -> bool:
 
 def _gives_same(scan: ClipScan, row: int) -> bool:
     """Whether the first frames from the key frame `row` on are those that the scan saw."""
-    thumbnailer = Thumbnailer()
+    thumbnailer = Thumbnailer(scan.location)
     key_pts, stop = scan.pts[row], row + SEEK_FRAMES
     wanted = list(zip(scan.pts[row:stop], scan.checks[row:stop], strict=True))
     threads = SINGLE_THREAD if scan.has_errors else ALL_THREADS

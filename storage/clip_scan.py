@@ -125,7 +125,7 @@ def _scan(
     progress: Progress | None,
 ) -> ClipScan:
     scan = ClipScan(location, size_bytes)
-    meter, thumbnailer = SceneMeter(tail), Thumbnailer()
+    meter, thumbnailer = SceneMeter(tail), Thumbnailer(location)
     with open_video(location, threads) as (container, stream):
         _note_header(scan, container, stream)
         for step in decode_steps(container, stream):

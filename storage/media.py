@@ -58,7 +58,7 @@ OPEN_OPTIONS = {
 # Some containers order seeking by decoding time, which comes before the time of showing.
 SEEK_BACK_S = (0, 2, 10)
 NO_PATH = (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-COLOR_TAGS, UNSPECIFIED = ("colorspace", "color_primaries", "color_trc"), 2
+UNSPECIFIED = 2  # FFmpeg's number of the colour space that is not given
 SINGLE_THREAD = "NONE"
 ALL_THREADS = "AUTO"
 
@@ -202,6 +202,25 @@ def open_bytes(location: str) -> Iterator[IO[bytes]]:
         yield file
 
 
+class _Source:
+    """A file as FFmpeg reads it: a place beyond what the disk can address is no error of the disk.
+
+    FFmpeg drops what a signal's handler raises in its calls, and takes the data to end there:
+    recordings are read beside the main thread (`tasks.interruption`), where no handler runs.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.read, self.tell = file, file.read, file.tell
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return -errno.EINVAL
+
+
 @contextmanager
 def open_video(
     location: str, threads: str = ALL_THREADS
@@ -214,6 +233,7 @@ def open_video(
 
     Raises:
         UnreadableVideo: missing, empty, no video, index lost, false size.
+        OSError: the disk or server fails, as in all that is read of the container later.
     """
     fs, path = require(location)
     if fs.isfile(path) and fs.size(path) == 0:
@@ -221,16 +241,13 @@ def open_video(
     with ExitStack() as stack:
         # FFmpeg never opens the file: "I/O error" is also its word for data that make no sense.
         # Read from here, errors of the disk or server are those of Python, all others the data's.
-        source = stack.enter_context(open_bytes(location))
+        source = _Source(stack.enter_context(open_bytes(location)))
         try:
             container = stack.enter_context(
                 av.open(source, mode="r", metadata_errors="replace", options=dict(OPEN_OPTIONS))
             )
-        except MemoryError as error:
-            why = "its header asks for more memory than there is"
-            raise UnreadableVideo(f"{location}: {why}") from error
         except FFmpegError as error:
-            raise UnreadableVideo(f"{location}: {_why_not_a_video(location)}") from error
+            raise UnreadableVideo(f"{location}: {_why_not_a_video(location, error)}") from error
         stream = _first_video(location, container)
         stream.thread_type = threads
         yield container, stream
@@ -274,8 +291,12 @@ def packets_from(
     return (packet for packet, _ in steps if packet is not None)
 
 
-def reformatted(reformatter: VideoReformatter, frame: VideoFrame, **wanted: Any) -> VideoFrame:
-    """A frame in another format or size; colour tags without a meaning count as not given.
+def reformat(
+    location: str, reformatter: VideoReformatter, frame: VideoFrame, **wanted: Any
+) -> VideoFrame:
+    """A frame of a recording in another format or size.
+
+    A colour space without a meaning counts as not given.
 
     Raises:
         UnreadableVideo: FFmpeg cannot convert such pictures.
@@ -283,25 +304,26 @@ def reformatted(reformatter: VideoReformatter, frame: VideoFrame, **wanted: Any)
     try:
         return reformatter.reformat(frame, **wanted)
     except FFmpegError:
-        for tag in COLOR_TAGS:
-            setattr(frame, tag, UNSPECIFIED)
+        frame.colorspace = UNSPECIFIED
     try:
         return reformatter.reformat(frame, **wanted)
     except FFmpegError as failure:
-        what = f"pictures of the format {frame.format.name} cannot be converted"
-        raise UnreadableVideo(f"{what}: {_words(failure)}") from failure
+        raise UnreadableVideo(
+            f"{location}: pictures of the format {frame.format.name} cannot be converted: "
+            f"{_words(failure)}"
+        ) from failure
 
 
 class RgbConverter:
     """Turns decoded frames into upright RGB arrays; keeps its scaling tables between frames."""
 
-    def __init__(self) -> None:
-        self._reformatter = VideoReformatter()
+    def __init__(self, location: str) -> None:
+        self._location, self._reformatter = location, VideoReformatter()
 
     def convert(self, frame: VideoFrame) -> NDArray[np.uint8]:
         """uint8 [H, W, 3] with the recording's rotation applied."""
-        rgb = reformatted(self._reformatter, frame, format="rgb24").to_ndarray()
-        return np.ascontiguousarray(np.rot90(rgb, quarter_turns(frame)))
+        rgb = reformat(self._location, self._reformatter, frame, format="rgb24")
+        return np.ascontiguousarray(np.rot90(rgb.to_ndarray(), quarter_turns(frame)))
 
 
 def quarter_turns(frame: VideoFrame) -> int:
@@ -408,8 +430,10 @@ def _first_video(location: str, container: InputContainer) -> VideoStream:
     return stream
 
 
-def _why_not_a_video(location: str) -> str:
+def _why_not_a_video(location: str, error: FFmpegError) -> str:
     """A reason, from the first bytes, why FFmpeg does not know the file."""
+    if isinstance(error, MemoryError):
+        return "its header asks for more memory than there is"
     with open_bytes(location) as file:
         head = file.read(16)
         if head[4:8] in (b"ftyp", b"mdat", b"wide", b"free") and not _has_box(file, b"moov"):

@@ -16,7 +16,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from storage.media import reformatted
+from storage.media import reformat
 
 THUMBNAIL = (36, 64)  # rows, columns
 
@@ -38,15 +38,15 @@ BLACK_S = 0.5
 class Thumbnailer:
     """Shrinks decoded frames to grey pictures of THUMBNAIL size."""
 
-    def __init__(self) -> None:
-        self._reformatter = VideoReformatter()
+    def __init__(self, location: str) -> None:
+        self._location, self._reformatter = location, VideoReformatter()
 
     def shrink(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
         """uint8 [36, 64]; the picture as coded, not rotated."""
         rows, columns = THUMBNAIL
         size = {"width": columns * 2, "height": rows * 2, "interpolation": "FAST_BILINEAR"}
-        grey = reformatted(self._reformatter, frame, format="gray", **size).to_ndarray()
-        blocks = grey.reshape(rows, 2, columns, 2).astype(np.uint16)
+        grey = reformat(self._location, self._reformatter, frame, format="gray", **size)
+        blocks = grey.to_ndarray().reshape(rows, 2, columns, 2).astype(np.uint16)
         return ((blocks.sum((1, 3)) + 2) // 4).astype(np.uint8)
 
 

@@ -164,7 +164,7 @@ class _ClipReader:
 
     def _read_in_order(self, wanted: range) -> Iterator[Frame]:
         """Count frames from the beginning, as probing did."""
-        converter, row = RgbConverter(), 0
+        converter, row = RgbConverter(self._clip.location), 0
         with open_video(self._clip.location, self._threads) as (container, stream):
             steps = _until(self._given_up, decode_steps(container, stream))
             for frame in (f for step in steps for f in step.frames):
@@ -186,7 +186,7 @@ class _ClipReader:
             yield from self._match_times(wanted, None)
 
     def _match_times(self, wanted: range, key_pts: int | None) -> Iterator[Frame]:
-        converter, rows = RgbConverter(), iter(wanted)
+        converter, rows = RgbConverter(self._clip.location), iter(wanted)
         row = next(rows)
         with open_video(self._clip.location, self._threads) as (container, stream):
             steps = _until(self._given_up, decode_steps(container, stream, key_pts))

@@ -83,6 +83,7 @@ FORBIDDEN = (
     "exec", "compile", "ctypes.", "shutil.", "os.rename",
 )  # fmt: skip
 CYTHON_FRAME = ("compile", b"_getframe()")
+# Decord reads what it was handed, and what it made, through ctypes.
 DECORD_DATA = ("ctypes.cdata", "ctypes.cdata/buffer", "ctypes.addressof")
 # Where in an event's arguments a path is, and the handle of the folder that it starts from. All of
 # these must be below the case's own folder.
@@ -120,6 +121,7 @@ class Parser:
     seeds: tuple[bytes, ...]
     raises: tuple[type[Exception], ...]
     share: int  # of the cases
+    harmless: tuple[str, ...] = ()  # events that it needs
 
 
 @dataclass
@@ -138,6 +140,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.allowed: str | None = None  # folder that may be read; None: not watching
+        self.harmless: tuple[str, ...] = ()  # of the events, for the parser that runs
         self.escapes: list[str] = []
         sys.addaudithook(self._note)
 
@@ -156,12 +159,11 @@ class Watch:
     def _is_own(self, event: str, arguments: tuple[Any, ...]) -> bool:
         """What libraries do by themselves, whatever the input is.
 
-        Modules that are loaded are found again, Cython makes a frame for a traceback, and decord
-        is handed a window of a video.
+        Modules that are loaded are found again, and Cython makes a frame for a traceback.
         """
         if event == "import":
             return arguments[0] in sys.modules
-        return event in DECORD_DATA or (event, *arguments[:1]) == CYTHON_FRAME
+        return event in self.harmless or (event, *arguments[:1]) == CYTHON_FRAME
 
 
 def _argument(arguments: tuple[Any, ...], at: int | None) -> Any:
@@ -318,7 +320,14 @@ def parsers(folder: Path) -> list[Parser]:
         Parser("array_metadata", _array_metadata, _array_documents(), UNDECODABLE, 4),
         Parser("object", _object, (_object_of_zeros(),), (ValueError, RuntimeError), 4),
         Parser("image", partial(_image, folder / "images"), _images(), (UnreadableVideo,), 6),
-        Parser("video", partial(_video, folder / "videos"), _videos(), (UnreadableVideo,), 3),
+        Parser(
+            "video",
+            partial(_video, folder / "videos"),
+            _videos(),
+            (UnreadableVideo,),
+            3,
+            DECORD_DATA,
+        ),
         Parser("store", store.run, store.seeds, (NotAStore, StoreTooNew), 1),
         Parser("claim", partial(_claim, folder / "claimed"), _claims(), (Claimed, DataDamaged), 1),
         Parser("shard", _shard, (_shard_of_zeros(),), (ValueError, RuntimeError), 4),
@@ -671,7 +680,7 @@ def fuzz(parser: Parser, cases: int, seed: int, watch: Watch, folder: Path) -> R
 def _run(parser: Parser, data: bytes, report: Report, watch: Watch, folder: Path) -> None:
     watch.escapes.clear()
     began = time.perf_counter()
-    watch.allowed = str(folder)
+    watch.allowed, watch.harmless = str(folder), parser.harmless
     try:
         parser.parse(data)
         report.accepted += 1

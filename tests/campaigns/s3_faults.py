@@ -77,9 +77,10 @@ class CampaignPlan(FaultPlan):
     def choose(self, kinds: list[Fault], now: float) -> Fault | None:
         if Fault.STALE_LISTING in kinds and self._random.random() < STALE_RATE:
             return Fault.STALE_LISTING
-        last = max(self._ends.values(), default=-CALM_S)
-        is_calm = last <= now < last + CALM_S
-        return super().choose([k for k in kinds if not (is_calm and k in SPELLS)], now)
+        is_soon = any(now < end + CALM_S for end in self._ends.values())
+        going_on = {kind for kind, end in self._ends.items() if now < end}
+        unfit = {kind for kind in SPELLS if is_soon and kind not in going_on}
+        return super().choose([kind for kind in kinds if kind not in unfit], now)
 
 
 @dataclass
