@@ -11,6 +11,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from tasks.fusion import (
 from tasks.infer import require_inferred
 from tasks.keys import drop_later, stage_key
 from tasks.meshes import Mesh, PlyWriter, read_ply, write_glb, write_ply
+from tasks.pipelining import prefetch
 from tasks.plan import (
     longest_part,
     read_placed_plan,
@@ -54,6 +56,7 @@ from ttt3r.weights import weights_info
 
 VERSION = 3
 SAMPLED_FRAMES = 50  # of a part, to choose the grid
+READ_AHEAD = 4  # frames
 SKIPPED_FRAMES = 50  # so many unwanted frames in a row are not decoded
 # Viewers give up on larger ones, and a GLB is made in memory.
 LARGEST_GLB_TRIANGLES = 5_000_000
@@ -167,8 +170,8 @@ def _planned_name(batch: int) -> str:
 
 def _is_planned(store: ReconstructionStore, commit: dict[str, Any]) -> bool:
     """Whether the record of every batch is there."""
-    names = [_planned_name(batch) for batch in range(commit["batches"])]
-    return len(store.read_commits(names)) == len(names)
+    names = (_planned_name(batch) for batch in range(commit["batches"]))
+    return all(store.read_commit(name) is not None for name in names)
 
 
 def runs_of(numbers: Sequence[int], gap: int = 0) -> list[tuple[int, int]]:
@@ -288,9 +291,9 @@ def colored_frames(
 ) -> Iterator[FusionFrame]:
     """The frames that `tiles` need, with their colours, in order."""
     numbers = source.frames[frames_of(tiles)].tolist()
-    colors = read_some(drive, numbers)
-    for frame, color in zip(source.read(numbers, grid), colors, strict=True):
-        yield replace(frame, color=color)
+    with closing(prefetch(read_some(drive, numbers), READ_AHEAD)) as colors:
+        for frame, color in zip(source.read(numbers, grid), colors, strict=True):
+            yield replace(frame, color=color)
 
 
 def read_some(drive: DriveInput, numbers: Sequence[int]) -> Iterator[np.ndarray]:
