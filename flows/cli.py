@@ -268,9 +268,9 @@ def probe(
     as_json: AsJson = False,
 ) -> None:
     """Say what a recording really holds, by decoding all of it."""
-    from storage.video import probe_drive
+    from tasks.probe import probe_until_stopped
 
-    record, _ = probe_drive(video)
+    record, _ = probe_until_stopped(video)
     figures = {
         "frames": record.frames,
         "width": record.width,

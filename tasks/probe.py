@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -12,13 +13,14 @@ import fsspec
 from prefect import task
 
 from storage.drives import drive_files
-from storage.errors import StoreError, StoreUnavailable
+from storage.errors import GivenUp, StoreError, StoreUnavailable
 from storage.media import file_name, is_file, is_there
-from storage.objects import explaining
+from storage.objects import explaining, redacted
 from storage.reconstruction import ReconstructionStore
-from storage.records import DriveRecord
+from storage.records import DriveRecord, FrameTable
 from storage.video import probe_drive
 from tasks.attempts import attempt_id, counted
+from tasks.interruption import run_until_stopped
 from tasks.keys import drop_later, stage_key
 from tasks.retries import STAGE_OPTIONS
 
@@ -123,6 +125,19 @@ def relocated(record: DriveRecord, location: str) -> DriveRecord:
     return replace(record, location=location, clips=tuple(clips))
 
 
+def probe_until_stopped(location: str) -> tuple[DriveRecord, FrameTable]:
+    """`probe_drive` beside the main thread, which an interruption ends."""
+
+    def probe(stop: threading.Event) -> tuple[DriveRecord, FrameTable]:
+        def leave(_: int) -> None:
+            if stop.is_set():
+                raise GivenUp(f"the probe of {redacted(location)} was interrupted")
+
+        return probe_drive(location, leave)
+
+    return run_until_stopped(probe)
+
+
 @task(name="probe", task_run_name="probe {location}", **STAGE_OPTIONS)
 @counted("probe")
 def probe_stage(location: str, name: str, url: str) -> None:
@@ -146,7 +161,7 @@ def probe_stage(location: str, name: str, url: str) -> None:
             "--output, or remove it"
         )
     began = time.perf_counter()
-    record, frames = probe_drive(location)
+    record, frames = probe_until_stopped(location)
     record = replace(record, name=name)
     log.info("%s: %d frames, %d x %d", name, record.frames, record.width, record.height)
     drop_later(store, "probe")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tasks.attempts import attempt_id, counted
 from tasks.frames import DriveInput, Image
 from tasks.keys import stage_key
 from tasks.meshes import read_ply
+from tasks.pipelining import prefetch
 from tasks.plan import longest_part, read_aside, read_plan, require_key
 from tasks.probe import absolute, relocated
 from tasks.retries import STAGE_OPTIONS
@@ -216,7 +218,8 @@ def read_own(drive: DriveInput, frame: int) -> Image:
             f"frame {frame} is in {redacted(min(others))}, says the store, which is not part of "
             f"{redacted(record.location)}; give the location that was reconstructed"
         )
-    return next(iter(drive.read(frame, frame + 1)))
+    with closing(prefetch(drive.read(frame, frame + 1), 1)) as frames:
+        return next(frames)
 
 
 def render(

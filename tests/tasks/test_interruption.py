@@ -4,13 +4,15 @@ import os
 import signal
 import threading
 import time
-from functools import partial
+from contextlib import contextmanager
+from typing import IO
 
 import pytest
 from recordings import moving_squares, write_video
 
-from storage import claims
+from storage import claims, media
 from storage.reconstruction import ReconstructionStore
+from storage.records import DriveRecord
 from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
 from tasks.infer import infer_stage
 from tasks.plan import plan_stage
@@ -31,7 +33,51 @@ def planned(tmp_path) -> ReconstructionStore:
     return ReconstructionStore.open(url)
 
 
-def test_interruption_is_heard_while_the_claims_of_a_lost_machine_are_watched(planned, request):
+@pytest.fixture
+def interrupted():
+    """An interruption raises in the main thread; a shell may start what runs here without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+class InterruptedFile:
+    """A file that is read in small pieces; with the third comes the interruption."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._reads = file, 0
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        self._reads += 1
+        if self._reads == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+        return self._file.read(min(size, 2048))
+
+
+def test_recording_that_is_probed_does_not_end_where_the_interruption_comes(
+    tmp_path, monkeypatch, interrupted
+):
+    video, url = write_video(tmp_path / "squares.mp4", moving_squares(200)), f"{tmp_path}/out.zarr"
+    opened = media.open_bytes
+
+    @contextmanager
+    def open_bytes(location):
+        with opened(location) as file:
+            yield InterruptedFile(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(media, "open_bytes", open_bytes)
+        with pytest.raises(KeyboardInterrupt):
+            probe_stage.fn(str(video), "squares", url)
+    store = ReconstructionStore.open(url)
+    assert store.read_commit("probe") is None
+    probe_stage.fn(str(video), "squares", url)
+    assert DriveRecord.from_json(store.attributes["drive"]).frames == 200
+
+
+def test_interruption_is_heard_while_the_claims_of_a_lost_machine_are_watched(planned, interrupted):
     left = "claims/infer/0003/000001.json"
     planned._folder.write(left, b'{"machine": "lost"}')
     finished = [f"infer/{segment:04d}/{chunk:04d}" for segment in (0, 1) for chunk in (0, 1)]
@@ -43,9 +89,6 @@ def test_interruption_is_heard_while_the_claims_of_a_lost_machine_are_watched(pl
         os.kill(os.getpid(), signal.SIGINT)
 
     began = time.monotonic()
-    # A shell starts what goes on in the background with this signal ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(partial(signal.signal, signal.SIGINT, before))
     threading.Thread(target=interrupt_once_the_first_two_are_done, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         infer_stage.fn(planned.url, range(4), CONFIG.infer)
