@@ -53,6 +53,7 @@ class LocalFleet:
             "PREFECT_API_DATABASE_CONNECTION_URL": database,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "MALLOC_ARENA_MAX": "1",
+            "PREFECT_SERVER_EVENTS_CAUSAL_ORDERING": "prefect.server.events.ordering.db",
             "DO_NOT_TRACK": "1",
             "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks,storage,ttt3r",
             "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
