@@ -66,9 +66,7 @@ WEIGHTS = DEFAULT_WEIGHTS | {
     Fault.LATE: 2.0,
 }
 STALE_RATE = 0.4  # of the few listings that were answered otherwise before
-CALM_S = (
-    90.0  # without a spell, after one: it ends all attempts, and a stage must find time between
-)
+CALM_S = 90.0  # between two spells: one ends all attempts, and stages need their time
 
 
 class CampaignPlan(FaultPlan):
