@@ -13,18 +13,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import BloscCodec
 from zarr.core.array import Array
-from zarr.core.array_spec import ArraySpec as ChunkSpec
-from zarr.core.buffer import Buffer
 from zarr.core.metadata import ArrayV3Metadata
-from zarr.registry import register_codec
 
+from storage.codecs import PCODEC
 from storage.errors import DataDamaged
 from storage.layout import FIXED_SIZES, ArraySpec
 from storage.records import MOST_FRAMES
-from storage.shards import check_compressed
 
 MOST_OBJECT_BYTES = 2**30  # of an object, before compression
 MOST_WHOLE_BYTES = 2**32  # of an array that is read as a whole
@@ -32,7 +27,7 @@ MOST_METADATA_BYTES = 2**16  # of zarr.json of an array; ours have some 2 kB
 MOST_RECORDS_BYTES = 2**31  # of all commits together; those of 2^24 frames have half of it
 MOST_DIMENSIONS = 8
 MOST_PARTS = 2**16  # of an object that are compressed each by itself
-CODECS = frozenset({"bytes", "blosc", "crc32c", "sharding_indexed"})
+CODECS = frozenset({"bytes", "blosc", "crc32c", "sharding_indexed", PCODEC})
 # What a parser raises at metadata that are none.
 ILLEGIBLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
@@ -124,16 +119,3 @@ def check_whole(path: str, array: Array[Any]) -> None:
     """
     if array.nbytes > MOST_WHOLE_BYTES:
         raise DataDamaged(f"array {path} has {array.nbytes} bytes; it is not read as a whole")
-
-
-class BoundedBlosc(BloscCodec):
-    """Blosc that decompresses what is there to the size of the chunk, or not at all."""
-
-    def _decode_sync(self, chunk_bytes: Buffer, chunk_spec: ChunkSpec) -> Buffer:
-        wanted = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize
-        check_compressed(chunk_bytes.to_bytes(), wanted)
-        return super()._decode_sync(chunk_bytes, chunk_spec)
-
-
-register_codec("blosc", BoundedBlosc)
-zarr.config.set({"codecs.blosc": f"{BoundedBlosc.__module__}.{BoundedBlosc.__qualname__}"})

@@ -48,12 +48,12 @@ def _new_array(
         dtype=spec.dtype,
         chunks=inner if spec.images else shard,
         shards=shard if spec.images else None,
-        compressors=spec.codecs(),
         filters=None,
         fill_value=spec.fill_value,
         attributes=spec.attributes(),
         dimension_names=spec.dims,
         config=WRITE_ALL,
+        **spec.codecs(),
     )
 
 

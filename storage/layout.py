@@ -22,12 +22,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import BloscCodec, Crc32cCodec
 
+from storage.codecs import BoundedPCodec
 from storage.records import DAMAGED, DUPLICATE, KEYFRAME
 
 SCHEMA = "ttt3r-reconstruction"
@@ -40,9 +40,10 @@ GROUPS = (FRAMES, SEGMENTS, TRAJECTORY, COMMITS, CLAIMS, *FILE_FOLDERS)
 
 LARGEST_HALF = 65504.0  # largest finite float16
 HALF_ABSOLUTE_ERROR = 2.0**-23  # where float16 runs out of exponents, below 6.1e-5
-FRAMES_PER_READ = 4  # images that are decoded together: the least that a read costs
+FRAMES_PER_READ = 8  # images that are decoded together: the least that a read costs
 ROWS_PER_OBJECT = 65536  # arrays that are written as a whole
 GATE_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+Packing = Literal["blosc", "pcodec"]
 FIXED_SIZES = {"row3": 3, "col3": 3, "row4": 4, "col4": 4}  # dimensions of one length always
 
 
@@ -56,7 +57,7 @@ class ArraySpec:
     units: str  # UDUNITS; "1" for plain numbers
     long_name: str
     mantissa_bits: int | None = None  # rounding of float16 arrays
-    compressed: bool = True
+    packing: Packing | None = "blosc"
     images: bool = False  # large rows: shards that hold a few frames per inner chunk
     notes: tuple[tuple[str, Any], ...] = ()  # further attributes
     optional: bool = False  # zero where the writer gives none
@@ -87,11 +88,12 @@ class ArraySpec:
             }
         return attributes | dict(self.notes)
 
-    def codecs(self) -> tuple[BytesBytesCodec, ...]:
-        """Compression, then a checksum: damage raises on reading."""
-        if not self.compressed:
-            return (Crc32cCodec(),)
-        return (BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"), Crc32cCodec())
+    def codecs(self) -> dict[str, Any]:
+        """How `zarr.create_array` is to write chunks: a checksum at the end, so damage raises."""
+        if self.packing == "pcodec":
+            return {"serializer": BoundedPCodec(level=8), "compressors": (Crc32cCodec(),)}
+        blosc = BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle")
+        return {"compressors": (*([blosc] if self.packing else []), Crc32cCodec())}
 
     def encode(self, values: Any, shape: tuple[int, ...]) -> np.ndarray:
         """Values as they will be stored.
@@ -140,6 +142,7 @@ SEGMENT_ARRAYS = (
         "m",
         "distance along the optical axis, in the model's estimate of metres",
         mantissa_bits=9,
+        packing="pcodec",
         images=True,
     ),
     _array(
@@ -149,6 +152,7 @@ SEGMENT_ARRAYS = (
         "1",
         "confidence of depth, 1 or more, higher is better",
         mantissa_bits=4,
+        packing="pcodec",
         images=True,
     ),
     _array(
@@ -184,15 +188,15 @@ SEGMENT_ARRAYS = (
 )
 
 STATE_ARRAYS = (
-    _array("tokens", "chunk token channel", "float32", "1", "scene state", compressed=False),
-    _array("pose_memory", "chunk slot pair", "float32", "1", "pose memory", compressed=False),
+    _array("tokens", "chunk token channel", "float32", "1", "scene state", packing=None),
+    _array("pose_memory", "chunk slot pair", "float32", "1", "pose memory", packing=None),
     _array(
         "first",
         "chunk",
         "bool",
         "1",
         "whether the frame after the chunk starts a new stream",
-        compressed=False,
+        packing=None,
         optional=True,
     ),
 )

@@ -14,6 +14,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 from numcodecs.blosc import Blosc
+from numcodecs.pcodec import PCodec
+from pcodec import standalone
 
 Encode = Callable[[np.ndarray], bytes]
 Decode = Callable[[memoryview], np.ndarray]
@@ -86,6 +88,9 @@ def _encoder(codecs: list[dict[str, Any]], rows: int, fill: Any) -> Encode:
     if [codec["name"] for codec in codecs] == ["sharding_indexed"]:
         return lambda values: _sharded(codecs[0]["configuration"], values, rows, fill)
     names = [codec["name"] for codec in codecs]
+    if names == ["numcodecs.pcodec", "crc32c"]:
+        pcodec = PCodec(**codecs[0]["configuration"])
+        return lambda values: _checked(pcodec.encode(_filled(values, rows, fill)))
     endian = codecs[0].get("configuration", {}).get("endian", "little")
     if names == ["bytes", "crc32c"] and endian == "little":
         return lambda values: _checked(_filled(values, rows, fill).tobytes())
@@ -182,6 +187,8 @@ def _part(data: bytes, offset: int, length: int) -> memoryview:
 def _decoder(codecs: list[dict[str, Any]], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Decode:
     """How bytes become the rows of one object or inner chunk."""
     names = [codec["name"] for codec in codecs]
+    if names == ["numcodecs.pcodec", "crc32c"]:
+        return lambda stored: unpack(bytes(_unchecked(stored)), shape, dtype)
     endian = codecs[0].get("configuration", {}).get("endian", "little")
     size = int(np.prod(shape)) * dtype.itemsize
     if names not in (["bytes", "crc32c"], ["bytes", "blosc", "crc32c"]) or endian != "little":
@@ -195,6 +202,22 @@ def _decoder(codecs: list[dict[str, Any]], shape: tuple[int, ...], dtype: np.dty
         return np.frombuffer(content, dtype).reshape(shape)
 
     return decode
+
+
+def unpack(packed: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Values that pcodec packed.
+
+    Raises:
+        ValueError: damaged, or not just so many values of that type.
+    """
+    values = np.empty(shape, dtype)
+    try:
+        progress = standalone.simple_decompress_into(packed, values.reshape(-1))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{len(packed)} bytes are no packed chunk: {error}") from None
+    if progress.n_processed != values.size or not progress.finished:
+        raise ValueError(f"{len(packed)} bytes are no packed chunk of {values.size} values")
+    return values
 
 
 def check_compressed(content: memoryview | bytes, size: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import zarr
 from numcodecs.blosc import Blosc
+from numcodecs.pcodec import PCodec
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
 from storage.errors import StoreError
@@ -201,6 +202,30 @@ def test_chunk_that_expands_is_not_decompressed(store):
         assert tracemalloc.get_traced_memory()[1] < 2**26
     finally:
         tracemalloc.stop()
+
+
+def test_depth_that_expands_is_not_unpacked(store):
+    """By our own reader, and by Zarr's."""
+    expands = PCodec(level=8).encode(np.zeros(2**26, np.float16))
+    shard = shard_of_one_part(expands)
+    assert len(shard) < 2**20
+    path_of(store, f"{DEPTH}/c/0/0/0").write_bytes(shard)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataDamaged, match="no packed chunk"):
+            store.read(SEGMENT, "depth", 0, 4)
+        with pytest.raises(ValueError, match="no packed chunk"):
+            zarr.open_array(path_of(store, DEPTH), mode="r")[0:4]
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def shard_of_one_part(part: bytes) -> bytes:
+    """With right checksums."""
+    part += google_crc32c.value(part).to_bytes(4, "little")
+    index = np.array([0, len(part)], "<u8").tobytes()
+    return part + index + google_crc32c.value(index).to_bytes(4, "little")
 
 
 def test_chunk_that_says_more_than_is_there_is_not_decompressed(store):

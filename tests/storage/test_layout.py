@@ -51,6 +51,6 @@ def test_fill_value_of_floats_is_nan_so_that_missing_data_cannot_pass_for_zero()
     assert all(np.isnan(spec.fill_value) for spec in floats)
 
 
-@pytest.mark.parametrize(("chunk_frames", "expected"), [(64, 4), (6, 3), (61, 1), (1, 1)])
+@pytest.mark.parametrize(("chunk_frames", "expected"), [(64, 8), (12, 6), (61, 1), (1, 1)])
 def test_frames_per_read_divides_the_shard(chunk_frames, expected):
     assert layout.frames_per_read(chunk_frames) == expected

@@ -1,6 +1,8 @@
 """ReconstructionStore: the same promises on a local disk and on a real S3 server."""
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -426,6 +428,37 @@ def test_xarray_sees_names_and_units(finished):
         assert data["frame"].values.tolist() == list(range(10, 20))
         expected = finished.read(SEGMENT, "depth", 15, 16)[0]
         np.testing.assert_array_equal(data["depth"].sel(frame=15), expected)
+
+
+def test_zarr_alone_reads_depth(tmp_path):
+    """Without our own reader: zarr and pcodec are all it takes."""
+    store = ReconstructionStore.create(tmp_path / "drive.zarr", {})
+    create_segment(store)
+    for chunk in CHUNKS:
+        finish(store, chunk)
+    script = "import sys, numpy, zarr; numpy.save(sys.argv[2], zarr.open_array(sys.argv[1])[:])"
+    depth, copy = f"{store.url}/segments/0000/depth", str(tmp_path / "depth.npy")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script, depth, copy], check=True)
+    np.testing.assert_array_equal(np.load(copy), store.read(SEGMENT, "depth", 10, 20))
+
+
+def test_segment_begun_with_former_codecs_is_finished_with_them(store):
+    """Depth was compressed by Blosc before; what was half done then is finished now."""
+    folder = open_folder(store.url)
+    depth, confidence = (f"segments/0000/{name}/zarr.json" for name in ("depth", "confidence"))
+    former = {
+        **json.loads(folder.read(depth)),
+        "codecs": json.loads(folder.read(confidence))["codecs"],
+    }
+    folder.write(depth, json.dumps(former).encode())
+    create_segment(store)
+    for chunk in CHUNKS:
+        finish(store, chunk)
+    reopened = ReconstructionStore.open(store.url)
+    assert json.loads(folder.read(depth)) == former
+    expected = np.concatenate([chunk_arrays(chunk)["depth"] for chunk in CHUNKS])
+    np.testing.assert_allclose(reopened.read(SEGMENT, "depth", 10, 20), expected, rtol=2**-10)
+    assert reopened.verify() == []
 
 
 def test_zarr_lists_the_store_without_warnings(finished):

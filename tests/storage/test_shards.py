@@ -5,13 +5,21 @@ import json
 import numpy as np
 import pytest
 import zarr
+from numcodecs.pcodec import PCodec
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec
 from zarr.storage import MemoryStore
 
-from storage.shards import NotPlain, encode_shard, shard_reader
+from storage.codecs import BoundedPCodec
+from storage.shards import NotPlain, encode_shard, shard_reader, unpack
 
 DAMAGED = "checksum|buffer|bytes"
 BLOSC = BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle")
+BY_BLOSC = {"compressors": (BLOSC, Crc32cCodec())}
+BY_PCODEC = {"serializer": BoundedPCodec(level=8), "compressors": (Crc32cCodec(),)}
+KINDS = [
+    *(pytest.param(t, BY_BLOSC, id=t) for t in ("float16", "float32", "int64", "uint8")),
+    *(pytest.param(t, BY_PCODEC, id=f"{t}-pcodec") for t in ("float16", "float32", "int64")),
+]
 
 
 def written_by_zarr(values, start, **options):
@@ -28,16 +36,16 @@ def written_by_zarr(values, start, **options):
 
 
 @pytest.mark.parametrize(("start", "rows"), [(0, 4), (4, 4), (8, 2), (0, 3)])
-@pytest.mark.parametrize("dtype", ["float16", "float32", "int64", "uint8"])
-def test_shard_of_images_equals_that_of_zarr(start, rows, dtype):
+@pytest.mark.parametrize(("dtype", "packing"), KINDS)
+def test_shard_of_images_equals_that_of_zarr(start, rows, dtype, packing):
     values = np.random.default_rng(0).normal(10, 3, (rows, 12, 20)).astype(dtype)
     document, expected = written_by_zarr(
         values,
         start,
         chunks=(2, 12, 20),
         shards=(4, 12, 20),
-        compressors=(BLOSC, Crc32cCodec()),
         fill_value=np.nan if values.dtype.kind == "f" else 0,
+        **packing,
     )
     assert encode_shard(document, start, values) == expected
 
@@ -70,16 +78,16 @@ def test_rows_that_are_not_one_whole_chunk_are_left_to_zarr(start, values):
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 4), (1, 2), (0, 2), (2, 4), (1, 3)])
-@pytest.mark.parametrize("dtype", ["float16", "float32", "int64", "uint8"])
-def test_rows_of_a_shard_of_zarr_are_read(start, stop, dtype):
+@pytest.mark.parametrize(("dtype", "packing"), KINDS)
+def test_rows_of_a_shard_of_zarr_are_read(start, stop, dtype, packing):
     values = np.random.default_rng(0).normal(10, 3, (4, 12, 20)).astype(dtype)
     document, objects = written_by_zarr(
         values,
         4,
         chunks=(2, 12, 20),
         shards=(4, 12, 20),
-        compressors=(BLOSC, Crc32cCodec()),
         fill_value=0,
+        **packing,
     )
     rows = shard_reader(document).decode(objects["c/1/0/0"], start, stop)
     np.testing.assert_array_equal(rows, values[start:stop])
@@ -95,16 +103,17 @@ def test_rows_of_a_plain_chunk_of_zarr_are_read(compressors, values):
     np.testing.assert_array_equal(shard_reader(document).decode(data, 1, 3), values[1:3])
 
 
+@pytest.mark.parametrize("packing", [BY_BLOSC, BY_PCODEC], ids=["blosc", "pcodec"])
 @pytest.mark.parametrize("sharded", [True, False])
-def test_damaged_objects_are_refused(sharded):
+def test_damaged_objects_are_refused(sharded, packing):
     values = np.random.default_rng(0).normal(10, 3, (4, 12, 20)).astype("float16")
     document, objects = written_by_zarr(
         values,
         0,
         chunks=(2 if sharded else 4, 12, 20),
         shards=(4, 12, 20) if sharded else None,
-        compressors=(BLOSC, Crc32cCodec()),
         fill_value=0,
+        **packing,
     )
     (data,) = objects.values()
     reader, random = shard_reader(document), np.random.default_rng(1)
@@ -115,6 +124,34 @@ def test_damaged_objects_are_refused(sharded):
     for length in random.integers(0, len(data), 50).tolist():
         with pytest.raises(ValueError, match=DAMAGED):
             reader.decode(data[:length], 0, 4)
+
+
+@pytest.mark.parametrize("count", [0, 1, 239, 241, 2**24])
+def test_packed_values_of_another_number_are_refused(count):
+    packed = PCodec(level=8).encode(np.zeros(count, np.float16))
+    with pytest.raises(ValueError, match="no packed chunk"):
+        unpack(packed, (12, 20), np.dtype("float16"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int16", "float64"])
+def test_packed_values_of_another_type_are_refused(dtype):
+    packed = PCodec(level=8).encode(np.zeros(240, dtype))
+    with pytest.raises(ValueError, match="no packed chunk"):
+        unpack(packed, (12, 20), np.dtype("float16"))
+
+
+def test_damaged_packed_values_are_refused_or_read_as_others():
+    """What the checksum would have caught: never more values than asked for, no other error."""
+    random = np.random.default_rng(3)
+    packed = PCodec(level=8).encode(random.normal(10, 3, 240).astype("float16"))
+    refused = 0
+    for at in random.integers(0, len(packed), 500).tolist():
+        damaged = bytes([*packed[:at], packed[at] ^ 255, *packed[at + 1 :]])
+        try:
+            unpack(damaged, (240,), np.dtype("float16"))
+        except ValueError:
+            refused += 1
+    assert refused > 50
 
 
 def test_reading_arrays_of_other_codecs_is_left_to_zarr():
