@@ -20,7 +20,7 @@ from torch import Tensor
 from storage.errors import ChunkMissing
 from storage.layout import GATE_QUANTILES, chunk_commit, segment_claim
 from storage.objects import in_parallel, redacted
-from storage.reconstruction import ReconstructionStore
+from storage.reconstruction import EncodedChunk, ReconstructionStore
 from storage.records import Chunk, Plan, Segment
 from tasks import metrics
 from tasks.attempts import attempt_id, counted, note
@@ -397,13 +397,16 @@ def _write(work: Work, result: RoundResult, after: Callable[[], None] | None) ->
     result.download.wait()
     with clock.measure("download"):
         arrays = result.download.arrays()
+    encoded: dict[int, EncodedChunk] = {}
+
+    def encode(what: tuple[int, Segment, Chunk]) -> None:
+        lane, segment, chunk = what
+        encoded[lane] = store.encode_chunk(segment, chunk, _of_lane(arrays, lane, chunk))
+
     with clock.measure("encode"):
-        encoded = [
-            store.encode_chunk(segment, chunk, _of_lane(arrays, lane, chunk))
-            for lane, segment, chunk in result.chunks
-        ]
+        in_parallel(encode, result.chunks)
     with clock.measure("write"):
-        store.write_encoded(encoded)
+        store.write_encoded([encoded[lane] for lane, _, _ in result.chunks])
     seconds = result.read_seconds | clock.take() | result.download.seconds()
     spent = {name: value / result.lanes for name, value in seconds.items()}
     shared = {
