@@ -22,10 +22,14 @@ _ITERATIONS = 5
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """About the nearest orthogonal matrix to each of [K, rows, columns], bfloat16 inside."""
+    """About the nearest orthogonal matrix to each of [K, rows, columns].
+
+    In bfloat16 on a GPU; without such products a CPU takes fifteen times as long as in float32.
+    """
     a, b, c = _NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).bfloat16()
+    dtype = torch.bfloat16 if matrices.is_cuda else torch.float32
+    x = (matrices.mT if tall else matrices).to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
