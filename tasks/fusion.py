@@ -2,11 +2,11 @@
 
 Space is cut into tiles, tiles into blocks, blocks into voxels. Tile (0, 0, 0) is centred on
 the origin of the world, the first camera, so that a straight drive runs through the middle
-of its tiles. A frame touches the blocks near its measured surface, and only
-those, in whatever tile they lie. Each tile is fused by itself, with a halo of one block, and
-keeps the triangles whose centroid lies inside it. As a block sees the same frames in the
-same order in every tile that holds it, neighbouring tiles meet to the last bit:
-`merge_meshes` of all tiles is the mesh of one large tile.
+of its tiles. A frame changes blocks near its measured surface, and only those that may hold
+a voxel that it measures, in whatever tile they lie. Each tile is fused by itself, with a
+halo of one block, and keeps the triangles whose centroid lies inside it. As a block sees the
+same frames in the same order in every tile that holds it, neighbouring tiles meet to the
+last bit: `merge_meshes` of all tiles is the mesh of one large tile.
 
 Order of use: `choose_grid` once, `filter_depth` on every depth, `plan_tiles` over all
 frames, `group_tiles`, then `fuse_tiles` for each group, in parallel if wanted.
@@ -27,6 +27,7 @@ from tasks.meshes import Mesh, weld
 
 _BYTES_PER_VOXEL = 20  # distance, weight and three colours, float32 each
 _CORNERS = np.array(list(itertools.product((-1, 1), repeat=3)))
+_OCTANTS = np.array(list(itertools.product((0, 1), repeat=3)))
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,18 @@ class FusionGrid:
 
     @property
     def block_voxels(self) -> int:
-        """Voxels along the edge of a block: the fused layer fits into one."""
+        """Voxels along the edge of a block, which is no shorter than the truncation distance."""
         return _block_voxels(self.settings)
 
     @property
     def block_m(self) -> float:
         """Edge of a block, metres."""
         return self.voxel_m * self.block_voxels
+
+    @property
+    def truncation_m(self) -> float:
+        """Half thickness of the fused layer, metres."""
+        return self.voxel_m * self.settings.truncation_voxels
 
     @property
     def tile_m(self) -> float:
@@ -148,14 +154,13 @@ class FusionFrame:
 
 @dataclass(frozen=True)
 class PreparedFrame:
-    """A frame with its depth interpolated and the blocks it touches: ready for any tile."""
+    """A frame with its pixels interpolated and the blocks it measures: ready for any tile."""
 
     depth: np.ndarray  # float32 [h,w] metres, 0 where nothing was measured
-    intrinsics: np.ndarray  # [3,3] of `depth`
-    color: np.ndarray  # float32 [H,W,3] in [0,1]
-    color_intrinsics: np.ndarray  # [3,3] of `color`
+    color: np.ndarray  # float32 [h,w,3] in [0,1]
+    intrinsics: np.ndarray  # [3,3]
     T_world_cam: np.ndarray  # [4,4]
-    blocks: np.ndarray  # int32 [B,3], distinct and sorted
+    blocks: np.ndarray  # int32 [B,3], distinct
 
 
 @dataclass(frozen=True)
@@ -239,15 +244,17 @@ def filter_depth(
 
 
 def prepare(frame: FusionFrame, grid: FusionGrid) -> PreparedFrame:
-    """Interpolate the depth and find the blocks that it touches."""
-    depth, intrinsics = upsample_depth(frame.depth, frame.intrinsics, grid.upsampling)
-    depth[~((depth > 0) & (depth <= grid.depth_limit_m))] = 0
-    blocks = touched_blocks(depth, intrinsics, frame.T_world_cam, grid)
+    """Interpolate depth and colour and find the blocks that the frame measures."""
+    depth, intrinsics = _dense_depth(frame, grid)
+    blocks = measured_blocks(depth, intrinsics, frame.T_world_cam, grid)
     if frame.color is None:
-        color = np.full((*frame.depth.shape, 3), 0.5, np.float32)
+        color = np.full((*depth.shape, 3), 0.5, np.float32)
     else:
-        color = frame.color.astype(np.float32) / 255
-    return PreparedFrame(depth, intrinsics, color, frame.intrinsics, frame.T_world_cam, blocks)
+        # As large as the depth: from another size Open3D takes half of the colours from the
+        # pixel beside.
+        dense = frame.color.repeat(grid.upsampling, axis=0).repeat(grid.upsampling, axis=1)
+        color = dense.astype(np.float32) / 255
+    return PreparedFrame(depth, color, intrinsics, frame.T_world_cam, blocks.astype(np.int32))
 
 
 def upsample_depth(
@@ -272,15 +279,37 @@ def upsample_depth(
 def touched_blocks(
     depth: np.ndarray, intrinsics: np.ndarray, T_world_cam: np.ndarray, grid: FusionGrid
 ) -> np.ndarray:
-    """Blocks within half a block of the measured surface: int32 [B,3], distinct and sorted.
+    """Blocks within one block of the measured surface, in cubes of 2 x 2 x 2: int64 [B,3].
 
-    Half a block is at least the truncation distance.
+    A block is at least the truncation distance.
     """
     points = _world_points(depth, intrinsics, T_world_cam)
-    # A cell of half a block, grown by half a block each way, meets 2 x 2 x 2 blocks.
-    cells = _distinct(np.floor(points * (2 / grid.block_m)).astype(np.int64))
-    blocks = (cells[:, None] + _CORNERS) >> 1
-    return _distinct(blocks.reshape(-1, 3)).astype(np.int32)
+    # A block grown by one block each way meets 2 x 2 x 2 cubes.
+    blocks = _distinct(np.floor(points / grid.block_m).astype(np.int64))
+    cubes = _distinct(((blocks[:, None] + _CORNERS) >> 1).reshape(-1, 3))
+    return (cubes[:, None] * 2 + _OCTANTS).reshape(-1, 3)
+
+
+def measured_blocks(
+    depth: np.ndarray, intrinsics: np.ndarray, T_world_cam: np.ndarray, grid: FusionGrid
+) -> np.ndarray:
+    """Those of `touched_blocks` that may hold a measured voxel: int64 [B,3].
+
+    A voxel is measured if the depth at its pixel is not more than the truncation distance
+    before it. Most blocks near a surface hold none: they lie behind it, or beside the image or
+    what was measured of it.
+    """
+    blocks = touched_blocks(depth, intrinsics, T_world_cam, grid)
+    u, v, z = _corner_pixels(blocks, intrinsics, T_world_cam, grid)
+    # A border of pixels without measurement takes what is projected beside the image.
+    height, width = np.add(depth.shape, 2)
+    framed = np.zeros((height, width), np.float32)
+    framed[1:-1, 1:-1] = depth
+    left, right = _whole(u.min(axis=0) + 1, width), _whole(u.max(axis=0) + 1, width)
+    top, bottom = _whole(v.min(axis=0) + 1, height), _whole(v.max(axis=0) + 1, height)
+    farthest = _largest(framed, top, bottom, left, right)
+    is_measured = (farthest > 0) & (farthest + grid.truncation_m >= z.min(axis=0))
+    return blocks[is_measured | np.isinf(z).any(axis=0)]
 
 
 def plan_tiles(frames: Iterable[FusionFrame], grid: FusionGrid) -> list[Tile]:
@@ -288,21 +317,80 @@ def plan_tiles(frames: Iterable[FusionFrame], grid: FusionGrid) -> list[Tile]:
 
     Frames are read once and not kept; they need no colour. Give `fuse_tile` the same depths.
     """
-    seen: dict[tuple[int, int, int], np.ndarray] = {}
+    seen: dict[tuple[int, int, int], np.ndarray] = {}  # a bit for each block
+    has_surface: set[tuple[int, int, int]] = set()
     frames_of: dict[tuple[int, int, int], list[int]] = {}
     side = grid.tile_blocks + 2
     for number, frame in enumerate(frames):
-        blocks = prepare(frame, grid).blocks
+        depth, intrinsics = _dense_depth(frame, grid)
+        blocks = measured_blocks(depth, intrinsics, frame.T_world_cam, grid)
         for index in _tiles_of(blocks, grid):
             local = _local_blocks(blocks, index, grid)
-            seen.setdefault(index, np.zeros((side, side, side), bool))[tuple(local.T)] = True
+            bits = seen.setdefault(index, np.zeros(side**3 // 8 + 1, np.uint8))
+            position = np.ravel_multi_index(tuple(local.T), (side, side, side))
+            np.bitwise_or.at(bits, position >> 3, np.left_shift(1, position & 7).astype(np.uint8))
+            if ((local > 0) & (local <= grid.tile_blocks)).all(axis=1).any():
+                has_surface.add(index)
             frames_of.setdefault(index, []).append(number)
     return [
-        Tile(index, tuple(frames_of[index]), int(seen[index].sum()))
-        for index in sorted(seen)
-        if seen[index][1:-1, 1:-1, 1:-1].any()
-        and len(frames_of[index]) >= grid.settings.min_observations
+        Tile(index, tuple(frames_of[index]), int(np.bitwise_count(seen[index]).sum()))
+        for index in sorted(has_surface)
+        if len(frames_of[index]) >= grid.settings.min_observations
     ]
+
+
+def _corner_pixels(
+    blocks: np.ndarray, intrinsics: np.ndarray, T_world_cam: np.ndarray, grid: FusionGrid
+) -> np.ndarray:
+    """Column, row and depth, float32 [3,8,B], of the voxels in the corners of `blocks` [B,3].
+
+    The top-left pixel spans (0, 0) to (1, 1). Voxels behind the camera have infinite depth.
+    """
+    project = _open3d_intrinsics(intrinsics) @ np.linalg.inv(T_world_cam.astype(np.float64))[:3]
+    rotation, side = project[:, :3] * grid.voxel_m, grid.block_voxels
+    first = (rotation @ (blocks * side).T + project[:, 3:]).astype(np.float32)
+    further = (rotation @ _OCTANTS.T * (side - 1)).astype(np.float32)
+    pixels = further[:, :, None] + first[:, None]
+    z = pixels[2]
+    z[z <= 0] = np.inf
+    pixels[:2] /= z
+    return pixels
+
+
+def _whole(values: np.ndarray, stop: int) -> np.ndarray:
+    """Pixels that coordinates fall into, clipped to 0 .. stop - 1."""
+    return np.clip(values, 0, stop - 1).astype(np.int64)
+
+
+def _largest(
+    image: np.ndarray, top: np.ndarray, bottom: np.ndarray, left: np.ndarray, right: np.ndarray
+) -> np.ndarray:
+    """Upper bounds [N] of the largest values in N rectangles of pixels, borders included.
+
+    That of the square around each rectangle: four windows, whose side is a power of two, one
+    in each corner, cover it.
+    """
+    maxima = _window_maxima(image)
+    level = np.frexp(np.maximum(right - left, bottom - top) + 1)[1] - 1
+    window = 1 << level
+    right, bottom = np.maximum(right + 1 - window, 0), np.maximum(bottom + 1 - window, 0)
+    above = np.maximum(maxima[level, top, left], maxima[level, top, right])
+    below = np.maximum(maxima[level, bottom, left], maxima[level, bottom, right])
+    return np.maximum(above, below)
+
+
+def _window_maxima(image: np.ndarray) -> np.ndarray:
+    """At [n, row, column] the largest of the 2^n x 2^n pixels from there on: [N,H,W]."""
+    levels = (max(image.shape) - 1).bit_length()
+    maxima = np.empty((levels + 1, *image.shape), image.dtype)
+    maxima[0] = image
+    for level, half in enumerate(maxima[:-1]):
+        step = 1 << level
+        wider = half.copy()
+        np.maximum(half[:, :-step], half[:, step:], out=wider[:, :-step])
+        maxima[level + 1] = wider
+        np.maximum(wider[:-step], wider[step:], out=maxima[level + 1, :-step])
+    return maxima
 
 
 class TileVolume:
@@ -317,7 +405,9 @@ class TileVolume:
         self.grid = grid
         side = grid.tile_blocks + 2
         self._seen = np.zeros((side, side, side), bool)
-        self._volume = _new_volume(max(tile.blocks, 1), grid)
+        # Open3D makes room for all blocks of a frame, even if it holds them already. Room that
+        # is not used takes no memory.
+        self._volume = _new_volume(max(2 * tile.blocks, 1), grid)
 
     def integrate(self, frame: PreparedFrame) -> None:
         """Add one frame; a frame that touches no block of the tile changes nothing."""
@@ -387,7 +477,7 @@ def fuse_tile(tile: Tile, frames: Iterable[FusionFrame], grid: FusionGrid) -> Me
 
 
 def _block_voxels(settings: FusionSettings) -> int:
-    return max(8, 2 * settings.truncation_voxels)
+    return max(4, settings.truncation_voxels)
 
 
 def _check_rigid(T_world_cam: np.ndarray) -> None:
@@ -434,6 +524,13 @@ def _scale_intrinsics(intrinsics: np.ndarray, factor: int) -> np.ndarray:
     return scaled
 
 
+def _dense_depth(frame: FusionFrame, grid: FusionGrid) -> tuple[np.ndarray, np.ndarray]:
+    """Interpolated depth [h,w], 0 where there is nothing to fuse, and its intrinsics [3,3]."""
+    depth, intrinsics = upsample_depth(frame.depth, frame.intrinsics, grid.upsampling)
+    depth[~((depth > 0) & (depth <= grid.depth_limit_m))] = 0
+    return depth, intrinsics
+
+
 def _world_points(depth: np.ndarray, intrinsics: np.ndarray, T_world_cam: np.ndarray) -> np.ndarray:
     """[P,3] world points of the pixels with a measurement."""
     rows, columns = np.nonzero(depth > 0)
@@ -450,15 +547,23 @@ def _distinct(cells: np.ndarray) -> np.ndarray:
     if not len(cells):
         return cells.reshape(0, 3)
     offset, bits = 1 << 20, 21
-    if np.abs(cells).max() >= offset:
+    if max(cells.max(), -cells.min()) >= offset:
         raise ValueError(
             f"a point lies {np.abs(cells).max()} cells from the origin; at most {offset} are "
             "possible: the poses run away, or voxel_m is far too small"
         )
-    x, y, z = (cells + offset).T
-    codes = np.unique((x << 2 * bits) | (y << bits) | z)
+    x, y, z = cells.T
+    codes = ((x + offset) << 2 * bits) + ((y + offset) << bits) + (z + offset)
+    codes = _without_repeats(np.sort(_without_repeats(codes)))  # np.unique is slower
     mask = (1 << bits) - 1
     return np.stack([codes >> 2 * bits, (codes >> bits) & mask, codes & mask], axis=1) - offset
+
+
+def _without_repeats(values: np.ndarray) -> np.ndarray:
+    """Leaves out what equals the value before it."""
+    is_new = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=is_new[1:])
+    return values[is_new]
 
 
 def _local_blocks(blocks: np.ndarray, index: tuple[int, int, int], grid: FusionGrid) -> np.ndarray:
@@ -500,12 +605,13 @@ def _new_volume(block_count: int, grid: FusionGrid) -> Any:
 
 def _integrate(volume: Any, blocks: np.ndarray, frame: PreparedFrame, grid: FusionGrid) -> None:
     o3d = _open3d()
+    intrinsics = o3d.core.Tensor(_open3d_intrinsics(frame.intrinsics))
     volume.integrate(
         o3d.core.Tensor(blocks),
         o3d.t.geometry.Image(o3d.core.Tensor(frame.depth[..., None])),
         o3d.t.geometry.Image(o3d.core.Tensor(frame.color)),
-        o3d.core.Tensor(_open3d_intrinsics(frame.intrinsics)),
-        o3d.core.Tensor(_open3d_intrinsics(frame.color_intrinsics)),
+        intrinsics,
+        intrinsics,
         o3d.core.Tensor(np.linalg.inv(frame.T_world_cam.astype(np.float64))),
         1.0,
         float(grid.depth_limit_m),

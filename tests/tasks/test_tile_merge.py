@@ -19,7 +19,7 @@ from tasks.meshes import (
 from tasks.tile_merge import PreviewMaterial, TileSet, merge_tiles
 
 VOXEL_M = 0.1
-GRID = FusionGrid(VOXEL_M, 50.0, None, tile_blocks=2, upsampling=1)  # tiles of 2 m
+GRID = FusionGrid(VOXEL_M, 50.0, None, tile_blocks=4, upsampling=1)  # tiles of 2 m
 SPACING_M = 0.0625  # exact in binary, less than a voxel
 
 
