@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import struct
 from collections.abc import Iterable
@@ -211,18 +212,36 @@ def _ply_triangles(triangles: np.ndarray) -> np.ndarray:
 
 def read_ply(data: bytes) -> Mesh:
     """Inverse of `write_ply`, for PLY files of any writer that hold coloured triangles."""
-    import trimesh
-
     if not data.startswith(b"ply"):
         raise ValueError(f"not a PLY file: it starts with {data[:8]!r}")
     if b"\nelement face 0\n" in data[:1000]:
         return Mesh.empty()
+    if (own := _read_own_ply(data)) is not None:
+        return own
+    import trimesh
+
     loaded: Any = trimesh.load_mesh(io.BytesIO(data), file_type="ply", process=False)
     return Mesh(
         np.asarray(loaded.vertices, np.float32),
         np.asarray(loaded.faces, np.int32),
         np.array(loaded.visual.vertex_colors[:, :3], np.uint8),
     )
+
+
+def _read_own_ply(data: bytes) -> Mesh | None:
+    """The mesh of a file that is to the byte as `write_ply` lays it out; None if it is not."""
+    counts = [int(n) for n in re.findall(rb"\nelement (?:vertex|face) (\d+)(?=\n)", data[:1000])]
+    header = _ply_header(*counts) if len(counts) == 2 else b""
+    vertices, triangles = counts if header else (0, 0)
+    first = len(header) + vertices * _PLY_VERTEX.itemsize
+    size = first + triangles * _PLY_TRIANGLE.itemsize
+    if not header or not data.startswith(header) or len(data) != size:
+        return None
+    points = np.frombuffer(data, _PLY_VERTEX, vertices, len(header))
+    rows = np.frombuffer(data, _PLY_TRIANGLE, triangles, first)
+    if (rows["count"] != 3).any():
+        return None
+    return Mesh(*map(np.array, (points["position"], rows["vertices"], points["color"])))
 
 
 def write_glb(mesh: Mesh) -> bytes:

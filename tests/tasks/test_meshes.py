@@ -154,6 +154,23 @@ def test_ply_reads_back_exactly():
     np.testing.assert_array_equal(again.colors, ball.colors)
 
 
+def test_ply_of_another_writer_reads_back():
+    ball = sphere(2)
+    other = trimesh.Trimesh(
+        ball.vertices, ball.triangles, vertex_colors=ball.colors, process=False
+    ).export(file_type="ply")
+    assert not other.startswith(write_ply(ball)[:100])
+    again = read_ply(other)
+    np.testing.assert_array_equal(again.vertices, ball.vertices)
+    np.testing.assert_array_equal(again.triangles, ball.triangles)
+    np.testing.assert_array_equal(again.colors, ball.colors)
+
+
+def test_ply_that_is_cut_off_is_refused():
+    with pytest.raises(ValueError, match="unexpected length"):
+        read_ply(write_ply(sphere(2))[:-1])
+
+
 def test_ply_written_piece_by_piece_is_the_same_file(tmp_path):
     ball = sphere(2)
     writer = PlyWriter(tmp_path)
