@@ -30,8 +30,7 @@ class Commits:
 
     def write(self, name: str, record: Mapping[str, Any], *, exclusive: bool = False) -> None:
         """Put the record, whole and durable; `exclusive` raises CommitExists for the loser."""
-        document = {**plain(record), "commit_id": uuid.uuid4().hex}
-        data = json.dumps(document, indent=1, allow_nan=False).encode()
+        data = _document(record)
         if not exclusive:
             self._folder.write(_object(name), data)
             return
@@ -42,6 +41,15 @@ class Commits:
                 f"commit {name!r} exists already in {self._folder.url}; another worker was "
                 "first, and its work stands"
             ) from error
+
+    def create(self, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Put those of the records that are not there, whole and durable: one wait serves them all.
+
+        Returns:
+            Names of those that are there, by somebody else; they are left as they are.
+        """
+        objects = {_object(name): _document(record) for name, record in records.items()}
+        return [_name(name) for name in self._folder.create_many(objects)]
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The record, or None if it was never committed or is unreadable."""
@@ -138,6 +146,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _document(record: Mapping[str, Any]) -> bytes:
+    """What is stored; no two are equal, so that whoever made one knows it."""
+    document = {**plain(record), "commit_id": uuid.uuid4().hex}
+    return json.dumps(document, indent=1, allow_nan=False).encode()
 
 
 def _object(name: str) -> str:

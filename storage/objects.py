@@ -13,12 +13,14 @@ import logging
 import os
 import reprlib
 import shutil
+import stat
+import sys
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial, wraps
@@ -302,15 +304,15 @@ class LocalFolder(Folder):
         written = {target: _temporary(target) for target in places}
         try:
             for target, temporary in written.items():
-                temporary.write_bytes(places[target])
-            in_parallel(_fsync, written.values())
+                _begin_to_write(temporary, places[target])
+            _fsync_all(written.values())
             while written:
                 target, temporary = written.popitem()
                 publish(temporary, target)
         finally:
             for temporary in written.values():
                 temporary.unlink(missing_ok=True)
-        in_parallel(_fsync, changed)
+        _fsync_all(changed)
 
     @explained
     def write_new(self, name: str, data: bytes) -> None:
@@ -380,11 +382,16 @@ class LocalFolder(Folder):
 
     def _walk(self, prefix: str) -> dict[str, ObjectInfo]:
         self._check_links([f"{prefix}/"] if prefix else [])
-        found = {}
-        for folder, _, files in os.walk(self.root / prefix):
-            for file in files:
-                path = Path(folder, file)
-                found[path.relative_to(self.root).as_posix()] = _info(path)
+        found: dict[str, ObjectInfo | None] = {}
+        folders = [f"{prefix}/" if prefix else ""]
+        while folders:
+            folder = folders.pop()
+            with suppress(OSError), os.scandir(f"{self.root}/{folder}") as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(f"{folder}{entry.name}/")
+                    elif not entry.is_dir():  # a link to a folder is neither listed nor followed
+                        found[folder + entry.name] = _info(entry)
         return {name: info for name, info in sorted(found.items()) if info is not None}
 
     def _check_links(self, names: Iterable[str]) -> None:
@@ -677,9 +684,9 @@ def _timestamp(date: datetime | None) -> float:
     return time.time() if date is None else date.timestamp()
 
 
-def _info(path: Path) -> ObjectInfo | None:
+def _info(entry: os.DirEntry[str]) -> ObjectInfo | None:
     try:
-        found = path.lstat()
+        found = entry.stat(follow_symlinks=False)
     except FileNotFoundError:  # removed since it was listed
         return None
     return ObjectInfo(found.st_size, found.st_mtime)
@@ -690,7 +697,11 @@ def in_parallel(act: Callable[[T], object], items: Iterable[T]) -> None:
 
     Each act sees the context variables of the caller: logs and commits say which run they are of.
     """
-    work = [partial(contextvars.copy_context().run, act, item) for item in items]
+    given = list(items)
+    if len(given) == 1:  # no thread is started for it
+        contextvars.copy_context().run(act, given[0])
+        return
+    work = [partial(contextvars.copy_context().run, act, item) for item in given]
     with ThreadPoolExecutor(WRITERS) as pool:
         for _ in pool.map(lambda do: do(), work):
             pass
@@ -713,9 +724,29 @@ def in_batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 def _own_file(root: Path, name: str) -> Path:
     """Where an object lies; DataDamaged if it is a link to elsewhere, or a device or pipe."""
     path = root / name
+    if _is_plain(root, name):
+        return path
     if not _is_inside(root, path) or (path.exists() and not (path.is_file() or path.is_dir())):
         raise DataDamaged(f"{name} is no file of this store: a link out of it, a pipe or a device")
     return path
+
+
+def _is_plain(root: Path, name: str) -> bool:
+    """Whether the object is a file, a folder or nothing, reached without a link: by few looks."""
+    parts = name.split("/")
+    if ".." in parts or not parts[0]:
+        return False
+    mode = stat.S_IFDIR
+    for part in accumulate(parts, "{}/{}".format):
+        if not stat.S_ISDIR(mode):
+            return False
+        try:
+            mode = os.lstat(f"{root}/{part}").st_mode
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 def _is_inside(root: Path, path: Path) -> bool:
@@ -748,12 +779,45 @@ def _make_missing(path: Path) -> set[Path]:
     """Make the folder and its parents; return the folders that have new ones in them."""
     if path.is_dir():
         return set()
-    changed = _make_missing(path.parent)
+    changed = {path.parent}
     try:
+        path.mkdir()
+    except FileNotFoundError:
+        changed |= _make_missing(path.parent)
         path.mkdir(exist_ok=True)
     except FileExistsError as error:
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
-    return changed | {path.parent}
+        if not path.is_dir():  # else another writer has made it meanwhile
+            told = os.strerror(errno.ENOTDIR)
+            raise NotADirectoryError(errno.ENOTDIR, told, str(path)) from error
+    return changed
+
+
+def _begin_to_write(path: Path, data: bytes) -> None:
+    """Write a new file; the system begins at once to store it, and `_fsync` waits for that.
+
+    So files that are written together are stored together: what the first one waits for is what
+    all wait for. Begun by `_fsync`, each would be stored by itself, one after the other.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(descriptor, left) :]
+        if sys.platform == "linux":  # there the advice begins it
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _fsync_all(paths: Iterable[Path]) -> None:
+    """`_fsync` all, a few at a time, without a thread's change for each."""
+    waiting = list(paths)
+
+    def wait(share: list[Path]) -> None:
+        for path in share:
+            _fsync(path)
+
+    in_parallel(wait, (waiting[first::WRITERS] for first in range(min(WRITERS, len(waiting)))))
 
 
 def _fsync(path: Path) -> None:

@@ -527,31 +527,46 @@ class ReconstructionStore:
         return {f"{path}/{name}": data for name, data in shard.items()}
 
     def commit_chunk(self, segment: Segment, chunk: Chunk, record: Mapping[str, Any]) -> None:
-        """Say that the chunk last written through this object is finished.
+        """`commit_chunks` of one."""
+        self.commit_chunks([(segment, chunk, record)])
+
+    def commit_chunks(self, chunks: Sequence[tuple[Segment, Chunk, Mapping[str, Any]]]) -> None:
+        """Say that chunks last written through this object are finished, all with one wait.
 
         Args:
-            record: at least `key`, which `is_chunk_done` compares; attempt, timings, host and
-                device belong here too. The store adds digests of the stored values.
+            chunks: each with its segment and a record: at least `key`, which `is_chunk_done`
+                compares; attempt, timings, host and device belong here too. The store adds
+                digests of the stored values.
 
         Raises:
-            CommitExists: somebody else finished the same chunk meanwhile. If what is stored is
-                not what he committed, it is nobody's: the chunk is declared unfinished.
-            ClaimLost: another worker may have taken the segment over.
+            CommitExists: somebody else finished one of them meanwhile; all others are committed.
+                If what is stored is not what he committed, it is nobody's: the chunk is declared
+                unfinished.
+            ClaimLost: another worker may have taken one of the segments over; none is committed.
         """
-        name = chunk_commit(segment.index, chunk.index)
-        if name not in self._pending:
-            raise ValueError(
-                f"{name} has no data to commit; call write_chunk on the same store object first"
-            )
-        self._check_claim(segment)
-        try:
-            self.commit(name, record, exclusive=True)
-        except CommitExists:
+        named = {chunk_commit(s.index, c.index): (s, c, record) for s, c, record in chunks}
+        for name in named:
+            if name not in self._pending:
+                raise ValueError(
+                    f"{name} has no data to commit; call write_chunk on the same store object first"
+                )
+        for segment, _, _ in chunks:
+            self._check_claim(segment)
+        records = {n: {**record, **self._pending[n]} for n, (_, _, record) in named.items()}
+        others = self._commits.create(records)
+        for name in named.keys() - set(others):
+            del self._pending[name]
+        for name in others:
+            segment, chunk, _ = named[name]
             other = self._commits.read(name) or {}
             is_valid = _is_of(other, chunk, self._segment_layout(segment))
             if not is_valid or self._damage(name, other):
                 self._commits.drop(name)
-            raise
+        if others:
+            raise CommitExists(
+                f"commits {', '.join(others)} exist already in {redacted(self.url)}; another "
+                "worker was first, and its work stands"
+            )
 
     def _check_claim(self, segment: Segment) -> None:
         claim = self._claims.get(segment_claim(segment.index))

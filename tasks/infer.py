@@ -418,15 +418,15 @@ def _write(work: Work, result: RoundResult, after: Callable[[], None] | None) ->
         **spent,
     }
 
-    def commit(what: tuple[int, Segment, Chunk]) -> None:
-        _, segment, chunk = what
+    commits = []
+    for _, segment, chunk in result.chunks:
         own = {"key": work.keys[segment.index], "frames_inferred": chunk.stop - chunk.start}
-        store.commit_chunk(segment, chunk, own | shared)
-        metrics.chunk_stored(own | shared, ends_segment=chunk.stop == segment.stop)
+        commits.append((segment, chunk, own | shared))
+    store.commit_chunks(commits)
+    for segment, chunk, record in commits:
+        metrics.chunk_stored(record, ends_segment=chunk.stop == segment.stop)
         names = {"drive": store.url, "segment": segment.index, "chunk": chunk.index}
         log.info("frames %d..%d stored", chunk.start, chunk.stop, extra=names | spent)
-
-    in_parallel(commit, result.chunks)
     if after is not None:
         after()
 

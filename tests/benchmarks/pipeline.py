@@ -99,10 +99,11 @@ def run_flow(
     stages = [task.name for task in tasks]
     for task in tasks:
         task.fn = watch.around(task.name, task.fn)
-    ReconstructionStore.commit = watch.around("commit", ReconstructionStore.commit)  # type: ignore[method-assign]
-    ReconstructionStore.create_segments = watch.around(  # type: ignore[method-assign]
-        "create", ReconstructionStore.create_segments
-    )
+    watched = {"commit": "commit", "commit_chunks": "commit", "create_segments": "create"}
+    for method, name in watched.items():
+        setattr(
+            ReconstructionStore, method, watch.around(name, getattr(ReconstructionStore, method))
+        )
     started = time.perf_counter()
     with prefect_test_harness(server_startup_timeout=None):
         server = time.perf_counter() - started

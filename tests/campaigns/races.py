@@ -156,14 +156,13 @@ def freeze_at(point: str, count: int) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
 
     if point == "before the commit":
-        commit = Commits.write
+        commit = Commits.create
 
-        def late_commit(self: Commits, name: str, *rest: Any, **options: Any) -> None:
-            if name.startswith("infer/"):
-                stop()
-            commit(self, name, *rest, **options)
+        def late_commit(self: Commits, records: Any) -> list[str]:
+            stop()
+            return commit(self, records)
 
-        Commits.write = late_commit
+        Commits.create = late_commit
         return
     for kind in (LocalFolder, Folder):
         create = kind.create_many

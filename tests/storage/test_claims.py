@@ -292,6 +292,20 @@ def test_commit_of_another_worker_stands_when_its_data_are_what_is_stored(store)
     assert store.read(SEGMENT, "depth", chunk.start, chunk.stop).max() == 2.0
 
 
+def test_other_commits_of_a_round_stand_where_another_worker_was_first_with_one(store):
+    store.create_segment(SEGMENT, 4, **SHAPE)
+    chunks, other = SEGMENT.chunks(4), ReconstructionStore.open(store.url)
+    for chunk in chunks:
+        store.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 1.0))
+    other.write_chunk(SEGMENT, chunks[1], chunk_arrays(chunks[1], 2.0))
+    other.commit_chunk(SEGMENT, chunks[1], {"key": "other"})
+    with pytest.raises(CommitExists, match="infer/0000/0001"):
+        store.commit_chunks([(SEGMENT, chunk, {"key": "key"}) for chunk in chunks])
+    keys = [record["key"] for record in store.commits("infer").values()]
+    assert keys == ["key", "other", *["key"] * (len(chunks) - 2)]
+    assert store.verify() == []
+
+
 def test_claim_given_up_and_taken_anew_while_it_was_watched_is_not_taken_from_its_holder(
     store, monkeypatch
 ):

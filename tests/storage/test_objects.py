@@ -1,7 +1,11 @@
 """Folders of objects: the same promises on a local disk and on a real S3 server."""
 
+import errno
+import os
+
 import pytest
 
+from storage.errors import StoreUnavailable
 from storage.objects import Folder, open_folder
 
 
@@ -41,3 +45,26 @@ def test_every_act_takes_names_as_they_are(bracketed, output_url, tmp_path):
     bracketed.delete("a")
     assert set(bracketed.sizes()) == set(bracketed.objects()) == {"c"}
     assert set(neighbour.sizes()) == {"a", "b"}
+
+
+def test_objects_are_not_there_before_the_disk_has_them(tmp_path, monkeypatch):
+    folder = open_folder(str(tmp_path / "drive.zarr"))
+    folder.write("before", b"1")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    for write in (folder.write_many, folder.create_many):
+        with pytest.raises(StoreUnavailable):
+            write({"a": b"2", "b/c": b"3"})
+    monkeypatch.undo()
+    assert folder.objects().keys() == {"before"}
+
+
+def test_many_objects_are_created_but_for_those_that_are_there(bracketed):
+    bracketed.write_new("a/b", b"theirs")
+    bracketed.write_new("a/c", b"same")
+    objects = {"a/b": b"mine", "a/c": b"same", "a/d/e": b"", "f": b"4" * 100_000}
+    assert bracketed.create_many(objects) == ["a/b"]
+    assert bracketed.read_many(objects) == objects | {"a/b": b"theirs"}
