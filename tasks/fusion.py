@@ -468,7 +468,8 @@ def fuse_tiles(tiles: list[Tile], frames: Iterable[FusionFrame], grid: FusionGri
         prepared = prepare(frame, grid)
         for volume in volumes:
             volume.integrate(prepared)
-    return [volume.mesh() for volume in volumes]
+    # Each volume is let go of before the next one's mesh is made.
+    return [volumes.pop(0).mesh() for _ in tiles]
 
 
 def fuse_tile(tile: Tile, frames: Iterable[FusionFrame], grid: FusionGrid) -> Mesh:

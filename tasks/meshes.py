@@ -255,7 +255,8 @@ def write_glb(mesh: Mesh) -> bytes:
         raise ValueError("the mesh has no triangles; glTF cannot hold an empty mesh")
     positions = (mesh.vertices @ GLTF_FROM_OPENCV).astype("<f4")
     colors = np.full((len(positions), 4), 65535, "<u2")
-    colors[:, :3] = np.round(_linear_from_srgb(mesh.colors) * 65535)
+    linear = np.round(_linear_from_srgb(np.arange(256)) * 65535).astype("<u2")
+    colors[:, :3] = linear[mesh.colors]
     arrays = [positions, colors, mesh.triangles.astype("<u4")]
     description = json.dumps(_gltf_description(arrays), separators=(",", ":")).encode()
     description += b" " * (-len(description) % 4)
@@ -313,7 +314,7 @@ def _gltf_description(arrays: list[np.ndarray]) -> dict[str, Any]:
 
 
 def _linear_from_srgb(colors: np.ndarray) -> np.ndarray:
-    """Linear light in [0,1] of uint8 sRGB values (IEC 61966-2-1)."""
+    """Linear light in [0,1] of sRGB values 0 to 255 (IEC 61966-2-1)."""
     c = colors.astype(np.float64) / 255
     return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
 
