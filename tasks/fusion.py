@@ -405,18 +405,18 @@ class TileVolume:
         self.grid = grid
         side = grid.tile_blocks + 2
         self._seen = np.zeros((side, side, side), bool)
-        # Open3D makes room for all blocks of a frame, even if it holds them already. Room that
-        # is not used takes no memory.
-        self._volume = _new_volume(max(2 * tile.blocks, 1), grid)
+        # Open3D doubles its room when the blocks that it is given would not fit beside those that
+        # it holds, though it holds them already: so it is given no more at once than are to spare.
+        self._spare = tile.blocks // 8 + 64
+        self._volume = _new_volume(tile.blocks + self._spare, grid)
 
     def integrate(self, frame: PreparedFrame) -> None:
         """Add one frame; a frame that touches no block of the tile changes nothing."""
         local = _local_blocks(frame.blocks, self.tile.index, self.grid)
-        if not len(local):  # Open3D raises on an empty list of blocks
-            return
         self._seen[tuple(local.T)] = True
-        blocks = local + self.grid.first_block(self.tile.index) - 1
-        _integrate(self._volume, blocks.astype(np.int32), frame, self.grid)
+        blocks = (local + self.grid.first_block(self.tile.index) - 1).astype(np.int32)
+        for first in range(0, len(blocks), self._spare):  # Open3D raises on an empty list
+            _integrate(self._volume, blocks[first : first + self._spare], frame, self.grid)
 
     def mesh(self) -> Mesh:
         """The surface inside the tile, welded and in canonical order."""
