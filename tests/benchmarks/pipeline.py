@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -73,6 +73,33 @@ class Stopwatch:
         return timed
 
 
+class Peaks:
+    """Resident memory of this process, by what it did meanwhile (Linux)."""
+
+    def __init__(self) -> None:
+        self.bytes: Counter[str] = Counter()
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, with the peak meanwhile under `name` and that before under "between"."""
+
+        @wraps(function)
+        def watched(*arguments: Any, **named: Any) -> Any:
+            self.take("between")
+            try:
+                return function(*arguments, **named)
+            finally:
+                self.take(name)
+
+        return watched
+
+    def take(self, name: str) -> None:
+        """Count the peak since the last time for `name`."""
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        self.bytes[name] = max(self.bytes[name], int(found[1]) * 1024)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
+
+
 def run_flow(
     video: str, output: str, weights: str, threads: int, device: str = "cpu"
 ) -> dict[str, Any]:
@@ -93,12 +120,12 @@ def run_flow(
     from tasks.report import report_stage
     from tasks.summary import busy_seconds
 
-    watch = Stopwatch()
+    watch, peaks = Stopwatch(), Peaks()
     tasks: list[Any] = [probe_stage, plan_stage, infer_stage, align_stage]
     tasks += [plan_tiles_stage, fuse_tiles_stage, merge_tiles_stage, report_stage]
     stages = [task.name for task in tasks]
     for task in tasks:
-        task.fn = watch.around(task.name, task.fn)
+        task.fn = peaks.around(task.name, watch.around(task.name, task.fn))
     watched = {"commit": "commit", "commit_chunks": "commit", "create_segments": "create"}
     for method, name in watched.items():
         setattr(
@@ -111,6 +138,7 @@ def run_flow(
         config = ReconstructionConfig(infer=InferConfig(weights=weights, device=device))
         url = reconstruct_drive(video, output, config)
         seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    peaks.take("between")
     records = list(ReconstructionStore.open(url).commits("infer").values())
     names = {name for record in records for name in record if name.endswith("_seconds")}
     outside = seconds - sum(watch.seconds[name] for name in stages)
@@ -134,7 +162,8 @@ def run_flow(
         # On a GPU by its own clock: the share of the task in which it computes.
         "network_busy_share": busy_seconds(records)["network"] / watch.seconds["infer"],
         "lanes": max(record["lanes"] for record in records),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "stage_peak_bytes": dict(peaks.bytes),
+        "peak_memory_bytes": max(peaks.bytes.values()),
     }
 
 
@@ -252,7 +281,8 @@ def show(row: dict[str, Any]) -> None:
             f"  {name:10s} {row[f'{name}_frames_per_second']:8.1f} frames/s  {share:7.1%} of model"
         )
     for name, seconds in run["stage_seconds"].items():
-        print(f"  stage {name:12s} {seconds:8.2f} s  {seconds / run['seconds']:7.1%} of the run")
+        share, peak = seconds / run["seconds"], run["stage_peak_bytes"][name] / 2**20
+        print(f"  stage {name:12s} {seconds:8.2f} s  {share:7.1%} of the run, {peak:5.0f} MiB")
     for name, seconds in run["inference_busy_seconds"].items():
         print(f"  inference {name:20s} {seconds:8.2f} s")
     print(
