@@ -16,7 +16,7 @@ import numpy as np
 from zarr.core.array import Array
 from zarr.core.metadata import ArrayV3Metadata
 
-from storage.codecs import PCODEC
+from storage.codecs import PCODEC, PCODEC_SETTINGS
 from storage.errors import DataDamaged
 from storage.layout import FIXED_SIZES, ArraySpec
 from storage.records import MOST_FRAMES
@@ -91,6 +91,9 @@ def _fault_of_codecs(codecs: Sequence[Any], cut: list[int], shape: list[int]) ->
     names = [codec["name"] for codec in codecs]
     if not CODECS.issuperset(names):
         return f"codecs {reprlib.repr(names)}"
+    settings_of_pcodec = [c.get("configuration") for c in codecs if c["name"] == PCODEC]
+    if any(settings != PCODEC_SETTINGS for settings in settings_of_pcodec):
+        return f"pcodec with {reprlib.repr(settings_of_pcodec)}"
     inner = [codec["configuration"] for codec in codecs if codec["name"] == "sharding_indexed"]
     for settings in inner:
         parts = _lengths(settings["chunk_shape"])

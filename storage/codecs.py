@@ -19,6 +19,7 @@ from zarr.registry import register_codec
 from storage.shards import check_compressed, unpack
 
 PCODEC = "numcodecs.pcodec"
+PCODEC_SETTINGS = {"level": 8}  # with others, of somebody else, nothing is written
 
 
 class BoundedBlosc(BloscCodec):
@@ -35,7 +36,7 @@ class BoundedPCodec(PCodec):
 
     def __init__(self, **settings: Any) -> None:
         # Zarr's own warns that the format's specification does not list it; see docs/decisions.
-        object.__setattr__(self, "codec_config", {"id": "pcodec", **settings})
+        object.__setattr__(self, "codec_config", {**settings, "id": "pcodec"})
 
     async def _decode_single(self, chunk_data: Buffer, chunk_spec: ChunkSpec) -> NDBuffer:
         shape, dtype = chunk_spec.shape, chunk_spec.dtype.to_native_dtype()

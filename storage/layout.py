@@ -27,11 +27,11 @@ from typing import Any, Literal
 import numpy as np
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from storage.codecs import BoundedPCodec
+from storage.codecs import PCODEC_SETTINGS, BoundedPCodec
 from storage.records import DAMAGED, DUPLICATE, KEYFRAME
 
 SCHEMA = "ttt3r-reconstruction"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # since 2 depth and confidence may be packed by pcodec
 
 FRAMES, SEGMENTS, TRAJECTORY, COMMITS = "frames", "segments", "trajectory", "commits"
 CLAIMS = "claims"
@@ -91,7 +91,7 @@ class ArraySpec:
     def codecs(self) -> dict[str, Any]:
         """How `zarr.create_array` is to write chunks: a checksum at the end, so damage raises."""
         if self.packing == "pcodec":
-            return {"serializer": BoundedPCodec(level=8), "compressors": (Crc32cCodec(),)}
+            return {"serializer": BoundedPCodec(**PCODEC_SETTINGS), "compressors": (Crc32cCodec(),)}
         blosc = BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle")
         return {"compressors": (*([blosc] if self.packing else []), Crc32cCodec())}
 

@@ -155,6 +155,15 @@ def test_array_with_metadata_of_megabytes_is_refused(store):
         ({"shape": ["46", 48, 64]}, "lengths"),
         ({"codecs": [{"name": "bytes"}, {"name": "gzip", "configuration": {"level": 1}}]}, "gzip"),
         ({"codecs": "zstd"}, "cannot be understood"),
+        *(
+            ({"codecs": [{"name": "numcodecs.pcodec", "configuration": settings}]}, "pcodec with")
+            for settings in (
+                {"id": "zlib", "level": 1},
+                {"level": 8, "equal_pages_up_to": 0},
+                {"level": 99},
+                None,
+            )
+        ),
         ({"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [0, 48, 64]}}}, "of"),
         ({"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [8, 1, 1]}}}, "of"),
         ({"chunk_grid": None}, "cannot be understood"),

@@ -442,23 +442,45 @@ def test_zarr_alone_reads_depth(tmp_path):
     np.testing.assert_array_equal(np.load(copy), store.read(SEGMENT, "depth", 10, 20))
 
 
+BLOSC = {"typesize": 2, "cname": "zstd", "clevel": 3, "shuffle": "bitshuffle", "blocksize": 0}
+FORMER_CODECS = [
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "blosc", "configuration": BLOSC},
+    {"name": "crc32c"},
+]
+
+
 def test_segment_begun_with_former_codecs_is_finished_with_them(store):
-    """Depth was compressed by Blosc before; what was half done then is finished now."""
+    """Images were compressed by Blosc, two frames together here; what was half done goes on so."""
     folder = open_folder(store.url)
-    depth, confidence = (f"segments/0000/{name}/zarr.json" for name in ("depth", "confidence"))
-    former = {
-        **json.loads(folder.read(depth)),
-        "codecs": json.loads(folder.read(confidence))["codecs"],
-    }
-    folder.write(depth, json.dumps(former).encode())
+    former = {}
+    for name in (f"segments/0000/{image}/zarr.json" for image in ("depth", "confidence")):
+        former[name] = json.loads(folder.read(name))
+        sharding = former[name]["codecs"][0]["configuration"]
+        assert sharding["codecs"] != FORMER_CODECS
+        sharding |= {"codecs": FORMER_CODECS, "chunk_shape": [2, HEIGHT, WIDTH]}
+        folder.write(name, json.dumps(former[name]).encode())
     create_segment(store)
     for chunk in CHUNKS:
         finish(store, chunk)
     reopened = ReconstructionStore.open(store.url)
-    assert json.loads(folder.read(depth)) == former
-    expected = np.concatenate([chunk_arrays(chunk)["depth"] for chunk in CHUNKS])
-    np.testing.assert_allclose(reopened.read(SEGMENT, "depth", 10, 20), expected, rtol=2**-10)
+    assert {name: json.loads(folder.read(name)) for name in former} == former
+    for image, error in (("depth", 2**-10), ("confidence", 2**-5)):
+        expected = np.concatenate([chunk_arrays(chunk)[image] for chunk in CHUNKS])
+        np.testing.assert_allclose(reopened.read(SEGMENT, image, 10, 20), expected, rtol=error)
     assert reopened.verify() == []
+
+
+def test_store_of_the_version_before_becomes_one_of_this_version(store):
+    """So that software that does not know what is written now refuses it, and mends nothing."""
+    folder = open_folder(store.url)
+    root = json.loads(folder.read("zarr.json"))
+    root["attributes"]["schema_version"] = layout.SCHEMA_VERSION - 1
+    folder.write("zarr.json", json.dumps(root).encode())
+    ReconstructionStore.create(store.url, {"drive": "drive"})
+    found = json.loads(folder.read("zarr.json"))["attributes"]
+    assert found["schema_version"] == layout.SCHEMA_VERSION
+    assert found["drive"] == "drive"
 
 
 def test_zarr_lists_the_store_without_warnings(finished):
