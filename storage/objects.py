@@ -287,7 +287,8 @@ class LocalFolder(Folder):
                 os.link(temporary, target)
             except FileExistsError:
                 there.append(target.relative_to(self.root).as_posix())
-            temporary.unlink()
+            finally:
+                temporary.unlink()
 
         self._put_many(objects, create)
         return sorted(n for n in there if self.read(n, MOST_FILE_BYTES) != objects[n])
@@ -386,11 +387,13 @@ class LocalFolder(Folder):
         folders = [f"{prefix}/" if prefix else ""]
         while folders:
             folder = folders.pop()
-            with suppress(OSError), os.scandir(f"{self.root}/{folder}") as entries:
+            # A folder that is gone since it was listed is empty. One that cannot be read is an
+            # error: a short listing would make garbage of what it lacks.
+            with suppress(*NO_FILE), os.scandir(f"{self.root}/{folder}") as entries:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(f"{folder}{entry.name}/")
-                    elif not entry.is_dir():  # a link to a folder is neither listed nor followed
+                    elif not _leads_to_folder(entry):  # such a link is neither listed nor followed
                         found[folder + entry.name] = _info(entry)
         return {name: info for name, info in sorted(found.items()) if info is not None}
 
@@ -684,6 +687,14 @@ def _timestamp(date: datetime | None) -> float:
     return time.time() if date is None else date.timestamp()
 
 
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    """False too of a link that leads nowhere, or to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _info(entry: os.DirEntry[str]) -> ObjectInfo | None:
     try:
         found = entry.stat(follow_symlinks=False)
@@ -804,7 +815,8 @@ def _begin_to_write(path: Path, data: bytes) -> None:
         while left:
             left = left[os.write(descriptor, left) :]
         if sys.platform == "linux":  # there the advice begins it
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # no more than advice
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 

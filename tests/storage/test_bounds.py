@@ -552,6 +552,21 @@ def test_committed_file_that_became_a_link_out_of_a_store_is_named_and_mended(fu
     assert (tmp_path / "mesh.ply").read_bytes() == b"mesh"
 
 
+def test_links_that_lead_nowhere_hide_nothing_beside_them(full, tmp_path):
+    """A listing that is cut short would make garbage of all that it lacks."""
+    commits, garbage = full.commit_names(), full.garbage(0)
+    assert commits
+    (tmp_path / "file").write_bytes(b"")
+    ends = {"loop": "{0}", "lost": "nothing", "below": f"{tmp_path}/file/below"}
+    links = [f"{name}-{number}" for name in ends for number in range(4)]
+    for folder in ("commits/infer/0000", "segments/0000/depth/c/0/0"):
+        for link in links:
+            path_of(full, f"{folder}/{link}").symlink_to(ends[link.split("-")[0]].format(link))
+    assert set(full.commit_names()) >= set(commits)
+    added = full.garbage(0).keys() - garbage.keys()
+    assert {name.rpartition("/")[2] for name in added} <= set(links)
+
+
 def test_link_that_leads_to_itself_is_one_line(full):
     shutil.rmtree(path_of(full, "fusion"))
     path_of(full, "fusion").symlink_to("fusion")
