@@ -121,7 +121,7 @@ class FusionGrid:
 
     @property
     def tile_bytes(self) -> int:
-        """Most memory that the volume of a tile can take, whatever the frames."""
+        """Most memory that the blocks of a tile can take, whatever the frames."""
         return ((self.tile_blocks + 2) * self.block_voxels) ** 3 * _BYTES_PER_VOXEL
 
 
@@ -370,8 +370,8 @@ def _largest(
     That of the square around each rectangle: four windows, whose side is a power of two, one
     in each corner, cover it.
     """
-    maxima = _window_maxima(image)
     level = np.frexp(np.maximum(right - left, bottom - top) + 1)[1] - 1
+    maxima = _window_maxima(image, int(level.max(initial=0)))
     window = 1 << level
     right, bottom = np.maximum(right + 1 - window, 0), np.maximum(bottom + 1 - window, 0)
     above = np.maximum(maxima[level, top, left], maxima[level, top, right])
@@ -379,9 +379,8 @@ def _largest(
     return np.maximum(above, below)
 
 
-def _window_maxima(image: np.ndarray) -> np.ndarray:
-    """At [n, row, column] the largest of the 2^n x 2^n pixels from there on: [N,H,W]."""
-    levels = (max(image.shape) - 1).bit_length()
+def _window_maxima(image: np.ndarray, levels: int) -> np.ndarray:
+    """At [n, row, column] the largest of the 2^n x 2^n pixels from there on: [levels + 1,H,W]."""
     maxima = np.empty((levels + 1, *image.shape), image.dtype)
     maxima[0] = image
     for level, half in enumerate(maxima[:-1]):
@@ -396,8 +395,8 @@ def _window_maxima(image: np.ndarray) -> np.ndarray:
 class TileVolume:
     """The truncated signed distances of one tile and its halo; frames in, mesh out.
 
-    Memory is bounded by `grid.tile_bytes`, whatever the number of frames. Integrate the
-    frames of `tile.frames` in that order: neighbouring tiles fit only if they saw the same.
+    Memory is bounded by `grid.tile_bytes` and an eighth, whatever the number of frames. Integrate
+    the frames of `tile.frames` in that order: neighbouring tiles fit only if they saw the same.
     """
 
     def __init__(self, tile: Tile, grid: FusionGrid) -> None:
@@ -405,9 +404,7 @@ class TileVolume:
         self.grid = grid
         side = grid.tile_blocks + 2
         self._seen = np.zeros((side, side, side), bool)
-        # Open3D doubles its room when the blocks that it is given would not fit beside those that
-        # it holds, though it holds them already: so it is given no more at once than are to spare.
-        self._spare = tile.blocks // 8 + 64
+        self._spare = _spare_blocks(tile)
         self._volume = _new_volume(tile.blocks + self._spare, grid)
 
     def integrate(self, frame: PreparedFrame) -> None:
@@ -434,6 +431,15 @@ class TileVolume:
         return weld(_clip(_mesh_from_open3d(extracted), self.tile, self.grid))
 
 
+def _spare_blocks(tile: Tile) -> int:
+    """Room that a volume has beside the blocks of its tile.
+
+    Open3D doubles a volume when the blocks that it is given would not fit beside those that it
+    holds, though it holds them already: so it is given no more at once than are to spare.
+    """
+    return tile.blocks // 8 + 64
+
+
 def group_tiles(tiles: list[Tile], grid: FusionGrid) -> list[list[Tile]]:
     """Cut tiles, in the order in which the drive enters them, into groups for `fuse_tiles`.
 
@@ -443,7 +449,7 @@ def group_tiles(tiles: list[Tile], grid: FusionGrid) -> list[list[Tile]]:
     groups: list[list[Tile]] = []
     room = 0
     for tile in sorted(tiles, key=lambda tile: (tile.frames[0], tile.index)):
-        size = tile.blocks * grid.block_voxels**3 * _BYTES_PER_VOXEL
+        size = (tile.blocks + _spare_blocks(tile)) * grid.block_voxels**3 * _BYTES_PER_VOXEL
         if not groups or size > room:
             groups.append([])
             room = min(grid.settings.max_volume_bytes, grid.settings.batch_bytes)
