@@ -28,7 +28,7 @@ from tasks.probe import probe_stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
-ARGUMENTS = ("--weights", "untrained", "--segment-frames", "24", "--chunk-frames", "4")
+ARGUMENTS = ("--weights", "untrained", "--segment-frames", "96", "--chunk-frames", "4")
 
 
 def start(video: Path, output: Path, **pipes: int) -> subprocess.Popen[bytes]:
@@ -47,7 +47,7 @@ def chunk_commits(url: Path) -> dict[str, str]:
 
 
 def test_sigterm_commits_the_chunk_in_progress_and_the_run_goes_on_from_there(tmp_path):
-    video = write_video(tmp_path / "squares.mp4", moving_squares(240))
+    video = write_video(tmp_path / "squares.mp4", moving_squares(480))
     url = tmp_path / "out" / "squares.zarr"
     running = start(video, tmp_path / "out", stderr=subprocess.PIPE)
     while len(chunk_commits(url)) < 4 and running.poll() is None:
