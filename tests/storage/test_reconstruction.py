@@ -571,7 +571,7 @@ def test_store_of_a_newer_schema_is_refused(store):
         document = json.load(file)
     document["attributes"]["schema_version"] += 1
     write_object(f"{store.url}/zarr.json", json.dumps(document).encode())
-    with pytest.raises(StoreTooNew, match=r"schema version 2.*up to 1"):
+    with pytest.raises(StoreTooNew, match=r"schema version 3.*up to 2"):
         ReconstructionStore.open(store.url)
 
 
