@@ -23,7 +23,7 @@ from torch import Tensor
 from ttt3r.geometry import camera_pose_to_matrix
 from ttt3r.images import fit
 from ttt3r.model import Model
-from ttt3r.synthetic import HELD_OUT_SEED, render
+from ttt3r.synthetic import HELD_OUT_SEED, WorldName, render
 from ttt3r.training.lesson import draw_windows
 from ttt3r.training.losses import Targets, neighbour_motion
 from ttt3r.training.validation import motion_gain
@@ -87,18 +87,18 @@ def depth_rows(depth: Tensor, truth: Tensor, valid: Tensor) -> dict[str, Any]:
     }
 
 
-def measure(model: Model, world: str, rule: str, frames: int, sequences: int) -> dict[str, Any]:
+def measure(
+    model: Model, world: WorldName, rule: str, frames: int, sequences: int
+) -> dict[str, Any]:
     """All figures of one world under one rule."""
     view = fit(*SOURCE[world], model.config.image_size, model.config.patch_size)
     seen = render(
-        world,  # type: ignore[arg-type]
-        range(SEED, SEED + sequences), frames, view.height, view.width, supersample=2,
+        world, range(SEED, SEED + sequences), frames, view.height, view.width, supersample=2,
     )  # fmt: skip
     truth = Targets.build(seen.depth, seen.valid, seen.T_world_cam, seen.intrinsics)
     images = seen.images.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
     windows, shifts = draw_windows(
-        world,  # type: ignore[arg-type]
-        range(SEED, SEED + sequences), view.height, view.width, REACH, supersample=2,
+        world, range(SEED, SEED + sequences), view.height, view.width, REACH, supersample=2,
     )  # fmt: skip
     with torch.inference_mode():
         found, _ = model.run(images, rule=rule, outputs=frozenset({"cam"}))
