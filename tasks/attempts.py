@@ -23,6 +23,7 @@ from tasks.memory import return_freed_memory
 
 ATTEMPTS = "attempts"
 HEARTBEAT_S = 15.0
+TRIM_S = 1.0
 SHORTEST_FAILURE_S = 1.0  # a refusal at the door is no attempt
 
 P = ParamSpec("P")
@@ -47,8 +48,13 @@ class Attempt:
         self._thread.start()
 
     def _beat(self) -> None:
-        while not self._ended.wait(HEARTBEAT_S):
-            self._write("running")
+        """Record the attempt now and then, and give freed memory back before it piles up."""
+        written = self._began
+        while not self._ended.wait(min(TRIM_S, HEARTBEAT_S)):
+            return_freed_memory()
+            if time.perf_counter() - written >= HEARTBEAT_S:
+                self._write("running")
+                written = time.perf_counter()
 
     def end(self, outcome: str) -> None:
         """Stop the clocks; nothing is recorded of an attempt that found nothing to do."""

@@ -40,7 +40,7 @@ from tasks.fusion import (
 )
 from tasks.infer import require_inferred
 from tasks.keys import drop_later, stage_key
-from tasks.meshes import Mesh, PlyWriter, read_ply, write_glb, write_ply
+from tasks.meshes import Mesh, MeshWriter, read_ply, write_glb, write_ply
 from tasks.pipelining import prefetch
 from tasks.plan import (
     longest_part,
@@ -58,7 +58,7 @@ VERSION = 4
 SAMPLED_FRAMES = 50  # of a part, to choose the grid
 READ_AHEAD = 4  # frames
 SKIPPED_FRAMES = 50  # so many unwanted frames in a row are not decoded
-# Viewers give up on larger ones, and a GLB is made in memory.
+# Viewers give up on larger ones.
 LARGEST_GLB_TRIANGLES = 5_000_000
 
 log = logging.getLogger(__name__)
@@ -396,15 +396,16 @@ def merge_part(
 
 
 def write_whole(
-    store: ReconstructionStore, name: str, whole: PlyWriter, scratch: Path
+    store: ReconstructionStore, name: str, whole: MeshWriter, scratch: Path
 ) -> dict[str, str]:
     """Write a mesh of any size as PLY, and as GLB unless it is empty or too large for that."""
-    whole.finish(scratch / "mesh.ply")
+    whole.write_ply(scratch / "mesh.ply")
     files = {f"{name}.ply": store.put_file(f"{name}.ply", scratch / "mesh.ply")}
     if whole.triangles > LARGEST_GLB_TRIANGLES:
         log.info("%s: %s has %d triangles; no GLB of it", store.url, name, whole.triangles)
     elif whole.triangles:
-        files[f"{name}.glb"] = store.put_file(f"{name}.glb", write_glb(whole.mesh()))
+        whole.write_glb(scratch / "mesh.glb")
+        files[f"{name}.glb"] = store.put_file(f"{name}.glb", scratch / "mesh.glb")
     return files
 
 

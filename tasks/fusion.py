@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from tasks.memory import return_freed_memory
 from tasks.meshes import Mesh, weld
 
 _BYTES_PER_VOXEL = 20  # distance, weight and three colours, float32 each
@@ -474,8 +475,11 @@ def fuse_tiles(tiles: list[Tile], frames: Iterable[FusionFrame], grid: FusionGri
         prepared = prepare(frame, grid)
         for volume in volumes:
             volume.integrate(prepared)
-    # Each volume is let go of before the next one's mesh is made.
-    return [volumes.pop(0).mesh() for _ in tiles]
+    meshes = []
+    while volumes:
+        meshes.append(volumes.pop(0).mesh())
+        return_freed_memory()  # of the volume, before the next one's mesh is made
+    return meshes
 
 
 def fuse_tile(tile: Tile, frames: Iterable[FusionFrame], grid: FusionGrid) -> Mesh:

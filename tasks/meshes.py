@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ GLTF_FROM_OPENCV = np.diag([1.0, -1.0, -1.0])
 
 _PLY_VERTEX = np.dtype([("position", "<f4", 3), ("color", "u1", 3)])
 _PLY_TRIANGLE = np.dtype([("count", "u1"), ("vertices", "<i4", 3)])
+_ROWS_AT_ONCE = 100_000  # of a file
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,11 @@ def write_ply(mesh: Mesh) -> bytes:
     return header + vertices.tobytes() + _ply_triangles(mesh.triangles).tobytes()
 
 
-class PlyWriter:
-    """A PLY file that grows piece by piece, for meshes larger than memory.
+class MeshWriter:
+    """A mesh that grows piece by piece, for files larger than memory.
 
-    A PLY file holds all vertices before all triangles, so both go to files of their own in
-    `folder` until `finish` joins them.
+    Files of meshes hold all vertices before all triangles, so both go to files of their own in
+    `folder` until they are joined.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -171,19 +172,35 @@ class PlyWriter:
             with path.open("ab") as file:
                 file.write(values.tobytes())
 
-    def finish(self, target: Path) -> None:
-        """Write the whole file to `target`."""
+    def write_ply(self, target: Path) -> None:
+        """Write the mesh to `target`, to the byte as the function `write_ply` makes it."""
         with target.open("wb") as whole:
             whole.write(_ply_header(self.vertices, self.triangles))
             for path in self._paths:
                 with path.open("rb") as part:
                     shutil.copyfileobj(part, whole, 2**20)
 
-    def mesh(self) -> Mesh:
-        """All that was appended, in memory."""
-        vertices = np.fromfile(self._paths[0], _PLY_VERTEX)
-        triangles = np.fromfile(self._paths[1], _PLY_TRIANGLE)["vertices"]
-        return Mesh(vertices["position"], triangles, vertices["color"])
+    def write_glb(self, target: Path) -> None:
+        """Write the mesh to `target`, to the byte as the function `write_glb` makes it."""
+        low, high = np.full(3, np.inf), np.full(3, -np.inf)
+        for rows in self._rows(0, _PLY_VERTEX):
+            positions = _gltf_positions(rows["position"])
+            low = np.minimum(low, positions.min(axis=0))
+            high = np.maximum(high, positions.max(axis=0))
+        with target.open("wb") as whole:
+            whole.write(_glb_header(self.vertices, self.triangles, low, high))
+            for rows in self._rows(0, _PLY_VERTEX):
+                whole.write(_gltf_positions(rows["position"]).tobytes())
+            for rows in self._rows(0, _PLY_VERTEX):
+                whole.write(_gltf_colors(rows["color"]).tobytes())
+            for rows in self._rows(1, _PLY_TRIANGLE):
+                whole.write(rows["vertices"].astype("<u4").tobytes())
+
+    def _rows(self, which: int, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
+        """Vertices (0) or triangles (1) again, some at a time."""
+        with self._paths[which].open("rb") as file:
+            while len(rows := np.fromfile(file, dtype, _ROWS_AT_ONCE)):
+                yield rows
 
 
 def _ply_header(vertices: int, triangles: int) -> bytes:
@@ -253,51 +270,73 @@ def write_glb(mesh: Mesh) -> bytes:
     """
     if not len(mesh.triangles):
         raise ValueError("the mesh has no triangles; glTF cannot hold an empty mesh")
-    positions = (mesh.vertices @ GLTF_FROM_OPENCV).astype("<f4")
-    colors = np.full((len(positions), 4), 65535, "<u2")
+    positions = _gltf_positions(mesh.vertices)
+    low, high = positions.min(axis=0), positions.max(axis=0)
+    header = _glb_header(len(mesh.vertices), len(mesh.triangles), low, high)
+    arrays = positions, _gltf_colors(mesh.colors), mesh.triangles.astype("<u4")
+    return b"".join([header, *(array.tobytes() for array in arrays)])
+
+
+def _gltf_positions(vertices: np.ndarray) -> np.ndarray:
+    """[V,3] in the axes of glTF."""
+    return (vertices @ GLTF_FROM_OPENCV).astype("<f4")
+
+
+def _gltf_colors(colors: np.ndarray) -> np.ndarray:
+    """[V,4] linear and opaque."""
     linear = np.round(_linear_from_srgb(np.arange(256)) * 65535).astype("<u2")
-    colors[:, :3] = linear[mesh.colors]
-    arrays = [positions, colors, mesh.triangles.astype("<u4")]
-    description = json.dumps(_gltf_description(arrays), separators=(",", ":")).encode()
+    opaque = np.full((len(colors), 4), 65535, "<u2")
+    opaque[:, :3] = linear[colors]
+    return opaque
+
+
+def _glb_header(vertices: int, triangles: int, low: np.ndarray, high: np.ndarray) -> bytes:
+    """What comes before the arrays: positions, colours and triangles, one after the other.
+
+    `low` and `high` [3] are corners of the box around the positions.
+    """
+    sizes = 12 * vertices, 8 * vertices, 12 * triangles
+    description = json.dumps(
+        _gltf_description(vertices, triangles, sizes, low, high), separators=(",", ":")
+    ).encode()
     description += b" " * (-len(description) % 4)
-    size = sum(array.nbytes for array in arrays)
     return b"".join(
         [
-            struct.pack("<4sII", b"glTF", 2, 12 + 8 + len(description) + 8 + size),
+            struct.pack("<4sII", b"glTF", 2, 12 + 8 + len(description) + 8 + sum(sizes)),
             struct.pack("<I4s", len(description), b"JSON"),
             description,
-            struct.pack("<I4s", size, b"BIN\0"),
-            *(np.ascontiguousarray(array).data for array in arrays),
+            struct.pack("<I4s", sum(sizes), b"BIN\0"),
         ]
     )
 
 
-def _gltf_description(arrays: list[np.ndarray]) -> dict[str, Any]:
-    positions, colors, triangles = arrays
-    offsets = np.cumsum([0] + [array.nbytes for array in arrays]).tolist()
+def _gltf_description(
+    vertices: int, triangles: int, sizes: tuple[int, ...], low: np.ndarray, high: np.ndarray
+) -> dict[str, Any]:
+    offsets = np.cumsum([0, *sizes]).tolist()
     unlit = "KHR_materials_unlit"
     primitive = {"attributes": {"POSITION": 0, "COLOR_0": 1}, "indices": 2, "material": 0}
     views = [
-        {"buffer": 0, "byteOffset": offset, "byteLength": array.nbytes, "target": target}
-        for offset, array, target in zip(offsets, arrays, (34962, 34962, 34963), strict=False)
+        {"buffer": 0, "byteOffset": offset, "byteLength": size, "target": target}
+        for offset, size, target in zip(offsets, sizes, (34962, 34962, 34963), strict=False)
     ]
     accessors = [
         {
             "bufferView": 0,
             "componentType": 5126,
-            "count": len(positions),
+            "count": vertices,
             "type": "VEC3",
-            "min": positions.min(axis=0).tolist(),
-            "max": positions.max(axis=0).tolist(),
+            "min": low.tolist(),
+            "max": high.tolist(),
         },
         {
             "bufferView": 1,
             "componentType": 5123,
             "normalized": True,
-            "count": len(colors),
+            "count": vertices,
             "type": "VEC4",
         },
-        {"bufferView": 2, "componentType": 5125, "count": triangles.size, "type": "SCALAR"},
+        {"bufferView": 2, "componentType": 5125, "count": 3 * triangles, "type": "SCALAR"},
     ]
     return {
         "asset": {"version": "2.0", "generator": "ttt3r-pipeline"},

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from tasks.fusion import FusionGrid
-from tasks.meshes import Mesh, PlyWriter, decimate, keep_triangles, label_pieces, weld
+from tasks.meshes import Mesh, MeshWriter, decimate, keep_triangles, label_pieces, weld
 
 # The preview is decimated from at most this many triangles: some 300 MB.
 PREVIEW_MATERIAL = 1_000_000
@@ -138,7 +138,7 @@ def kept_tiles(tiles: TileSet, pieces: Pieces, min_triangles: int) -> Iterator[M
 
 def merge_tiles(
     tiles: TileSet, min_triangles: int, preview_triangles: int, folder: Path
-) -> tuple[PlyWriter, Mesh]:
+) -> tuple[MeshWriter, Mesh]:
     """Join tiles, without pieces of fewer than `min_triangles` triangles.
 
     The surface is that of `remove_small_components(merge_meshes(...))`, to the last bit and
@@ -148,9 +148,9 @@ def merge_tiles(
         folder: takes temporary files as large as the mesh.
 
     Returns:
-        The mesh, ready for `finish`, and its preview.
+        The mesh, ready to be written, and its preview.
     """
-    whole, preview = PlyWriter(folder), PreviewMaterial(2 * tiles.grid.voxel_m, preview_triangles)
+    whole, preview = MeshWriter(folder), PreviewMaterial(2 * tiles.grid.voxel_m, preview_triangles)
     frontier = Frontier(tiles.indices)
     kept = kept_tiles(tiles, measure_pieces(tiles), min_triangles)
     for index, mesh in zip(tiles.indices, kept, strict=True):

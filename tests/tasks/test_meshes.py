@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import trimesh
 
+from tasks import meshes
 from tasks.meshes import (
     Mesh,
-    PlyWriter,
+    MeshWriter,
     decimate,
     merge_meshes,
     read_ply,
@@ -171,14 +172,17 @@ def test_ply_that_is_cut_off_is_refused():
         read_ply(write_ply(sphere(2))[:-1])
 
 
-def test_ply_written_piece_by_piece_is_the_same_file(tmp_path):
+def test_mesh_written_piece_by_piece_is_the_same_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(meshes, "_ROWS_AT_ONCE", 70)
     ball = sphere(2)
-    writer = PlyWriter(tmp_path)
+    writer = MeshWriter(tmp_path)
     writer.append(ball.vertices[:50], ball.colors[:50], ball.triangles[:0])
     writer.append(ball.vertices[50:], ball.colors[50:], ball.triangles[:100])
     writer.append(ball.vertices[:0], ball.colors[:0], ball.triangles[100:])
-    writer.finish(tmp_path / "ball.ply")
-    assert (tmp_path / "ball.ply").read_bytes() == write_ply(ball) == write_ply(writer.mesh())
+    writer.write_ply(tmp_path / "ball.ply")
+    assert (tmp_path / "ball.ply").read_bytes() == write_ply(ball)
+    writer.write_glb(tmp_path / "ball.glb")
+    assert (tmp_path / "ball.glb").read_bytes() == write_glb(ball)
 
 
 def test_ply_of_an_empty_tile_reads_back():

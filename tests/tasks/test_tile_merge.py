@@ -56,7 +56,7 @@ def cut(mesh):
 def merged(tiles, folder, min_triangles=1, preview_triangles=10_000_000):
     found = TileSet(tuple(tiles), tiles.__getitem__, GRID)
     whole, preview = merge_tiles(found, min_triangles, preview_triangles, folder)
-    whole.finish(folder / "mesh.ply")
+    whole.write_ply(folder / "mesh.ply")
     return whole, preview, read_ply((folder / "mesh.ply").read_bytes())
 
 
