@@ -55,6 +55,7 @@ from ttt3r.images import preprocess_fast
 from ttt3r.weights import weights_info
 
 VERSION = 4
+MERGE_VERSION = 1
 SAMPLED_FRAMES = 50  # of a part, to choose the grid
 READ_AHEAD = 4  # frames
 SKIPPED_FRAMES = 50  # so many unwanted frames in a row are not decoded
@@ -322,7 +323,7 @@ def merge_tiles_stage(url: str, config: FuseConfig) -> None:
     tiles = store.read_commit("tiles")
     if tiles is None:
         raise ValueError(f"the tiles of {url} are not planned; run `ttt3r reconstruct` again")
-    key = stage_key("merge", VERSION, tiles["key"])
+    key = stage_key("merge", MERGE_VERSION, tiles["key"])
     if (store.read_commit("fuse/merged") or {}).get("key") == key:
         return
     began = time.perf_counter()

@@ -475,11 +475,16 @@ def fuse_tiles(tiles: list[Tile], frames: Iterable[FusionFrame], grid: FusionGri
         prepared = prepare(frame, grid)
         for volume in volumes:
             volume.integrate(prepared)
-    meshes = []
+    # A mesh takes half as much again as its volume while it is made. So each volume is let go of
+    # before the next one's turn, and the largest, made last, is alone.
+    meshes: dict[tuple[int, int, int], Mesh] = {}
+    volumes.sort(key=lambda volume: volume.tile.blocks, reverse=True)
     while volumes:
-        meshes.append(volumes.pop(0).mesh())
-        return_freed_memory()  # of the volume, before the next one's mesh is made
-    return meshes
+        volume = volumes.pop()
+        meshes[volume.tile.index] = volume.mesh()
+        del volume
+        return_freed_memory()
+    return [meshes[tile.index] for tile in tiles]
 
 
 def fuse_tile(tile: Tile, frames: Iterable[FusionFrame], grid: FusionGrid) -> Mesh:

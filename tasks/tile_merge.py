@@ -18,8 +18,8 @@ import numpy as np
 from tasks.fusion import FusionGrid
 from tasks.meshes import Mesh, MeshWriter, decimate, keep_triangles, label_pieces, weld
 
-# The preview is decimated from at most this many triangles: some 300 MB.
-PREVIEW_MATERIAL = 1_000_000
+# The preview is decimated from at most this many triangles: some 150 MB.
+PREVIEW_MATERIAL = 500_000
 UNKNOWN = -1
 
 TileIndex = tuple[int, int, int]

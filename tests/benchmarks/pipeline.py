@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -107,6 +108,8 @@ def run_flow(
     import torch
 
     torch.set_num_threads(threads)
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")
     from prefect.testing.utilities import prefect_test_harness
 
     from flows.reconstruct_drive import reconstruct_drive
