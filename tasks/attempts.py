@@ -23,7 +23,7 @@ from tasks.memory import return_freed_memory
 
 ATTEMPTS = "attempts"
 HEARTBEAT_S = 15.0
-TRIM_S = 1.0
+TRIM_S = 0.25
 SHORTEST_FAILURE_S = 1.0  # a refusal at the door is no attempt
 
 P = ParamSpec("P")
