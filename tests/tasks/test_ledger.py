@@ -1,6 +1,9 @@
 """Attempts and the ledger made of them, on real stores."""
 
+import ctypes
+import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +73,24 @@ def test_a_killed_attempt_is_known_to_its_last_heartbeat(store, monkeypatch):
         (found,) = ReconstructionStore.open(url).commits("attempts").values()
         assert found["outcome"] == "running"
         assert 0 < found["seconds"] < 0.6
+
+    stage(store.url)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's allocator only")
+def test_memory_that_a_stage_frees_between_blocks_in_use_goes_back_while_it_runs(store):
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    @counted("fuse")
+    def stage(url: str) -> None:
+        blocks = [b"x" * 60_000 for _ in range(2_000)]
+        full = resident()
+        blocks[:] = blocks[::50]
+        give_up = time.monotonic() + 60
+        while resident() > full - 80_000_000:
+            assert time.monotonic() < give_up, f"{full - resident()} bytes of 117 MB went back"
+            time.sleep(0.05)
 
     stage(store.url)
 
