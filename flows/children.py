@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 from uuid import UUID
 
 import httpx
@@ -34,13 +34,13 @@ from prefect.exceptions import ObjectNotFound, TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Cancelling
 
+from flows.outages import patiently
 from storage.errors import Claimed, ClaimLost, StoreError
 from tasks.keys import stage_key
 
 FIRST_POLL_S, LONGEST_POLL_S, POLL_GROWTH = 1.0, 15.0, 1.3
 MOST_CRASHES = 7  # of one child, one after the other and without getting on
 MOST_DOUBLINGS = 6  # of the wait before another run
-OUTAGE_S = 1800.0  # of the Prefect server, that a parent waits for
 PAGE = 200  # runs that the server returns at once
 CANCELLERS = 8  # threads that ask it to end runs
 START_S = 10.0  # from a run's slot to its start on a machine that is there
@@ -55,7 +55,6 @@ UNFINISHED = [
 Spread = Literal["here", "deployments"]
 """Where the parts of a flow run: in its own process, or each as a run of a deployment."""
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -310,21 +309,6 @@ def query(wanted: FlowRunFilter, sort: FlowRunSort = FlowRunSort.ID_DESC) -> lis
             return client.read_flow_runs(flow_run_filter=wanted, sort=sort, limit=PAGE)
 
     return patiently(ask)
-
-
-def patiently(ask: Callable[[], T]) -> T:
-    """Ask the server; wait, if it is away or in trouble, until it is back."""
-    deadline, pause = time.monotonic() + OUTAGE_S, 1.0
-    while True:
-        try:
-            return ask()
-        except (httpx.TransportError, httpx.HTTPStatusError) as error:
-            code = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 503
-            if code < 500 or time.monotonic() > deadline:
-                raise
-            log.warning("the Prefect server does not answer (%s); asked again", error)
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_POLL_S)
 
 
 def is_cancelled() -> bool:
