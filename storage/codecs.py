@@ -16,7 +16,7 @@ from zarr.core.array_spec import ArraySpec as ChunkSpec
 from zarr.core.buffer import Buffer, NDBuffer
 from zarr.registry import register_codec
 
-from storage.shards import check_compressed, unpack
+from storage.shards import check_compressed, pack, unpack
 
 PCODEC = "numcodecs.pcodec"
 PCODEC_SETTINGS = {"level": 8}  # with others, of somebody else, nothing is written
@@ -32,11 +32,17 @@ class BoundedBlosc(BloscCodec):
 
 
 class BoundedPCodec(PCodec):
-    """Pcodec, likewise."""
+    """Pcodec, likewise; it packs as our own writing does."""
 
     def __init__(self, **settings: Any) -> None:
         # Zarr's own warns that the format's specification does not list it; see docs/decisions.
         object.__setattr__(self, "codec_config", {**settings, "id": "pcodec"})
+
+    async def _encode_single(self, chunk_data: NDBuffer, chunk_spec: ChunkSpec) -> Buffer:
+        if dict(self.codec_config) != {**PCODEC_SETTINGS, "id": "pcodec"}:
+            return await super()._encode_single(chunk_data, chunk_spec)
+        packed = await asyncio.to_thread(pack, chunk_data.as_numpy_array(), **PCODEC_SETTINGS)
+        return chunk_spec.prototype.buffer.from_bytes(packed)
 
     async def _decode_single(self, chunk_data: Buffer, chunk_spec: ChunkSpec) -> NDBuffer:
         shape, dtype = chunk_spec.shape, chunk_spec.dtype.to_native_dtype()

@@ -10,7 +10,8 @@ from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec
 from zarr.storage import MemoryStore
 
 from storage.codecs import BoundedPCodec
-from storage.shards import NotPlain, encode_shard, shard_reader, unpack
+from storage.layout import round_to_half
+from storage.shards import NotPlain, encode_shard, pack, shard_reader, unpack
 
 DAMAGED = "checksum|buffer|bytes"
 BLOSC = BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle")
@@ -124,6 +125,29 @@ def test_damaged_objects_are_refused(sharded, packing):
     for length in random.integers(0, len(data), 50).tolist():
         with pytest.raises(ValueError, match=DAMAGED):
             reader.decode(data[:length], 0, 4)
+
+
+def slopes(noise: float) -> np.ndarray:
+    """Two images of a curved surface, as depth is kept: rounded to 9 bits of float16's 10."""
+    y, x = np.mgrid[:24, :80].astype(np.float32)
+    values = 5 + np.sin(x / 9) + y / 20 + np.random.default_rng(0).normal(0, noise, (2, 24, 80))
+    return round_to_half(values, 9)
+
+
+@pytest.mark.parametrize(("noise", "share"), [(0.0, 1.0), (0.05, 0.97)])
+def test_rounded_images_take_less_than_pcodec_makes_of_them(noise, share):
+    values = slopes(noise)
+    assert len(pack(values, 8)) < share * len(PCodec(level=8).encode(values))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int16"])
+def test_anything_packed_is_read_bit_for_bit_without_our_code(dtype):
+    special = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1.5, 6e-8, 60000.0]
+    numbers = special if dtype.startswith("float") else [-3, 0, 7, 32767]
+    for shape in ((len(numbers),), (1, len(numbers)), (3, 5, len(numbers))):
+        values = np.resize(np.array(numbers, dtype), shape)
+        read = np.frombuffer(PCodec().decode(pack(values, 8)), dtype)
+        assert read.tobytes() == values.tobytes()
 
 
 @pytest.mark.parametrize("count", [0, 1, 239, 241, 2**24])
