@@ -176,7 +176,7 @@ class LocalFleet:
                 return dict(run)
         raise TimeoutError(f"run {run_id} has not ended after {timeout_s} s")
 
-    def complete(self, run_id: str, timeout_s: float) -> None:
+    def must_complete(self, run_id: str, timeout_s: float) -> None:
         """Wait for the run, which must complete; if it does not, it is said why."""
         run = self.wait_for(run_id, timeout_s)
         assert run["state_type"] == "COMPLETED", f"{run['state_type']}: {run['state']['message']}"

@@ -137,7 +137,7 @@ def test_fleet_from_an_empty_machine(operator, server, data):
         r"^(?=prefect deployment run reconstruct-drive|prefect flow-run ls)", runs, flags=re.M
     )
     (run_id,) = run_ids(operator.type(here + collection))
-    server.complete(run_id, 600)
+    server.must_complete(run_id, 600)
     for name in ("drive1", "drive2"):
         url = f"{data}/reconstructions/{name}.zarr"
         assert progress(url)["stage"] == "done"
@@ -148,7 +148,7 @@ def test_fleet_from_an_empty_machine(operator, server, data):
     assert server.wait_for(run_id, 400)["state_type"] == "CANCELLED"
 
     (run_id,) = run_ids(operator.type(here + within_budget))
-    server.complete(run_id, 600)
+    server.must_complete(run_id, 600)
 
 
 def test_schedule_on_one_machine(operator, server, data):
@@ -159,7 +159,7 @@ def test_schedule_on_one_machine(operator, server, data):
     said = operator.leave(activate + offer)
     wait_until(lambda: "deployments are being served" in said())
     for run_id in run_ids(operator.type(activate + third)):
-        server.complete(run_id, 600)
+        server.must_complete(run_id, 600)
     for name in ("drive1", "drive2", "drive"):
         assert progress(f"{data}/reconstructions/{name}.zarr")["stage"] == "done"
     due = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}

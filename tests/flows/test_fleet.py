@@ -74,7 +74,7 @@ def test_lost_node_and_killed_server_cost_nothing_that_was_finished(fleet, logs,
     fleet.kill_server()
     fleet.start_server()
     at_restart = commits_of_all(output)
-    fleet.complete(run_id, 900)
+    fleet.must_complete(run_id, 900)
     finished = commits_of_all(output)
     assert kept.items() <= work.commits().items()
     assert at_restart.items() <= finished.items()
@@ -90,7 +90,7 @@ def test_lost_node_and_killed_server_cost_nothing_that_was_finished(fleet, logs,
     assert "No sign of life" in " ".join(run["state"]["message"] or "" for run in runs)
     here = {"location": str(logs / "first"), "output": str(tmp_path), "spread": "here"}
     run_id = fleet.run(DRIVE, {**here, "config": CONFIG})
-    fleet.complete(run_id, 900)
+    fleet.must_complete(run_id, 900)
     ours, theirs = stored(f"{output}/first.zarr"), stored(f"{tmp_path}/first.zarr")
     for name, array in theirs.items():
         np.testing.assert_array_equal(ours[name], array, err_msg=name)
@@ -100,7 +100,7 @@ def test_second_run_with_nothing_new_starts_no_other(fleet, logs, seaweed):
     output = f"{seaweed.url}/lost"
     before, commits = len(fleet.flow_runs()), commits_of_all(output)
     run_id = fleet.run(COLLECTION, {"collection": str(logs), "output": output, "config": CONFIG})
-    fleet.complete(run_id, 300)
+    fleet.must_complete(run_id, 300)
     assert len(fleet.flow_runs()) == before + 1
     assert commits_of_all(output) == commits
 
@@ -110,7 +110,7 @@ def test_parent_that_was_killed_finds_its_children_and_starts_none_twice(fleet, 
     run_id = fleet.run(COLLECTION, {"collection": str(logs), "output": output, "config": CONFIG})
     work = wait_for_work(output)
     os.kill(parent_of(work, output), signal.SIGKILL)
-    fleet.complete(run_id, 900)
+    fleet.must_complete(run_id, 900)
     drives = runs_of(fleet, "reconstruct-drive", output)
     assert sorted(r["state_type"] for r in drives) == ["COMPLETED", "COMPLETED", "CRASHED"]
     runs = runs_of(fleet, "infer-segments", output)
