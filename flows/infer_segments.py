@@ -15,7 +15,6 @@ from prefect.exceptions import TerminationSignal
 from flows.artifacts import progress_of
 from flows.children import Child, ChildrenLost, Spread, run_children, work_key
 from flows.leaving import told_when_left
-from flows.outages import given_slots
 from flows.telemetry import observed
 from storage.credentials import refuse_credentials
 from storage.errors import StoreError
@@ -193,7 +192,7 @@ def infer_group(url: str, indices: Sequence[int], config: InferConfig) -> list[E
     if not indices:
         return []
     try:
-        given_slots(lambda: infer_stage(url, indices, config))
+        infer_stage(url, indices, config)
     except DRIVE_ERRORS:
         raise
     except Exception as error:
@@ -212,7 +211,7 @@ def infer_alone(url: str, index: int, config: InferConfig) -> Exception | None:
     started = {"attempts": attempts, "time": datetime.now(UTC).isoformat(), "reason": "unknown"}
     store.commit(name, {**started, "is_running": True})
     try:
-        given_slots(lambda: infer_stage.with_options(retries=0)(url, (index,), config))
+        infer_stage.with_options(retries=0)(url, (index,), config)
     except (*DRIVE_ERRORS, KeyboardInterrupt, TerminationSignal):
         # No fault of the segment: it is as if it had not been tried.
         with suppress(StoreError):  # the first error says more than this one

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import httpx
-from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 
 OUTAGE_S = 1800.0  # of the Prefect server, that a run waits for
 LONGEST_PAUSE_S = 15.0
@@ -21,37 +20,29 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def patiently(ask: Callable[[], T], error: type[Exception] = httpx.HTTPError) -> T:
+def patiently(ask: Callable[[], T]) -> T:
     """What `ask` returns, which the server must be there for; asked again until it is.
 
     Args:
         ask: may be done twice.
-        error: what an outage looks like.
 
     Raises:
-        Exception: `error`, if the server refuses the request or was away for `OUTAGE_S`.
+        httpx.HTTPError: the server refuses the request, or was away for `OUTAGE_S`.
     """
     deadline, pause = time.monotonic() + OUTAGE_S, 1.0
     while True:
         try:
             return ask()
-        except error as found:
-            if not _is_outage(found) or time.monotonic() > deadline:
+        except httpx.HTTPError as error:
+            if not _is_outage(error) or time.monotonic() > deadline:
                 raise
-            log.warning("the Prefect server does not answer (%s); asked again", found)
+            log.warning("the Prefect server does not answer (%s); asked again", error)
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
-def given_slots(work: Callable[[], T]) -> T:
-    """What `work` returns, a task with a tag: its first question is for slots, on a new client."""
-    return patiently(work, ConcurrencySlotAcquisitionError)
-
-
-def _is_outage(error: BaseException | None) -> bool:
+def _is_outage(error: httpx.HTTPError) -> bool:
     """Whether the server was away or in trouble; one that refuses does so again."""
-    if isinstance(error, ConcurrencySlotAcquisitionError):
-        return _is_outage(error.__cause__)
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code >= 500
     return isinstance(error, httpx.TransportError)

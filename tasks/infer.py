@@ -114,7 +114,7 @@ def _cached_model(
     return model, info
 
 
-@task(name="infer", task_run_name="infer {indices} {url}", tags=["gpu"], **STAGE_OPTIONS)
+@task(name="infer", task_run_name="infer {indices} {url}", **STAGE_OPTIONS)
 @counted("infer")
 def infer_stage(url: str, indices: Sequence[int], config: InferConfig) -> int:
     """Infer the segments `indices` of the drive at `url`; return the frames computed.

@@ -13,7 +13,6 @@ import torch
 from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.settings import PREFECT_TASK_DEFAULT_RETRY_DELAY_SECONDS
 
 from storage.errors import (
@@ -64,7 +63,6 @@ DRIVE_ERRORS = (
     torch.OutOfMemoryError,  # of one lane, or of the weights: more lanes become fewer before
     torch.AcceleratorError,
     httpx.HTTPError,
-    ConcurrencySlotAcquisitionError,
 )
 RETRIES = 3
 # Others where PREFECT_TASKS_DEFAULT_RETRY_DELAY_SECONDS is set.
