@@ -35,7 +35,7 @@ from storage import layout
 from storage.objects import open_folder
 from storage.reconstruction import ChunkMissing, ReconstructionStore, StoreMissing
 from storage.records import Plan
-from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
+from tasks.config import FuseConfig, InferConfig, PlanConfig, ReconstructionConfig
 from ttt3r.config import TINY
 from ttt3r.model import Model
 from ttt3r.weights import WeightsInfo, save_weights
@@ -44,8 +44,10 @@ TESTS = Path(__file__).resolve().parents[1]
 SERVER_START_S = 300
 ARRAY_FOLDERS = (layout.FRAMES, layout.SEGMENTS, layout.TRAJECTORY)
 # Five segments of twelve frames, three chunks each, two lanes: all that can resume is there.
-FRAMES = 48
+# A coarse mesh, as fusion would take most of the time.
+FRAMES, VOXEL_M = 48, 0.1
 CUT = ("--segment-frames", "12", "--overlap-frames", "3", "--chunk-frames", "4", "--lanes", "2")
+CUT += ("--voxel-m", str(VOXEL_M))
 
 
 def write_tiny_weights(path: Path) -> Path:
@@ -66,6 +68,7 @@ def small_config(weights: Path) -> ReconstructionConfig:
     return ReconstructionConfig(
         plan=PlanConfig(segment_frames=12, overlap_frames=3, chunk_frames=4),
         infer=InferConfig(weights=str(weights), lanes=2),
+        fuse=FuseConfig(voxel_m=VOXEL_M),
     )
 
 

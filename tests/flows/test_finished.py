@@ -14,6 +14,7 @@ from tasks.finished import is_finished
 CONFIG = ReconstructionConfig(
     plan=PlanConfig(segment_frames=12, overlap_frames=4, chunk_frames=5),
     infer=InferConfig(weights="untrained", lanes=2),
+    fuse=FuseConfig(voxel_m=0.1),  # coarse: the mesh is not what is tested
 )
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

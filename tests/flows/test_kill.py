@@ -29,6 +29,7 @@ from tasks.probe import probe_stage
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
 
 ARGUMENTS = ("--weights", "untrained", "--segment-frames", "96", "--chunk-frames", "4")
+ARGUMENTS += ("--voxel-m", "0.1")
 
 
 def start(video: Path, output: Path, **pipes: int) -> subprocess.Popen[bytes]:

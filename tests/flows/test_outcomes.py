@@ -8,9 +8,12 @@ from recordings import moving_squares, write_video
 from flows.reconstruct_collection import CollectionIncomplete, reconstruct_collection
 from flows.reconstruct_drive import reconstruct_drive
 from storage.errors import StoreUnavailable
-from tasks.config import BudgetConfig, InferConfig, ReconstructionConfig
+from tasks.config import BudgetConfig, FuseConfig, InferConfig, ReconstructionConfig
 
-CONFIG = ReconstructionConfig(infer=InferConfig(weights="untrained"))
+CONFIG = ReconstructionConfig(
+    infer=InferConfig(weights="untrained"),
+    fuse=FuseConfig(voxel_m=0.1),  # coarse: the mesh is not what is tested
+)
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

@@ -11,13 +11,20 @@ from flows.reconstruct_collection import CollectionIncomplete, reconstruct_colle
 from flows.reconstruct_drive import reconstruct_drive
 from storage.errors import StoreUnavailable
 from storage.reconstruction import ReconstructionStore, StoreRefused
-from tasks.config import AlignConfig, InferConfig, PlanConfig, ReconstructionConfig
+from tasks.config import (
+    AlignConfig,
+    FuseConfig,
+    InferConfig,
+    PlanConfig,
+    ReconstructionConfig,
+)
 from tasks.plan import read_aside, read_plan
 from tasks.probe import AnotherDrive
 
 CONFIG = ReconstructionConfig(
     plan=PlanConfig(segment_frames=12, overlap_frames=4, chunk_frames=5),
     infer=InferConfig(weights="untrained", lanes=2, segments_per_task=3),
+    fuse=FuseConfig(voxel_m=0.1),  # coarse: the mesh is not what is tested
 )
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

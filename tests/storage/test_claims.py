@@ -117,12 +117,12 @@ def all_claims(store: ReconstructionStore) -> None:
     "act", [all_claims, ReconstructionStore.repair, lambda store: store.delete_garbage(0.0)]
 )
 def test_all_claims_of_a_lost_machine_are_waited_for_at_the_same_time(store, monkeypatch, act):
-    monkeypatch.setattr(claims, "LEASE_S", 6.0)
+    monkeypatch.setattr(claims, "LEASE_S", 3.0)
     monkeypatch.setattr(claims, "WATCH_S", 0.1)
     leave_claims(store, NAMES)
     began = time.monotonic()
     act(store)
-    assert 6 < time.monotonic() - began < 20  # four at a time: 24
+    assert 3 < time.monotonic() - began < 11  # four at a time: 12
     assert store._folder.sizes("claims").keys() == {"claims/zarr.json"}
 
 
