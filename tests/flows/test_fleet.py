@@ -23,7 +23,8 @@ pytestmark = pytest.mark.slow
 FRAMES = 480
 PLAN = {"segment_frames": 24, "chunk_frames": 4}
 INFER = {"weights": "untrained", "lanes": 2, "segments_per_task": 8, "frames_per_run": 1}
-CONFIG = {"plan": PLAN, "infer": INFER}
+FUSE = {"voxel_m": 0.1, "frame_step": 4}  # coarse: the mesh is not what is tested
+CONFIG = {"plan": PLAN, "infer": INFER, "fuse": FUSE}
 COLLECTION, DRIVE = "reconstruct-collection/scheduled", "reconstruct-drive/fleet"
 
 
