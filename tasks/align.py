@@ -37,7 +37,7 @@ from ttt3r.geometry import depth_to_pointmap, intrinsics_from_focal
 from ttt3r.images import fit, source_intrinsics
 from ttt3r.weights import WeightsInfo, weights_info
 
-VERSION = 2
+VERSION = 3
 # A field of view of 60 degrees, where neither the network nor the user knows the focal length.
 FALLBACK_FOCAL = 0.866
 # Frames of an overlap that are compared at most, evenly over it: bounds memory.

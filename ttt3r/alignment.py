@@ -36,8 +36,6 @@ Array = NDArray[np.float64]
 
 # Standard deviation of a normal distribution over its median absolute deviation.
 MAD_TO_SIGMA = 1.4826
-# Pixels of one frame err together: a frame counts as this many independent depth ratios.
-INDEPENDENT_PIXELS = 50
 # Where the first of two robust fits may stop, as `AlignSettings.settled`.
 ROUGHLY = 1e-3
 # Fields of view outside of this are a failed focal estimate, not a camera.
@@ -504,21 +502,18 @@ def _confidence_weight(c_a: Array, c_b: Array, cap: float) -> Array:
 
 
 def _log_scale(pixels: _Pixels, settings: AlignSettings) -> tuple[float, float]:
-    """log(units of a per unit of b) and its standard error, the prior included."""
+    """log(units of a per unit of b) and its standard error.
+
+    All frames of an overlap lie at the end of one segment and at the start of the other, so that
+    pixels and frames err together and their number says little. Measured on rendered streets, the
+    error of a seam is as large as the scatter of its pixels, for seams of small and of large
+    scatter alike (docs/accuracy.md). Frames that scatter more than their pixels count, too.
+    """
     ratios = np.log(pixels.depth_a / pixels.depth_b)
-    centre, sigma = _robust_mean(ratios, pixels.confidence, settings)
-    frames = np.unique(pixels.frame)
-    rows = [pixels.frame == frame for frame in frames]
+    centre, scatter = _robust_mean(ratios, pixels.confidence, settings)
+    rows = [pixels.frame == frame for frame in np.unique(pixels.frame)]
     medians = np.array([_weighted_median(ratios[m], pixels.confidence[m]) for m in rows])
-    between = _median_and_sigma(medians, np.ones(len(frames)))[1]
-    # One or two frames do not show how frames scatter: as if two more had been seen to scatter
-    # half as much as pixels do.
-    between_squared = (len(frames) * between**2 + 2 * (sigma / 2) ** 2) / (len(frames) + 2)
-    error = np.sqrt((between_squared + sigma**2 / INDEPENDENT_PIXELS) / len(frames))
-    # Both segments are metric by themselves, each to within the prior.
-    prior = np.sqrt(2.0) * settings.scale_prior_sigma
-    trust = prior**2 / (prior**2 + error**2)
-    return float(trust * centre), float(np.sqrt(trust) * error)
+    return centre, max(scatter, _median_and_sigma(medians, np.ones(len(medians)))[1])
 
 
 def _robust_mean(values: Array, weights: Array, settings: AlignSettings) -> tuple[float, float]:

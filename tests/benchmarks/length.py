@@ -140,14 +140,18 @@ def run_rules(
     return truth, tracks
 
 
-def run_segments(
-    model: Model, rule: str, pieces: list[Piece], length: int, overlap: int
-) -> tuple[Truth, Track]:
-    """One sequence cut into segments that run as lanes and are aligned by Sim(3)."""
-    images = np.concatenate([piece[0][0] for piece in pieces])
-    T = np.concatenate([piece[1][0] for piece in pieces])
+Part = tuple[np.ndarray, np.ndarray, np.ndarray]  # of a segment: poses, points, confidence
+
+
+def see_segments(
+    model: Model, rule: str, images: np.ndarray, length: int, overlap: int
+) -> tuple[list[int], list[Part]]:
+    """First frames of the segments of one sequence, and what the network says of each.
+
+    The last segment goes on with the last frame, so that all are equally long.
+    """
     starts = list(range(0, max(1, len(images) - overlap), length - overlap))
-    parts = []
+    parts: list[Part] = []
     for first in range(0, len(starts), 16):
         lanes = [
             images[np.minimum(np.arange(s, s + length), len(images) - 1)]
@@ -158,7 +162,17 @@ def run_segments(
         assert found.confidence is not None
         poses = camera_pose_to_matrix(found.camera_pose).double().numpy()
         parts += list(zip(poses, found.pointmap_cam.numpy(), found.confidence.numpy(), strict=True))
-    seams = [_seam(a, b, length - overlap) for a, b in pairwise(parts)]
+    return starts, parts
+
+
+def run_segments(
+    model: Model, rule: str, pieces: list[Piece], length: int, overlap: int
+) -> tuple[Truth, Track]:
+    """One sequence cut into segments that run as lanes and are aligned by Sim(3)."""
+    images = np.concatenate([piece[0][0] for piece in pieces])
+    T = np.concatenate([piece[1][0] for piece in pieces])
+    starts, parts = see_segments(model, rule, images, length, overlap)
+    seams = [fit_seam(a, b, length - overlap) for a, b in pairwise(parts)]
     placed = chain(*balance_scales(seams))
     track, truth = Track(), Truth(T=[T[None]])
     whole = np.empty_like(T)
@@ -175,7 +189,7 @@ def run_segments(
     return truth, track
 
 
-def _seam(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...], shift: int) -> OverlapFit:
+def fit_seam(a: Part, b: Part, shift: int) -> OverlapFit:
     """Segment b's place in segment a, from the frames that both contain."""
     (T_a, points_a, conf_a), (T_b, points_b, conf_b) = a, b
     T_a, points_a, conf_a = T_a[shift:], points_a[shift:], conf_a[shift:]
@@ -259,7 +273,7 @@ def _world(options: argparse.Namespace) -> str:
 def _measure_segments(model: Model, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One record per length and rule; with --metres per rule, `frames` is a mean."""
     rows: dict[tuple[Any, ...], list[dict[str, float | None]]] = {}
-    for pieces in _one_by_one(options, (model.config.image_size, model.config.patch_size)):
+    for pieces in one_by_one(options, (model.config.image_size, model.config.patch_size)):
         seen = sum(piece[1].shape[1] for piece in pieces)
         lengths = [seen] if options.metres else sorted({min(n, seen) for n in options.frames})
         for rule in options.rules:
@@ -282,7 +296,7 @@ def _measure_segments(model: Model, options: argparse.Namespace) -> list[dict[st
     return results
 
 
-def _one_by_one(options: argparse.Namespace, sides: tuple[int, int]) -> Iterator[list[Piece]]:
+def one_by_one(options: argparse.Namespace, sides: tuple[int, int]) -> Iterator[list[Piece]]:
     """The pieces of one sequence after the other."""
     first, longest = _first_seed(options), max(options.frames)
     if options.video:
