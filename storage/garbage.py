@@ -34,7 +34,7 @@ class Referenced:
         """`segments`: indices of those that the plan has."""
         self._segments = {layout.segment_name(index) for index in segments}
         self._arrays: set[str] = set()  # that are written as a whole
-        self._rows: set[str] = set()  # first index of what lies in an array: "segments/0/depth/c/3"
+        self._shards: set[tuple[str, str]] = set()  # arrays and numbers: ("segments/0/depth", "3")
         self._files: set[str] = set()
         self._kept_folders: set[str] = set()  # of commits that do not say what their files are
 
@@ -45,7 +45,7 @@ class Referenced:
             self._segments.add(layout.segment_name(chunk[0]))
         for path in mapping_in(record, "digests"):
             if chunk is not None:
-                self._rows.add(f"{path}/c/{chunk[1]}")
+                self._shards.add((path, str(chunk[1])))
             else:
                 self._arrays.add(path)
         self._files |= mapping_in(record, "files").keys()
@@ -78,7 +78,7 @@ class Referenced:
             return False
         if group not in self._segments:
             return True
-        array, separator, index = name.partition("/c/")
-        if not separator or array.endswith("/frame"):
+        shard = layout.shard_at(name)
+        if shard is None or shard[0].endswith("/frame"):
             return False  # metadata and coordinates, written when the segment is created
-        return f"{array}/c/{index.partition('/')[0]}" not in self._rows
+        return shard not in self._shards

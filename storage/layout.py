@@ -31,7 +31,9 @@ from storage.codecs import PCODEC_SETTINGS, BoundedPCodec
 from storage.records import DAMAGED, DUPLICATE, KEYFRAME
 
 SCHEMA = "ttt3r-reconstruction"
-SCHEMA_VERSION = 2  # since 2 depth and confidence may be packed by pcodec
+# Since 2 depth and confidence may be packed by pcodec; since 3 the objects of an array lie in its
+# folder, not in folders below it.
+SCHEMA_VERSION = 3
 
 FRAMES, SEGMENTS, TRAJECTORY, COMMITS = "frames", "segments", "trajectory", "commits"
 CLAIMS = "claims"
@@ -265,6 +267,16 @@ def spec_at(path: str) -> ArraySpec:
     if group.endswith("/state"):
         return by_name((*STATE_ARRAYS, STATE_FRAME))[name]
     return by_name((*SEGMENT_ARRAYS, FRAME_COORDINATE))[name]
+
+
+def shard_at(name: str) -> tuple[str, str] | None:
+    """Path of the array that an object has rows of, and its number; None of all other objects.
+
+    An object is "segments/0003/depth/c.1.0.0", or ".../depth/c/1/0/0" in arrays from before
+    version 3.
+    """
+    found = re.fullmatch(r"(.+?)/c(?:\.([0-9]+)(?:\.[0-9]+)*|/([0-9]+)(?:/[0-9]+)*)", name)
+    return (found[1], found[2] or found[3]) if found else None
 
 
 def segment_name(index: int) -> str:

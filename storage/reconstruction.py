@@ -832,7 +832,8 @@ class ReconstructionStore:
         sizes = self._folder.sizes()
         stored: Counter[str] = Counter()
         for name, size in sizes.items():
-            stored[name.partition("/c/")[0].removesuffix("/zarr.json")] += size
+            shard = layout.shard_at(name)
+            stored[shard[0] if shard else name.removesuffix("/zarr.json")] += size
         arrays, segments = self._described_nodes(sizes)
         stages = []
         for name, record in self._commits.each():

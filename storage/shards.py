@@ -20,6 +20,7 @@ Encode = Callable[[np.ndarray], bytes]
 Decode = Callable[[memoryview], np.ndarray]
 
 SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
+SEPARATORS = (".", "/")  # in names of objects; a slash before version 3 of the schema
 LEFT_OUT = 2**64 - 1  # in a shard's index, of an inner chunk without rows
 ORDERS = (1, 2)  # of differences between neighbours in a row; maps of depth take either
 ROWS_OF_SAMPLE = 4  # every so many rows of each image tell which order packs it better
@@ -60,7 +61,8 @@ def encode_shard(document: bytes, start: int, values: np.ndarray) -> dict[str, b
 
 def shard_name(node: Mapping[str, Any], number: int) -> str:
     """Name, below the array, of the object with its rows of this number."""
-    return "/".join(["c", str(number), *["0"] * (len(node["shape"]) - 1)])
+    separator: str = node["chunk_key_encoding"]["configuration"]["separator"]
+    return separator.join(["c", str(number), *["0"] * (len(node["shape"]) - 1)])
 
 
 def _check_cut(node: Mapping[str, Any], shape: list[int], start: int, values: np.ndarray) -> None:
@@ -72,8 +74,10 @@ def _check_cut(node: Mapping[str, Any], shape: list[int], start: int, values: np
 
 
 def _check_keys(node: Mapping[str, Any]) -> None:
-    if node["chunk_key_encoding"] != {"name": "default", "configuration": {"separator": "/"}}:
-        raise NotPlain(f"chunk keys {node['chunk_key_encoding']}")
+    found = node["chunk_key_encoding"]
+    known = ({"name": "default", "configuration": {"separator": s}} for s in SEPARATORS)
+    if found not in known:
+        raise NotPlain(f"chunk keys {found}")
 
 
 def _filled(values: np.ndarray, rows: int, fill: Any) -> np.ndarray:

@@ -85,7 +85,7 @@ def stored(
         store.commit_chunk(segment, chunk, {"key": "measured"})
         for name in ARRAYS:
             objects = encoded.objects.items()
-            sizes[name] += sum(len(data) for path, data in objects if f"/{name}/c/" in path)
+            sizes[name] += sum(len(data) for path, data in objects if f"/{name}/c." in path)
             read = store.read(segment, name, segment.start, segment.stop)
             error = float(np.max(np.abs(read - own[name]) / own[name]))
             errors[name] = max(errors[name], error)

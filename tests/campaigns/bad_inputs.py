@@ -241,11 +241,9 @@ def _differences(store: Path, expected: Path) -> list[str]:
 
 
 def _array_bytes(store: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(store)): path.read_bytes()
-        for path in store.rglob("c/**/*")
-        if path.is_file()
-    }
+    found = {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("c.*")}
+    assert found, f"{store} holds no array"
+    return found
 
 
 # ---- the campaign

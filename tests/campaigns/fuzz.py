@@ -489,7 +489,7 @@ def _array_metadata(data: bytes) -> object:
 
 
 def _object_of_zeros() -> bytes:
-    return whole_array("a", TIMESTAMP, np.zeros(8))["a/c/0"][:-4]
+    return whole_array("a", TIMESTAMP, np.zeros(8))["a/c.0"][:-4]
 
 
 def _object(data: bytes) -> object:
@@ -498,7 +498,7 @@ def _object(data: bytes) -> object:
 
 
 def _shard_of_zeros() -> bytes:
-    return whole_array("a", DEPTH, np.zeros((16, 8, 8), np.float16))["a/c/0/0/0"][:-4]
+    return whole_array("a", DEPTH, np.zeros((16, 8, 8), np.float16))["a/c.0.0.0"][:-4]
 
 
 def _shard(data: bytes) -> object:

@@ -169,7 +169,7 @@ def freeze_at(point: str, count: int) -> None:
 
         def late_create(self: Folder, objects: Any, create: Any = create) -> list[str]:
             names = sorted(objects)
-            if not any("/c/" in name for name in names):
+            if not any("/c." in name for name in names):
                 return create(self, objects)
             half = len(names) // 2 if point == "amid the writes" else 0
             others = create(self, {name: objects[name] for name in names[:half]}) if half else []

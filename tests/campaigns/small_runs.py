@@ -234,7 +234,7 @@ def stored_objects(url: str) -> dict[str, str]:
     names = [
         name
         for name in folder.sizes()
-        if ("/c/" in name and name.startswith(ARRAY_FOLDERS)) or name.endswith((".ply", ".glb"))
+        if ("/c." in name and name.startswith(ARRAY_FOLDERS)) or name.endswith((".ply", ".glb"))
     ]
     return {name: digest(data) for name, data in folder.read_many(names).items()}
 

@@ -49,7 +49,7 @@ def test_segment_that_fails_is_set_aside_and_tried_again_by_the_next_run(tmp_pat
     # The state that segment 2 resumes from is damaged: it fails however often it is tried.
     store.drop_commits("infer/0002/0001")
     store.drop_commits("infer/0002/0002")
-    state = Path(url) / "segments/0002/state/tokens/c/0/0/0"
+    state = Path(url) / "segments/0002/state/tokens/c.0.0.0"
     state.write_bytes(state.read_bytes()[:100])
     other = replace(CONFIG, infer=replace(CONFIG.infer, segments_per_task=3))
     for attempts in (1, 2):
@@ -99,7 +99,7 @@ def test_failure_of_every_segment_is_told_though_a_chunk_is_finished(tmp_path):
     for segment in read_plan(store).segments:
         store.drop_commits(f"infer/{segment.index:04d}/0001")
         store.drop_commits(f"infer/{segment.index:04d}/0002")
-        state = Path(url) / f"segments/{segment.index:04d}/state/tokens/c/0/0/0"
+        state = Path(url) / f"segments/{segment.index:04d}/state/tokens/c.0.0.0"
         state.write_bytes(state.read_bytes()[:100])
     for _ in range(2):
         with pytest.raises(DataDamaged, match="state"):

@@ -201,7 +201,7 @@ def test_shard_of_millions_of_parts_is_refused(store):
 
 def test_chunk_that_expands_is_not_decompressed(store):
     expands = Blosc("zstd", 3, Blosc.BITSHUFFLE).encode(np.zeros(2**28, np.uint8))
-    (place,) = path_of(store, "frames/timestamp/c").iterdir()
+    (place,) = path_of(store, "frames/timestamp").glob("c.*")
     place.write_bytes(expands + google_crc32c.value(expands).to_bytes(4, "little"))
     assert place.stat().st_size < 2**20
     tracemalloc.start()
@@ -218,7 +218,7 @@ def test_depth_that_expands_is_not_unpacked(store):
     expands = PCodec(level=8).encode(np.zeros(2**26, np.float16))
     shard = shard_of_one_part(expands)
     assert len(shard) < 2**20
-    path_of(store, f"{DEPTH}/c/0/0/0").write_bytes(shard)
+    path_of(store, f"{DEPTH}/c.0.0.0").write_bytes(shard)
     tracemalloc.start()
     try:
         with pytest.raises(DataDamaged, match="no packed chunk"):
@@ -238,7 +238,7 @@ def shard_of_one_part(part: bytes) -> bytes:
 
 
 def test_chunk_that_says_more_than_is_there_is_not_decompressed(store):
-    (place,) = path_of(store, "frames/timestamp/c").iterdir()
+    (place,) = path_of(store, "frames/timestamp").glob("c.*")
     says = bytearray(place.read_bytes()[:-4])
     says[12:16] = (2**30).to_bytes(4, "little")
     place.write_bytes(says + google_crc32c.value(bytes(says)).to_bytes(4, "little"))
@@ -427,9 +427,9 @@ def test_root_without_a_version_is_refused(full):
     [
         ("zarr.json", lambda store: store.attributes),
         ("commits/infer/0000/0000.json", lambda store: store.read_commit("infer/0000/0000")),
-        ("segments/0000/state/tokens/c", lambda store: store.read_state(SEGMENT, FIRST)),
-        ("segments/0000/depth/c/0/0/0", lambda store: store.read(SEGMENT, "depth", 0, 8)),
-        ("segments/0000/cam_to_seg/c/0/0/0", lambda s: s.read(SEGMENT, "cam_to_seg", 0, 8)),
+        ("segments/0000/state/tokens/c.0.0.0", lambda store: store.read_state(SEGMENT, FIRST)),
+        ("segments/0000/depth/c.0.0.0", lambda store: store.read(SEGMENT, "depth", 0, 8)),
+        ("segments/0000/cam_to_seg/c.0.0.0", lambda s: s.read(SEGMENT, "cam_to_seg", 0, 8)),
         ("report/report.html", lambda store: store.get_file("report/report.html")),
         ("report/report.html", lambda store: store.local_copy("report/report.html", store.url)),
     ],
@@ -486,7 +486,6 @@ OTHER_FRAMES = [np.zeros(9, t) for t in ("f8", "i4", "i4", "u1")]
         ("segments", lambda s: s.remove_segment(0)),
         ("segments", lambda s: s.delete_garbage(0)),
         ("segments/0000", lambda s: s.remove_segment(0)),
-        ("segments/0000/depth/c", lambda s: s.write_chunk(SEGMENT, FIRST, chunk_arrays(FIRST, 2))),
         ("segments", lambda s: s.create_segment(Segment(1, 40, 46, 0), 8, **SHAPE)),
         ("frames/clip", lambda s: s.write_frames(*OTHER_FRAMES)),
         ("frames", lambda s: s.write_frames(*OTHER_FRAMES)),
@@ -505,6 +504,16 @@ def test_nothing_is_listed_written_or_removed_through_a_link_out_of_a_store(
     before = contents(victim)
     with suppress(DataDamaged):
         act(full)
+    assert contents(victim) == before
+
+
+def test_chunk_is_not_written_through_a_link_that_came_after_it_was_encoded(full, tmp_path):
+    encoded = full.encode_chunk(SEGMENT, FIRST, chunk_arrays(FIRST, 2))
+    victim = tmp_path / "victim"
+    move_behind_link(path_of(full, "segments/0000/depth"), victim)
+    before = contents(victim)
+    with pytest.raises(DataDamaged, match="is a link that leads out of the store"):
+        full.write_encoded([encoded])
     assert contents(victim) == before
 
 
@@ -559,7 +568,7 @@ def test_links_that_lead_nowhere_hide_nothing_beside_them(full, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     ends = {"loop": "{0}", "lost": "nothing", "below": f"{tmp_path}/file/below"}
     links = [f"{name}-{number}" for name in ends for number in range(4)]
-    for folder in ("commits/infer/0000", "segments/0000/depth/c/0/0"):
+    for folder in ("commits/infer/0000", "segments/0000/depth"):
         for link in links:
             path_of(full, f"{folder}/{link}").symlink_to(ends[link.split("-")[0]].format(link))
     assert set(full.commit_names()) >= set(commits)

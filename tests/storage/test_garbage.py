@@ -37,7 +37,8 @@ def store(output_url: str) -> ReconstructionStore:
     files = {n: made.put_file(n, b"mesh") for n in ("fusion/tiles/a.ply", "fusion/mesh.ply")}
     made.commit("fuse/merged", {"key": "key", "files": files})
     put(made, "notes.txt")
-    put(made, "segments/0000/of_a_user/c/0")
+    put(made, "segments/0000/of_a_user/c.0")
+    put(made, "segments/0000/depth/c.bak")
     return made
 
 
@@ -53,7 +54,7 @@ def test_only_what_no_commit_refers_to_is_listed_and_removed(store):
     found = store.garbage(0)
     dropped = {n for n in found if n.startswith("segments/0000")}
     assert len(dropped) == 9
-    assert all("/c/3" in name for name in dropped)
+    assert all("/c.3" in name for name in dropped)
     others = {n for n in found if not n.startswith("segments/")}
     assert others == {"fusion/tiles/old.ply", "report/report.html"}
     assert {n.split("/")[1] for n in found if n.startswith("segments/")} == {"0000", "0001"}
@@ -62,7 +63,7 @@ def test_only_what_no_commit_refers_to_is_listed_and_removed(store):
     assert reopened.garbage(0) == {}
     assert reopened.verify() == []
     assert len(reopened.commit_names("infer")) == len(CHUNKS) - 1
-    for name in ("notes.txt", "segments/0000/of_a_user/c/0"):
+    for name in ("notes.txt", "segments/0000/of_a_user/c.0", "segments/0000/depth/c.bak"):
         assert fsspec.open(f"{store.url}/{name}").open().read() == b"x"
     # The dropped chunk can be computed again.
     store.write_chunk(SEGMENT, CHUNKS[3], chunk_arrays(CHUNKS[3], 1.0))

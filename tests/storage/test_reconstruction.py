@@ -153,14 +153,14 @@ def test_chunk_of_fill_values_is_stored_all_the_same(store):
     arrays = {name: np.full_like(a, np.nan) for name, a in chunk_arrays(CHUNKS[0]).items()}
     store.write_chunk(SEGMENT, CHUNKS[0], arrays)
     store.commit_chunk(SEGMENT, CHUNKS[0], {"key": "key"})
-    for shard in ("depth/c/0/0/0", "cam_to_seg/c/0/0/0", "state/tokens/c/0/0/0", "state/first/c/0"):
+    for shard in ("depth/c.0.0.0", "cam_to_seg/c.0.0.0", "state/tokens/c.0.0.0", "state/first/c.0"):
         with fsspec.open(f"{store.url}/segments/0000/{shard}") as file:
             assert file.read(1)
     assert np.isnan(store.read(SEGMENT, "depth", 10, 14)).all()
 
 
 def test_chunk_can_be_written_over_a_damaged_shard(store):
-    write_object(f"{store.url}/segments/0000/depth/c/0/0/0", b"half a sh")
+    write_object(f"{store.url}/segments/0000/depth/c.0.0.0", b"half a sh")
     finish(store, CHUNKS[0])
     np.testing.assert_allclose(
         store.read(SEGMENT, "depth", 10, 14), chunk_arrays(CHUNKS[0])["depth"], rtol=2**-10
@@ -399,8 +399,8 @@ def test_removals_that_come_late_take_nothing_of_the_new_trajectory(output_url, 
         removal()
     assert store.read_commit("align") == commit
     np.testing.assert_array_equal(store.read_trajectory()["quality"], np.zeros(3))
-    left = [name for name in folder.sizes("trajectory") if "/c/" in name]
-    assert left == ["trajectory/quality/c/0"]
+    left = [name for name in folder.sizes("trajectory") if "/c." in name]
+    assert left == ["trajectory/quality/c.0"]
     assert "trajectory/scale" not in store.describe()["arrays"]
 
 
@@ -469,6 +469,38 @@ def test_segment_begun_with_former_codecs_is_finished_with_them(store):
         expected = np.concatenate([chunk_arrays(chunk)[image] for chunk in CHUNKS])
         np.testing.assert_allclose(reopened.read(SEGMENT, image, 10, 20), expected, rtol=error)
     assert reopened.verify() == []
+
+
+def test_segment_whose_objects_lie_in_folders_of_their_own_is_read_mended_and_finished(
+    finished, monkeypatch
+):
+    """So they did before version 3."""
+    folder = open_folder(finished.url)
+    for name in folder.sizes("segments"):
+        data, shard = folder.read(name) or b"", layout.shard_at(name)
+        if shard is not None:
+            array, inside = shard[0], name.removeprefix(f"{shard[0]}/")
+            folder.write(f"{array}/{inside.replace('.', '/')}", data)
+            folder.delete(name)
+        elif "chunk_key_encoding" in (node := json.loads(data)):
+            node["chunk_key_encoding"]["configuration"] = {"separator": "/"}
+            folder.write(name, json.dumps(node).encode())
+    reopened = ReconstructionStore.open(finished.url)
+    assert reopened.verify() == []
+    assert reopened.garbage(0) == {}
+    assert reopened.describe()["arrays"]["segments/0000/depth"]["bytes"] > 3 * HEIGHT * WIDTH
+    folder.delete("segments/0000/depth/c/1/0/0")
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "LARGEST_WHOLE_READ", 0)  # by Zarr
+        with pytest.raises(DataDamaged, match="c/1/0/0 is gone"):
+            reopened.read(SEGMENT, "depth", 10, 20)
+    assert reopened.repair() == ["infer/0000/0001"]
+    assert {name.split("/c/")[1][0] for name in reopened.delete_garbage(0)} == {"1"}
+    finish(reopened, CHUNKS[1])
+    expected = np.concatenate([chunk_arrays(chunk)["depth"] for chunk in CHUNKS])
+    np.testing.assert_allclose(reopened.read(SEGMENT, "depth", 10, 20), expected, rtol=2**-10)
+    assert "segments/0000/depth/c/1/0/0" in folder.sizes("segments")
+    assert not [name for name in folder.sizes("segments") if "/c." in name]
 
 
 def test_store_of_the_version_before_becomes_one_of_this_version(store):
@@ -571,7 +603,7 @@ def test_store_of_a_newer_schema_is_refused(store):
         document = json.load(file)
     document["attributes"]["schema_version"] += 1
     write_object(f"{store.url}/zarr.json", json.dumps(document).encode())
-    with pytest.raises(StoreTooNew, match=r"schema version 3.*up to 2"):
+    with pytest.raises(StoreTooNew, match=r"schema version 4.*up to 3"):
         ReconstructionStore.open(store.url)
 
 
@@ -605,7 +637,7 @@ def test_verify_names_what_is_damaged(finished):
     finished.write_trajectory({"scale": np.ones(3)})
     finished.commit("align", {"key": "key"})
     assert finished.verify() == []
-    for name in ("segments/0000/depth/c/1/0/0", "segments/0000/state/tokens/c/2/0/0"):
+    for name in ("segments/0000/depth/c.1.0.0", "segments/0000/state/tokens/c.2.0.0"):
         with fsspec.open(f"{finished.url}/{name}") as file:
             content = bytearray(file.read())
         content[100 if len(content) > 200 else 5] ^= 0x01
@@ -621,7 +653,7 @@ def test_verify_names_what_is_damaged(finished):
 
 def test_verify_notices_a_shard_that_is_gone(finished):
     filesystem, path = fsspec.core.url_to_fs(finished.url)
-    filesystem.rm_file(f"{path}/segments/0000/gate/c/0/0")
+    filesystem.rm_file(f"{path}/segments/0000/gate/c.0.0")
     assert finished.verify() == ["segments/0000/gate chunk 0"]
 
 
@@ -642,7 +674,7 @@ def test_repair_declares_only_the_damaged_unfinished(finished):
     finished.commit("fuse", {"key": "key"})
     assert finished.repair() == []
     before = set(finished.commit_names())
-    flip_bit(f"{finished.url}/segments/0000/depth/c/1/0/0", 100)
+    flip_bit(f"{finished.url}/segments/0000/depth/c.1.0.0", 100)
     flip_bit(f"{finished.url}/fusion/tiles/a.ply", 2)
     assert finished.repair() == ["fuse/a", "infer/0000/0001"]
     assert before - set(finished.commit_names()) == {"fuse/a", "infer/0000/0001"}
@@ -730,12 +762,12 @@ def test_committed_object_that_is_gone_raises_instead_of_reading_as_fill_values(
     monkeypatch.setattr(encoding, "LARGEST_WHOLE_READ", 0)  # as for frames of usual size
     finished.write_trajectory({"scale": np.ones(3)})
     finished.commit("align", {"key": "key"})
-    for name in ("depth/c/1/0/0", "gate/c/1/0", "state/tokens/c/1/0/0"):
+    for name in ("depth/c.1.0.0", "gate/c.1.0", "state/tokens/c.1.0.0"):
         remove_object(finished, f"segments/0000/{name}")
-    remove_object(finished, "trajectory/scale/c/0")
+    remove_object(finished, "trajectory/scale/c.0")
     reopened = ReconstructionStore.open(finished.url)
     for name in ("depth", "gate"):
-        with pytest.raises(DataDamaged, match=rf"{name}, frames 12\.\.20; run.*c/1/0.*is gone"):
+        with pytest.raises(DataDamaged, match=rf"{name}, frames 12\.\.20; run.*c\.1\.0.*is gone"):
             reopened.read(SEGMENT, name, 12, 20)
         assert np.isfinite(reopened.read(SEGMENT, name, 10, 14)).all()
     with pytest.raises(DataDamaged, match=r"chunk 1; run `ttt3r repair .*`.*is gone"):

@@ -41,7 +41,7 @@ def store(output_url: str) -> ReconstructionStore:
 
 @pytest.mark.parametrize("name", ["drive", "infer/0000", "fuse/0000", "fuse/0001"])
 def test_nothing_is_dropped_while_a_run_is_at_work(store, name):
-    overwrite(store, f"{GATE}/c/1/0")
+    overwrite(store, f"{GATE}/c.1.0")
     with store.claim(name), pytest.raises(Claimed, match=f"'{name}' is being worked on"):
         ReconstructionStore.open(store.url).repair()
     assert len(store.commit_names("infer")) == len(CHUNKS)
@@ -68,7 +68,7 @@ def test_chunk_that_is_computed_again_while_repair_reads_is_kept(store, monkeypa
             orphan.drop_commits("infer/0000/0001")
             finish(orphan, 1)
 
-    overwrite(store, f"{GATE}/c/1/0")
+    overwrite(store, f"{GATE}/c.1.0")
     meanwhile(store, monkeypatch, compute_again)
     assert store.repair() == []
     assert store.verify() == []
@@ -93,7 +93,7 @@ def test_segment_that_is_made_anew_while_repair_reads_is_kept(store, monkeypatch
 def test_worker_that_begins_while_repair_reads_stops_it(store, monkeypatch, name):
     other = ReconstructionStore.open(store.url)
     claim = other.claim(name)
-    overwrite(store, f"{GATE}/c/1/0")
+    overwrite(store, f"{GATE}/c.1.0")
     meanwhile(store, monkeypatch, lambda _: claim.__enter__())
     with pytest.raises(Claimed):
         store.repair()
@@ -111,7 +111,7 @@ def test_nothing_more_is_dropped_once_the_claim_is_lost(store, monkeypatch):
 
     monkeypatch.setattr(store._folder, "delete", delete_and_stand_still)
     for number in (0, 1):
-        overwrite(store, f"{GATE}/c/{number}/0")
+        overwrite(store, f"{GATE}/c.{number}.0")
     with pytest.raises(ClaimLost):
         store.repair()
     assert len(store.commit_names("infer")) == len(CHUNKS) - 1
@@ -163,9 +163,9 @@ def test_segment_whose_coordinates_are_damaged_is_named_and_removed(store, name,
         for part, data in whole_array(path, spec, np.zeros(rows, np.int64)).items():
             store._folder.write(part, data)
     elif content == "damaged":
-        overwrite(store, f"{path}/c/0")
+        overwrite(store, f"{path}/c.0")
     else:
-        store._folder.delete(f"{path}/c/0")
+        store._folder.delete(f"{path}/c.0")
     assert store.verify() == [path]
     assert store.repair() == ["segments/0000"]
     assert store.verify() == []

@@ -36,9 +36,12 @@ def written_by_zarr(values, start, **options):
     return document, {n: b.to_bytes() for n, b in held.items() if n != "zarr.json"}
 
 
-@pytest.mark.parametrize(("start", "rows"), [(0, 4), (4, 4), (8, 2), (0, 3)])
+@pytest.mark.parametrize(
+    ("start", "rows", "separator"),
+    [(0, 4, "."), (4, 4, "."), (8, 2, "."), (0, 3, "."), (4, 4, "/")],
+)
 @pytest.mark.parametrize(("dtype", "packing"), KINDS)
-def test_shard_of_images_equals_that_of_zarr(start, rows, dtype, packing):
+def test_shard_of_images_equals_that_of_zarr(start, rows, separator, dtype, packing):
     values = np.random.default_rng(0).normal(10, 3, (rows, 12, 20)).astype(dtype)
     document, expected = written_by_zarr(
         values,
@@ -46,6 +49,7 @@ def test_shard_of_images_equals_that_of_zarr(start, rows, dtype, packing):
         chunks=(2, 12, 20),
         shards=(4, 12, 20),
         fill_value=np.nan if values.dtype.kind == "f" else 0,
+        chunk_key_encoding={"name": "default", "separator": separator},
         **packing,
     )
     assert encode_shard(document, start, values) == expected
