@@ -1,4 +1,7 @@
-"""The operator's lines in README.md and docs/fleet.md, typed as printed on a server begun anew."""
+"""The operator's lines in README.md and docs/fleet.md, typed as printed on a server begun anew.
+
+What they leave to the operator, USER and ID, is filled in; the rest is as it is.
+"""
 
 import os
 import re
@@ -11,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from local_fleet import REPOSITORY, LocalFleet, kill_tree
+from local_fleet import REPOSITORY, LocalFleet, kill_tree, running_postgres
 from recordings import moving_squares, write_video
 
 from storage.reconstruction import ReconstructionStore
@@ -20,6 +23,7 @@ from tasks.summary import progress
 pytestmark = pytest.mark.slow
 
 PORT = 4200  # Prefect's own, which the lines name
+DATABASE = "postgresql+asyncpg://USER:PASSWORD@HOST/DATABASE"
 BLOCK = re.compile(r"^```\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -122,11 +126,19 @@ def server(tmp_path: Path) -> LocalFleet:
     return found
 
 
-def test_fleet_from_an_empty_machine(operator, server, data):
+@pytest.fixture
+def database() -> Iterator[str]:
+    """URL of a PostgreSQL server as one has it after the lines for Debian, which need root."""
+    with running_postgres() as url:
+        yield url
+
+
+def test_fleet_from_an_empty_machine(database, operator, server, data):
     serve, set_up, cpu_worker, gpu_worker = blocks("docs/fleet.md", "## From an empty machine")
     (runs,) = blocks("docs/fleet.md", "## Runs")
     (within_budget,) = blocks("docs/fleet.md", "## Budget")
-    operator.leave(serve)
+    assert DATABASE in serve
+    operator.leave(serve.replace(DATABASE, database))
     wait_until(lambda: is_up(server))
     operator.type(set_up)
     operator.leave(cpu_worker)
