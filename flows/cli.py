@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -226,6 +226,13 @@ def quiet_prefect() -> None:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     # The first start of its own server sets up a database: slow on a busy machine.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")
+
+
+def nobody_watches() -> bool:
+    """Whether runs are on a server of our own, in our home: it has no automations."""
+    set_up = ("API_URL", "API_DATABASE_CONNECTION_URL", "FLOWS_HEARTBEAT_FREQUENCY")
+    is_ours = os.environ.get("PREFECT_HOME") == str(prefect_cache())
+    return is_ours and not any(f"PREFECT_{name}" in os.environ for name in set_up)
 
 
 def print_json(data: Any) -> None:
@@ -483,7 +490,7 @@ def _gb(usage: Usage) -> float | None:
 
 def run_reconstruction(source: str, output: str, config: Any, budget: Any) -> None:
     """Run the flow that fits the input, show its progress, print what came out."""
-    from flows.prefect_home import use_home
+    from flows.prefect_home import unwatched, use_home
     from flows.progress import progress_of
     from flows.reconstruct_drive import check_config, store_url
     from storage.video import is_collection, list_drives
@@ -494,7 +501,8 @@ def run_reconstruction(source: str, output: str, config: Any, budget: Any) -> No
         use_home(prefect_cache())
     check_config(config)
     drives = retried(list_drives)(source, output, may_take_over)
-    with progress_of([store_url(output, drive.name) for drive in drives]):
+    progress = progress_of([store_url(output, drive.name) for drive in drives])
+    with progress, unwatched() if nobody_watches() else nullcontext():
         if is_collection(source):
             outcomes = run_collection(source, output, config, budget)
         else:

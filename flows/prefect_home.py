@@ -1,4 +1,5 @@
-"""The database of Prefect's own server in the cache: a history of runs that may be forgotten.
+"""The Prefect server that a process starts for itself: its history may be forgotten, and nobody
+watches it.
 
 What is finished is recorded in the drives' stores; a run needs nothing of earlier runs' history.
 """
@@ -7,6 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 MOST_BYTES = 500_000_000  # of the database; a drive takes some 0.4 MB
@@ -35,3 +38,15 @@ def use_home(home: Path, most_bytes: int = MOST_BYTES) -> int:
                 file.unlink()
     fcntl.flock(lock, fcntl.LOCK_SH)
     return lock
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Run flows without signs of life: for a server that has no automations.
+
+    Prefect's thread that gives them takes up to a second to end, after every flow.
+    """
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield

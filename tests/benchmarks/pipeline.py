@@ -108,11 +108,13 @@ def run_flow(
     import torch
 
     torch.set_num_threads(threads)
+    os.environ.pop("PREFECT_API_URL", None)  # a server of its own, as where nobody has used one
+    os.environ["PREFECT_HOME"] = f"{output}.prefect"
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")
     from prefect.client.orchestration import get_client
-    from prefect.testing.utilities import prefect_test_harness
 
+    from flows.prefect_home import unwatched
     from flows.reconstruct_drive import reconstruct_drive
     from storage.reconstruction import ReconstructionStore
     from tasks.align import align_stage
@@ -136,9 +138,8 @@ def run_flow(
             ReconstructionStore, method, watch.around(name, getattr(ReconstructionStore, method))
         )
     started = time.perf_counter()
-    with prefect_test_harness(server_startup_timeout=None):
-        with get_client(sync_client=True) as client:
-            client.api_version()  # its first answer takes long: a part of its start
+    with get_client(sync_client=True) as client, unwatched():
+        client.api_version()  # its first answer takes long: a part of its start
         server = time.perf_counter() - started
         began, cpu = time.perf_counter(), time.process_time()
         config = ReconstructionConfig(infer=InferConfig(weights=weights, device=device))

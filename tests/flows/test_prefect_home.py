@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-from flows.prefect_home import DATABASE, use_home
+from flows.cli import nobody_watches, prefect_cache
+from flows.prefect_home import DATABASE, unwatched, use_home
 
 HOLD = "import sys, time; from pathlib import Path; from flows.prefect_home import use_home; "
 
@@ -42,6 +44,32 @@ def test_history_in_use_is_left_alone(tmp_path):
         other.wait()
     os.close(use_home(home, 300))
     assert not any(file.exists() for file in files)
+
+
+def test_signs_of_life_are_left_out_while_nobody_watches():
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: 30}):
+        with unwatched():
+            assert PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() is None
+        assert PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() == 30
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("PREFECT_HOME", None, True),
+        ("PREFECT_HOME", "/home/of/another/prefect", False),
+        ("PREFECT_API_URL", "http://127.0.0.1:4200/api", False),
+        ("PREFECT_API_DATABASE_CONNECTION_URL", "sqlite+aiosqlite:////fleet.db", False),
+        ("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30", False),
+    ],
+)
+def test_only_a_server_that_nobody_has_set_up_is_not_watched(monkeypatch, name, value, expected):
+    for other in ("API_URL", "API_DATABASE_CONNECTION_URL", "FLOWS_HEARTBEAT_FREQUENCY"):
+        monkeypatch.delenv(f"PREFECT_{other}", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(prefect_cache()))
+    if value is not None:
+        monkeypatch.setenv(name, value)
+    assert nobody_watches() is expected
 
 
 def listening(pid: int) -> set[str]:
