@@ -528,7 +528,7 @@ def run_drive(drive: DriveLocation, output: str, config: Any, budget: Any) -> di
     from storage.reconstruction import ReconstructionStore
     from tasks.budget import within_budget
     from tasks.infer import device_kind, resolve_device
-    from tasks.plan import read_aside
+    from tasks.planned import read_aside
     from tasks.probe import AnotherDrive
 
     url, aside, error = store_url(output, drive.name), [], None

@@ -13,7 +13,7 @@ from storage.credentials import refuse_credentials
 from storage.reconstruction import ReconstructionStore
 from tasks.config import FuseConfig, InferConfig
 from tasks.fuse import fuse_tiles_stage, merge_tiles_stage, plan_tiles_stage, unfused_batches
-from tasks.plan import require_key
+from tasks.keys import require_key
 
 DEPLOYMENT = "fuse-tiles/fleet"
 BATCHES_PER_RUN = 2  # fewer are fused by the drive's own run, sooner than another one starts

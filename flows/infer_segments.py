@@ -24,7 +24,8 @@ from storage.wording import reason_of
 from tasks import metrics
 from tasks.config import InferConfig
 from tasks.infer import infer_stage, unfinished_segments
-from tasks.plan import aside_commit, read_aside, read_plan, require_key
+from tasks.keys import require_key
+from tasks.planned import aside_commit, read_aside, read_plan
 from tasks.retries import DRIVE_ERRORS
 from ttt3r.weights import weights_info
 

@@ -30,7 +30,7 @@ from tasks.config import BudgetConfig, ReconstructionConfig
 from tasks.finished import is_finished
 from tasks.infer import device_kind, resolve_device
 from tasks.memory import collect_garbage, use_one_arena
-from tasks.plan import read_aside
+from tasks.planned import read_aside
 from tasks.probe import may_take_over
 from tasks.retries import retried
 

@@ -19,7 +19,7 @@ from tasks.attempts import attempt_id, counted
 from tasks.config import AlignConfig, InferConfig
 from tasks.infer import require_inferred, segment_keys
 from tasks.keys import drop_later, stage_key
-from tasks.plan import read_aside, read_plan
+from tasks.planned import read_aside, read_plan
 from tasks.retries import STAGE_OPTIONS
 from ttt3r.alignment import (
     AlignmentError,

@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 
 from storage.reconstruction import ReconstructionStore
-from tasks.plan import longest_part
+from tasks.planned import longest_part
 from ttt3r.metrics import kitti_text, tum_text
 
 

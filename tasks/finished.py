@@ -16,7 +16,7 @@ from tasks import align, fuse, infer, plan, probe, report
 from tasks.attempts import ATTEMPTS
 from tasks.config import ReconstructionConfig
 from tasks.keys import stage_key
-from tasks.plan import ASIDE
+from tasks.planned import ASIDE
 from ttt3r.weights import weights_info
 
 log = logging.getLogger(__name__)

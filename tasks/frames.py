@@ -16,7 +16,7 @@ from storage.reconstruction import ReconstructionStore
 from storage.records import Chunk, DriveRecord, Plan, Segment
 from storage.video import FrameTable, read_frames
 from tasks.pipelining import Clock, timed
-from tasks.plan import read_plan
+from tasks.planned import read_plan
 from tasks.transfer import to_device
 from ttt3r.config import ModelConfig
 from ttt3r.images import fit, preprocess_fast, preprocess_on_device

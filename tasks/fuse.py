@@ -39,16 +39,11 @@ from tasks.fusion import (
     plan_tiles,
 )
 from tasks.infer import require_inferred
-from tasks.keys import drop_later, stage_key
+from tasks.keys import drop_later, require_key, stage_key
 from tasks.meshes import Mesh, MeshWriter, read_ply, write_glb, write_ply
 from tasks.pipelining import prefetch
-from tasks.plan import (
-    longest_part,
-    read_placed_plan,
-    read_plan,
-    require_key,
-    require_network,
-)
+from tasks.plan import require_network
+from tasks.planned import longest_part, read_placed_plan, read_plan
 from tasks.retries import STAGE_OPTIONS
 from tasks.tile_merge import TileIndex, TileSet, merge_tiles
 from ttt3r.images import preprocess_fast

@@ -27,10 +27,11 @@ from tasks.attempts import attempt_id, counted, note
 from tasks.config import AnotherConfiguration, InferConfig
 from tasks.frames import DriveInput, Lanes, Round, read_rounds
 from tasks.interruption import run_until_stopped
-from tasks.keys import drop_later, stage_key
+from tasks.keys import drop_later, require_key, stage_key
 from tasks.lanes import is_out_of_memory, settle_for_fewer, settled_lanes
 from tasks.pipelining import BackgroundWriter, Clock, prefetch
-from tasks.plan import read_plan, require_key, require_network
+from tasks.plan import require_network
+from tasks.planned import read_plan
 from tasks.retries import STAGE_OPTIONS
 from tasks.transfer import Download, mark, to_device
 from ttt3r.geometry import camera_pose_to_matrix, estimate_focal, intrinsics_from_focal

@@ -33,3 +33,17 @@ def drop_later(store: ReconstructionStore, stage: str) -> None:
     after = "plan" if stage == "infer" else stage
     for later in STAGE_COMMITS[STAGE_COMMITS.index(after) + 1 :]:
         store.drop_commits(later)
+
+
+def require_key(store: ReconstructionStore, stage: str) -> str:
+    """Key of a finished stage.
+
+    Raises:
+        ValueError: the stage has not finished.
+    """
+    commit = store.read_commit(stage)
+    if commit is None:
+        raise ValueError(
+            f"stage {stage!r} of {store.url} has not finished; run `ttt3r reconstruct` again"
+        )
+    return str(commit["key"])

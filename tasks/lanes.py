@@ -11,8 +11,7 @@ import torch
 from storage.reconstruction import CommitExists, ReconstructionStore
 from tasks.config import InferConfig
 from tasks.frames import DriveInput
-from tasks.keys import stage_key
-from tasks.plan import require_key
+from tasks.keys import require_key, stage_key
 from ttt3r.weights import WeightsInfo
 
 COMMIT = "lanes"

@@ -11,8 +11,7 @@ from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord, Plan
 from tasks import metrics
 from tasks.attempts import ATTEMPTS
-from tasks.keys import stage_key
-from tasks.plan import require_key
+from tasks.keys import require_key, stage_key
 from tasks.prices import Prices
 from tasks.rates import BYTES, GPU_STAGES, Observation, Work
 from tasks.summary import path_length

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import pairwise
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from prefect import task
 
 from storage.objects import redacted
 from storage.reconstruction import ReconstructionStore
-from storage.records import NOWHERE, DriveRecord, Plan, Segment
+from storage.records import DriveRecord, Plan, Segment
 from tasks.attempts import attempt_id, counted
 from tasks.config import AnotherConfiguration, InferConfig, PlanConfig, ReconstructionConfig
-from tasks.keys import drop_later, stage_key
+from tasks.keys import drop_later, require_key, stage_key
+from tasks.planned import ASIDE, read_plan
 from tasks.retries import STAGE_OPTIONS
 from ttt3r.weights import WeightsInfo, weights_info
 
 VERSION = 1
-ASIDE = "aside"  # commits "aside/0003": why the drive goes on without a segment
 VERSIONED = ("ttt3r-pipeline", "torch", "numpy", "zarr", "prefect", "av", "decord")
 
 
@@ -112,11 +107,6 @@ def _remove_surplus(store: ReconstructionStore, plan: Plan) -> None:
             store.remove_segment(index)
 
 
-def read_plan(store: ReconstructionStore) -> Plan:
-    """The plan in a store."""
-    return Plan.from_json(store.attributes["plan"])
-
-
 def network_settings(config: InferConfig, info: WeightsInfo) -> dict[str, str]:
     """What of a configuration decides what is inferred.
 
@@ -146,55 +136,3 @@ def require_network(store: ReconstructionStore, config: InferConfig, info: Weigh
             f"{redacted(store.url)} is planned for {'; '.join(others)}; run `ttt3r reconstruct` "
             "with the settings that you want: a run of others is of no use any more"
         )
-
-
-def read_placed_plan(store: ReconstructionStore) -> Plan:
-    """The plan of the trajectory: segments that it does without are in no part.
-
-    Raises:
-        ValueError: the drive is not aligned.
-    """
-    require_key(store, "align")
-    align = store.read_commit("align") or {}
-    return read_plan(store).without(align.get("missing", ()))
-
-
-def read_aside(store: ReconstructionStore) -> dict[int, dict[str, Any]]:
-    """Why segments are set aside, by their index; other names are none of ours."""
-    records = store.commits(ASIDE)
-    return {index: records[name] for name, index in _aside_in(records).items()}
-
-
-def list_aside(store: ReconstructionStore) -> list[int]:
-    """Segments that are set aside, from a listing: no record is read."""
-    return sorted(_aside_in(store.commit_names(ASIDE)).values())
-
-
-def _aside_in(names: Iterable[str]) -> dict[str, int]:
-    """Indices of the segments that commits set aside, by the commits' names."""
-    found = {name: re.fullmatch(f"{ASIDE}/([0-9]{{4,9}})", name) for name in names}
-    return {name: int(match[1]) for name, match in found.items() if match}
-
-
-def aside_commit(index: int) -> str:
-    """Name of the commit that sets a segment aside."""
-    return f"{ASIDE}/{index:04d}"
-
-
-def longest_part(part: NDArray[np.int32]) -> int:
-    """The trajectory part with the most frames; `part` [N] of each frame, NOWHERE for none."""
-    return int(np.bincount(part[part != NOWHERE]).argmax())
-
-
-def require_key(store: ReconstructionStore, stage: str) -> str:
-    """Key of a finished stage.
-
-    Raises:
-        ValueError: the stage has not finished.
-    """
-    commit = store.read_commit(stage)
-    if commit is None:
-        raise ValueError(
-            f"stage {stage!r} of {store.url} has not finished; run `ttt3r reconstruct` again"
-        )
-    return str(commit["key"])

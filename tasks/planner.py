@@ -23,7 +23,8 @@ from storage.records import Clip, DriveRecord, Plan
 from tasks.attempts import ATTEMPTS
 from tasks.config import ReconstructionConfig
 from tasks.ledger import LEDGER, PREDICTED, Usage, observed
-from tasks.plan import plan_drive, read_plan
+from tasks.plan import plan_drive
+from tasks.planned import read_plan
 from tasks.prices import Prices
 from tasks.rates import (
     BYTES,

@@ -21,10 +21,10 @@ from storage.records import NOWHERE, DriveRecord, Plan
 from tasks import report_figures as figures
 from tasks.attempts import attempt_id, counted
 from tasks.frames import DriveInput, Image
-from tasks.keys import stage_key
+from tasks.keys import require_key, stage_key
 from tasks.meshes import read_ply
 from tasks.pipelining import prefetch
-from tasks.plan import longest_part, read_aside, read_plan, require_key
+from tasks.planned import longest_part, read_aside, read_plan
 from tasks.probe import absolute, relocated
 from tasks.retries import STAGE_OPTIONS
 from tasks.summary import busy_seconds, summarise

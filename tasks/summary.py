@@ -14,7 +14,7 @@ from storage.media import is_there
 from storage.objects import REMOTE_OPTIONS, explaining
 from storage.reconstruction import ReconstructionStore, StoreError
 from storage.records import NOWHERE, DriveRecord, Plan
-from tasks.plan import list_aside
+from tasks.planned import list_aside
 
 # What one thread each is busy with during inference, by the seconds in the chunks' commits.
 BUSY = {

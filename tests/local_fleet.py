@@ -24,7 +24,7 @@ import fsspec
 from seaweed import free_ports
 
 from storage.reconstruction import ReconstructionStore
-from tasks.plan import read_plan
+from tasks.planned import read_plan
 from tasks.summary import list_stores
 
 REPOSITORY = Path(__file__).resolve().parents[1]

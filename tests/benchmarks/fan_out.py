@@ -22,7 +22,7 @@ from local_fleet import LocalFleet, running_fleet
 from recordings import moving_squares, write_video
 
 from storage.reconstruction import ReconstructionStore
-from tasks.plan import read_plan
+from tasks.planned import read_plan
 from ttt3r.config import COMPACT
 from ttt3r.model import Model
 from ttt3r.synthetic_weights import fill

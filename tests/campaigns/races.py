@@ -57,7 +57,8 @@ from storage.objects import Folder, LocalFolder
 from storage.reconstruction import ReconstructionStore
 from tasks import infer
 from tasks.config import ReconstructionConfig
-from tasks.plan import plan_stage, read_plan
+from tasks.plan import plan_stage
+from tasks.planned import read_plan
 from tasks.probe import probe_stage
 
 KINDS = {"one machine": 1, "two machines": 1, "frozen": 3, "no claims": 1}

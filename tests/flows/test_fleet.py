@@ -15,7 +15,7 @@ from recordings import moving_squares, write_video
 from seaweed import Seaweed
 
 from storage.reconstruction import ReconstructionStore
-from tasks.plan import read_plan
+from tasks.planned import read_plan
 from tasks.summary import progress
 
 pytestmark = pytest.mark.slow

@@ -23,7 +23,8 @@ from flows.infer_segments import infer_segments
 from flows.leaving import LEFT
 from storage.reconstruction import ReconstructionStore
 from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
-from tasks.plan import plan_stage, read_plan
+from tasks.plan import plan_stage
+from tasks.planned import read_plan
 from tasks.probe import probe_stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]

@@ -11,7 +11,7 @@ from flows.reconstruct_collection import reconstruct_collection
 from flows.reconstruct_drive import reconstruct_drive
 from storage.reconstruction import ReconstructionStore
 from tasks.config import FuseConfig, InferConfig, PlanConfig, ReconstructionConfig
-from tasks.plan import read_plan
+from tasks.planned import read_plan
 
 # Long segments and few fused frames: what is tested is the pipeline, not the network.
 CONFIG = ReconstructionConfig(

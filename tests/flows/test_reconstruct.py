@@ -18,7 +18,7 @@ from tasks.config import (
     PlanConfig,
     ReconstructionConfig,
 )
-from tasks.plan import read_aside, read_plan
+from tasks.planned import read_aside, read_plan
 from tasks.probe import AnotherDrive
 
 CONFIG = ReconstructionConfig(

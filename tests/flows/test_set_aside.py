@@ -25,7 +25,7 @@ from tasks.config import (
     ReconstructionConfig,
 )
 from tasks.infer import infer_stage
-from tasks.plan import read_aside, read_plan
+from tasks.planned import read_aside, read_plan
 from tasks.summary import progress
 from ttt3r.config import TINY
 from ttt3r.model import Model

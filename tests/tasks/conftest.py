@@ -9,7 +9,8 @@ from recordings import write_video
 from storage.reconstruction import ReconstructionStore
 from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
 from tasks.infer import segment_key
-from tasks.plan import plan_stage, read_plan
+from tasks.plan import plan_stage
+from tasks.planned import read_plan
 from tasks.probe import probe_stage
 from ttt3r.weights import weights_info
 

@@ -11,7 +11,8 @@ from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
 from tasks.frames import DriveInput
 from tasks.infer import infer_stage
 from tasks.lanes import choose_lanes, is_out_of_memory, left_by_limits
-from tasks.plan import plan_stage, read_plan
+from tasks.plan import plan_stage
+from tasks.planned import read_plan
 from tasks.probe import probe_stage
 from ttt3r.stream import Stream
 from ttt3r.weights import weights_info

@@ -10,7 +10,8 @@ from tasks.align import align_stage
 from tasks.config import AlignConfig, AnotherConfiguration, PlanConfig, ReconstructionConfig
 from tasks.infer import infer_stage
 from tasks.lanes import settled_lanes
-from tasks.plan import plan_stage, read_plan
+from tasks.plan import plan_stage
+from tasks.planned import read_plan
 from tasks.summary import progress
 
 LATER = ("align", "tiles", "fuse/0000", "fuse/merged", "report")
