@@ -37,7 +37,8 @@ from ttt3r.training.losses import (
 from ttt3r.training.optimiser import build_optimisers, orthogonalise
 from ttt3r.training.settings import REFINE, read_state
 from ttt3r.training.validation import motion_gain
-from ttt3r.weights import load_model
+from ttt3r.training.widening import widen, widened
+from ttt3r.weights import load_model, save_weights
 
 SMALL = replace(TINY, encoder_rope_fp16=False, ray_map_encoder=False)
 PAIRS = Stage(steps=3, frames=(2,), lanes=4, long_side=24, aspects=((1.5, 1),))
@@ -448,6 +449,60 @@ def test_motion_gain_tells_how_far_motions_are_understated():
     assert float(motion_gain(torch.zeros(2, 3), true)) == 0
 
 
+# --- a wider network ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["cut3r", "ttt3r"])
+def test_wider_network_says_the_same(rule, close):
+    narrow = load_model("compact")[0]
+    wide = widen(narrow, 2)
+    assert wide.config == widened(narrow.config, 2)
+    images = torch.rand(2, 4, 3, 24, 40, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    outputs = {"cam", "world", "rgb"}
+    with torch.no_grad():
+        expected, state = narrow.run(images, rule=rule, outputs=outputs)
+        found, wide_state = wide.run(images, rule=rule, outputs=outputs)
+    for field in ("camera_pose", "rate", "pointmap_cam", "confidence", "rgb"):
+        close(getattr(found, field), getattr(expected, field))
+    for field in ("pointmap_world", "confidence_world"):
+        close(getattr(found, field), getattr(expected, field))
+    close(wide_state.tokens, state.tokens.repeat(1, 1, 2))
+    query, pose = state.pose_memory.chunk(2, dim=-1)
+    close(wide_state.pose_memory, torch.cat((query, query, pose, pose), dim=-1))
+
+
+def test_copies_of_a_channel_learn_different_things():
+    wide = widen(load_model("compact")[0], 2)
+    images = torch.rand(1, 3, 3, 24, 40, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    wide.run(images)[0].pointmap_cam.square().mean().backward()
+    for name in ("enc_blocks.0.mlp.fc1", "dec_blocks.1.cross_attn.projv"):
+        gradient = wide.get_submodule(name).weight.grad
+        first, second = gradient.unflatten(0, (2, -1)).unbind(0)
+        assert (first - second).norm() > 0.1 * first.norm(), name
+
+
+@pytest.mark.parametrize(
+    "other", [{"head_type": "dpt", "patch_size": 16}, {"ray_map_encoder": True}]
+)
+def test_networks_with_parts_that_cannot_be_widened_are_refused(other):
+    with pytest.raises(ValueError, match="only networks with linear heads"):
+        widen(Model(replace(SMALL, **other)), 2)
+
+
+def test_training_starts_from_narrower_weights_as_good_as_they_are(tmp_path):
+    train(SETTINGS, tmp_path / "narrow", device="cpu", stop_after=2)
+    path = tmp_path / "narrow.safetensors"
+    export(tmp_path / "narrow", path)
+    train(replace(SETTINGS, seed=9), tmp_path / "same", path, device="cpu", stop_after=1)
+    wider = replace(SETTINGS, seed=9, model=widened(SMALL, 2))
+    train(wider, tmp_path / "wide", path, device="cpu", stop_after=1)
+    assert losses_of(tmp_path / "wide") == pytest.approx(losses_of(tmp_path / "same"), rel=1e-4)
+    export(tmp_path / "wide", tmp_path / "wide.safetensors")
+    model, info = load_model(tmp_path / "wide.safetensors")
+    assert model.config == wider.model
+    assert "widened 2 times" in info.notes
+
+
 # --- the command --------------------------------------------------------------------------------
 
 
@@ -466,6 +521,16 @@ def test_command_refines_trained_weights_and_begins_afresh_without(tmp_path):
     rates = (small.lr / REFINE.lr, small.matrix_lr / REFINE.matrix_lr)
     assert rates == pytest.approx((0.25, 0.25)), "small batches are noisy"
     assert small.curriculum == REFINE.curriculum
+    wider = command.choose_settings(options(*refine, 16, "--widen", 2))
+    assert wider == replace(chosen, model=widened(chosen.model, 2))
+
+
+def test_command_goes_on_with_weights_that_were_widened(tmp_path):
+    wide = widen(load_model("compact")[0], 2)
+    path = tmp_path / "wide.safetensors"
+    save_weights(path, wide, replace(load_model("compact")[1], config=wide.config))
+    found = command.choose_settings(options(tmp_path / "run", "--resume", path, "--widen", 3))
+    assert found.model == widened(REFINE.model, 6)
 
 
 def test_command_resumes_with_the_settings_that_the_run_began_with(tmp_path):
@@ -505,6 +570,8 @@ def test_command_refuses_weights_of_another_network(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
+        (("--widen", 2), "--widen is for weights"),
+        (("--widen", 2, "--resume", "run"), "--widen is for weights"),
         (("--steps", 0), "not a whole number above 0"),
         (("--workers", "-1"), "not a whole number above 0"),
         (("--minutes", 0), "not above 0"),

@@ -2,6 +2,7 @@
 
     ttt3r train OUT                                  afresh: some hours of CPU
     ttt3r train OUT --resume WEIGHTS.safetensors     make trained weights better
+    ttt3r train OUT --resume WEIGHTS... --widen 2    in a network of twice the width
     ttt3r train OUT --resume OUT                     go on after an interruption
 
 OUT gets state.pt (saved every two minutes), log.jsonl, curves.png, pictures of held-out worlds, and
@@ -31,6 +32,7 @@ from ttt3r.training.settings import (
     read_state,
     require_same_network,
 )
+from ttt3r.training.widening import times_as_wide, widened
 from ttt3r.weights import load_model, weights_info
 
 _GPU_BATCH = 16  # times the batch that suits a CPU
@@ -64,8 +66,15 @@ def choose_settings(options: argparse.Namespace) -> TrainSettings:
     if options.resume is not None:
         # Noisier gradients bear lower rates.
         calm = min(1.0, batch / _GPU_BATCH) ** 0.5
-        settings = replace(REFINE, lr=REFINE.lr * calm, matrix_lr=REFINE.matrix_lr * calm)
-        require_same_network(weights_info(options.resume).config, settings.model, options.resume)
+        found = weights_info(options.resume).config
+        expected = widened(settings.model, times_as_wide(found, settings.model))
+        require_same_network(found, expected, options.resume)
+        settings = replace(
+            REFINE,
+            model=widened(found, options.widen),
+            lr=REFINE.lr * calm,
+            matrix_lr=REFINE.matrix_lr * calm,
+        )
     if (options.out / STATE_FILE).exists():
         raise ValueError(
             f"{options.out} holds a run: go on with --resume {options.out}, or choose another "
@@ -143,6 +152,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         type=_positive,
         help=f"batches this many times as large [default: {_GPU_BATCH} on a GPU, 1 on a CPU]",
     )
+    parser.add_argument(
+        "--widen", type=_positive, default=1, metavar="TIMES",
+        help="with --resume WEIGHTS: a network so many times as wide, which begins as good as it",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, help="of data and first weights [default: 0]")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), help="[default: a GPU where there is one]"
@@ -157,6 +170,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     options.device = options.device or ("cuda" if has_gpu and options.workers == 1 else "cpu")
     if options.device == "cuda" and options.workers > 1:
         parser.error("--workers is for CPUs: one process uses the whole GPU")
+    if options.widen > 1 and (options.resume is None or options.resume.suffix != ".safetensors"):
+        parser.error("--widen is for weights: --resume WEIGHTS.safetensors")
     if options.out.exists() and not options.out.is_dir():
         parser.error(f"{options.out} is no folder")
     return options

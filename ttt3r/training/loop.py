@@ -33,6 +33,7 @@ from ttt3r.training.settings import (
     require_same_network,
 )
 from ttt3r.training.validation import Trial, validate
+from ttt3r.training.widening import times_as_wide, widen, widened
 
 log = logging.getLogger(__name__)
 LOG_FILE = "log.jsonl"
@@ -58,8 +59,9 @@ def train(
     Args:
         settings: what to do.
         out_dir: folder for results; created.
-        resume: folder of an earlier run, or a .safetensors file whose weights to start from.
-            From a folder the loss curve goes on as if never interrupted.
+        resume: folder of an earlier run, or a .safetensors file whose weights to start from,
+            widened where `settings.model` is a whole number of times as wide. From a folder the
+            loss curve goes on as if never interrupted.
         device: "cuda" or "cpu"; None takes a GPU where there is one.
         stop_after: leave after this many steps in all; a later resume goes on from there.
         minutes: leave after this time, likewise.
@@ -341,7 +343,10 @@ class _Run:
         from ttt3r.weights import load_model
 
         model, info = load_model(path)
-        require_same_network(info.config, self.settings.model, path)
+        wanted = self.settings.model
+        times = times_as_wide(wanted, info.config)
+        require_same_network(widened(info.config, times), wanted, path)
+        model = widen(model, times)
         self.model.load_state_dict(model.state_dict())
         self.averaged.load_state_dict(model.state_dict())
-        self.origin = info.notes
+        self.origin = info.notes if times == 1 else f"widened {times} times: {info.notes}"
