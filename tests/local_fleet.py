@@ -57,6 +57,7 @@ class LocalFleet:
             "DO_NOT_TRACK": "1",
             "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks,storage,ttt3r",
             "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+            "PYTHONSAFEPATH": "1",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
             "PREFECT_CLIENT_MAX_RETRIES": "7",
             "PREFECT_WORKER_QUERY_SECONDS": "2",

@@ -1,6 +1,7 @@
 """The operator's lines in README.md and docs/fleet.md, typed as printed on a server begun anew.
 
-What they leave to the operator, USER and ID, is filled in; the rest is as it is.
+What they leave to the operator, the database's address and a run's ID, is filled in. The lines for
+Debian, which make the database, need root and the machine's own PostgreSQL: they are not typed.
 """
 
 import os
@@ -128,7 +129,7 @@ def server(tmp_path: Path) -> LocalFleet:
 
 @pytest.fixture
 def database() -> Iterator[str]:
-    """URL of a PostgreSQL server as one has it after the lines for Debian, which need root."""
+    """URL of a PostgreSQL server for the operator's."""
     with running_postgres() as url:
         yield url
 
@@ -141,7 +142,7 @@ def test_fleet_from_an_empty_machine(database, operator, server, data):
     operator.leave(serve.replace(DATABASE, database))
     wait_until(lambda: is_up(server))
     operator.type(set_up)
-    operator.leave(cpu_worker)
+    said = operator.leave(cpu_worker)
     operator.leave(cpu_worker.rpartition("prefect worker")[0] + gpu_worker)
 
     here = "".join(set_up.splitlines(keepends=True)[:2])  # the same terminal
@@ -161,6 +162,8 @@ def test_fleet_from_an_empty_machine(database, operator, server, data):
 
     (run_id,) = run_ids(operator.type(here + within_budget))
     server.must_complete(run_id, 600)
+    assert "Cancelled flow run" in said()
+    assert "Hook subprocess" not in said(), "Prefect could not import the flow"
 
 
 def test_schedule_on_one_machine(operator, server, data):
