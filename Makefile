@@ -49,7 +49,7 @@ PYTEST := $(BIN)/pytest -q -n 2 --dist loadfile
 test: setup
 	$(PYTEST)
 
-# Has its Prefect server on SQLite, which answers late or not at all beside other tests.
+# One of its servers is on SQLite, which answers late or not at all beside other tests.
 OPERATOR := tests/deploy/test_operator_lines.py
 
 # What takes longer and guards a promise: kills, real recordings, memory.

@@ -23,9 +23,9 @@ def run(script: str, tmp_path: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_runs_killed_at_random_moments_end_with_the_bytes_of_an_uninterrupted_one(tmp_path):
-    found = run("kills.py", tmp_path, "--runs", "30", "--s3", "3", "--seed", "1")
-    assert found["drives_killed"] >= 25
-    assert found["finished_chunks_kept"] > 100
+    found = run("kills.py", tmp_path, "--runs", "20", "--s3", "2", "--seed", "1")
+    assert found["drives_killed"] >= 17
+    assert found["finished_chunks_kept"] > 66
 
 
 def test_two_workers_on_one_drive_never_mix_their_results(tmp_path):

@@ -20,7 +20,7 @@ from tasks.summary import progress
 
 pytestmark = pytest.mark.slow
 
-FRAMES = 480
+FRAMES = 240
 PLAN = {"segment_frames": 24, "chunk_frames": 4}
 INFER = {"weights": "untrained", "lanes": 2, "segments_per_task": 8, "frames_per_run": 1}
 FUSE = {"voxel_m": 0.1, "frame_step": 4}  # coarse: the mesh is not what is tested
@@ -124,7 +124,7 @@ def test_cancelled_collection_cancels_all_below_it_also_what_a_lost_run_had_begu
 ):
     output = f"{seaweed.url}/cancelled"
     # Many small runs: some are left when the lost parent is back.
-    config = {**CONFIG, "infer": {**INFER, "segments_per_task": 2}}
+    config = {**CONFIG, "infer": {**INFER, "segments_per_task": 1}}
     run_id = fleet.run(COLLECTION, {"collection": str(logs), "output": output, "config": config})
     work = wait_for_work(output)
     lost = parent_of(work, output)

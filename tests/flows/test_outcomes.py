@@ -1,9 +1,11 @@
 """How runs of collections and drives that do not finish are counted: what alerts are made of."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 from recordings import moving_squares, write_video
+from s3fs import S3FileSystem
 
 from flows.reconstruct_collection import CollectionIncomplete, reconstruct_collection
 from flows.reconstruct_drive import reconstruct_drive
@@ -33,7 +35,9 @@ def test_a_night_that_cannot_begin_is_counted_as_failed(video, tmp_path, counted
     assert counted("ttt3r.drives") == {}
 
 
-def test_a_night_whose_bucket_is_away_is_counted_as_failed(tmp_path, monkeypatch, counted):
+@pytest.fixture
+def no_s3(monkeypatch) -> Iterator[None]:
+    """The environment leads fsspec to where nobody listens."""
     for name, value in {
         "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
         "AWS_ACCESS_KEY_ID": "any",
@@ -41,6 +45,13 @@ def test_a_night_whose_bucket_is_away_is_counted_as_failed(tmp_path, monkeypatch
         "AWS_MAX_ATTEMPTS": "1",
     }.items():
         monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()  # connections to other servers
+    yield
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.usefixtures("no_s3")
+def test_a_night_whose_bucket_is_away_is_counted_as_failed(tmp_path, monkeypatch, counted):
     monkeypatch.setattr("tasks.retries.RETRY_DELAYS_S", [0])
     with pytest.raises(StoreUnavailable):
         reconstruct_collection("s3://logs/2026", str(tmp_path), CONFIG)

@@ -195,6 +195,7 @@ def test_prefect_server_in_trouble_is_no_fault_of_a_segment(tmp_path, monkeypatc
     assert read_aside(store) == {}
 
 
+@pytest.mark.slow
 def test_outage_of_the_recordings_server_sets_no_segment_aside(
     tmp_path, mortal_seaweed: SeaweedProcess, monkeypatch
 ):
@@ -224,6 +225,7 @@ def test_outage_of_the_recordings_server_sets_no_segment_aside(
     np.testing.assert_array_equal(store.read_trajectory()["cam_to_world"], before["cam_to_world"])
 
 
+@pytest.mark.slow
 def test_outage_of_the_store_between_two_stages_is_waited_for_as_within_one(
     tmp_path, mortal_seaweed: SeaweedProcess, monkeypatch
 ):

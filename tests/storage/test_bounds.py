@@ -284,6 +284,7 @@ def test_plan_that_no_drive_has_is_refused(plan):
         Plan.from_json(plan)
 
 
+@pytest.mark.slow
 def test_plan_of_a_day_in_short_segments_can_be_read_again(store):
     frames = 24 * 3600 * 60
     starts = range(0, frames - 4, 12)
