@@ -80,11 +80,14 @@ class FuseConfig:
     confidence_cut: Share = 0.1
     """Share of the least confident measurements that is not fused."""
     min_observations: Annotated[int, Field(ge=1)] = 2
-    """Frames that must agree that a surface is there."""
+    """Fused frames that must agree that a surface is there."""
     smallest_piece: Annotated[int, Field(ge=1)] = 50
     """Loose pieces of fewer triangles are dropped from the mesh."""
+    view_change: Share = 0.02
+    """Fuse a frame if its camera has moved by this share of the median depth, or turned by so many
+    radians, since the last one fused; 0: every frame."""
     frame_step: Annotated[int, Field(ge=1)] = 1
-    """Fuse every n-th frame only."""
+    """Of all frames, look at every n-th only."""
     preview_triangles: Annotated[int, Field(ge=100)] = 60_000
     """Size of the decimated preview."""
 

@@ -32,10 +32,12 @@ from tasks.fusion import (
     FusionSettings,
     Tile,
     choose_grid,
+    distinct_views,
     filter_depth,
     frames_of,
     fuse_tiles,
     group_tiles,
+    median_depth,
     plan_tiles,
 )
 from tasks.infer import require_inferred
@@ -49,7 +51,7 @@ from tasks.tile_merge import TileIndex, TileSet, merge_tiles
 from ttt3r.images import preprocess_fast
 from ttt3r.weights import weights_info
 
-VERSION = 4
+VERSION = 5
 MERGE_VERSION = 1
 SAMPLED_FRAMES = 50  # of a part, to choose the grid
 READ_AHEAD = 4  # frames
@@ -70,6 +72,11 @@ class DepthSource:
         self.frames = frames[::step]
         self.intrinsics = np.asarray(self._trajectory["intrinsics"], np.float64)
         self.focal_px = float(self.intrinsics[0, 0])
+
+    def take_views(self, change: float, depth_m: float) -> None:
+        """Keep only frames that see the scene from elsewhere; see `distinct_views`."""
+        poses = self._trajectory["cam_to_world"][self.frames]
+        self.frames = self.frames[distinct_views(poses, change, depth_m)]
 
     def owners(self, frames: NDArray[Any]) -> list[int]:
         """Indices of the segments that frames are read from."""
@@ -143,6 +150,8 @@ def _plan_part(
     if not (depths > 0).any():
         log.warning("%s: part %d has no positive depth; it gets no mesh", store.url, part)
         return
+    median = median_depth(depths)
+    source.take_views(config.view_change, median)
     settings = FusionSettings(
         voxel_m=config.voxel_m,
         depth_limit_m=config.depth_limit_m,
@@ -153,7 +162,7 @@ def _plan_part(
     tiles = plan_tiles(source.read(source.frames.tolist(), grid), grid)
     for batch in group_tiles(tiles, grid):
         written = [{**asdict(t), "frames": runs_of(t.frames)} for t in batch]
-        yield {"part": part, "grid": asdict(grid), "tiles": written}
+        yield {"part": part, "depth_m": median, "grid": asdict(grid), "tiles": written}
 
 
 def _tiles_key(store: ReconstructionStore, config: FuseConfig) -> str:
@@ -224,6 +233,7 @@ def fuse_tiles_stage(url: str, batch: int, config: FuseConfig, infer: InferConfi
         tiles, grid, part = _planned_tiles(planned), _grid(planned), planned["part"]
         drive = DriveInput.from_store(store, info.config)
         source = DepthSource(store, drive.plan, part, config.frame_step)
+        source.take_views(config.view_change, planned["depth_m"])
         meshes = fuse_tiles(tiles, colored_frames(drive, source, tiles, grid), grid)
         made = {tile_name(part, t.index): write_ply(m) for t, m in zip(tiles, meshes, strict=True)}
         require_inferred(store, source.owners(source.frames[frames_of(tiles)]), infer, info)

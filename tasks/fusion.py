@@ -8,8 +8,9 @@ halo of one block, and keeps the triangles whose centroid lies inside it. As a b
 same frames in the same order in every tile that holds it, neighbouring tiles meet to the
 last bit: `merge_meshes` of all tiles is the mesh of one large tile.
 
-Order of use: `choose_grid` once, `filter_depth` on every depth, `plan_tiles` over all
-frames, `group_tiles`, then `fuse_tiles` for each group, in parallel if wanted.
+Order of use: `choose_grid` and `distinct_views` once, `filter_depth` on every depth,
+`plan_tiles` over all frames, `group_tiles`, then `fuse_tiles` for each group, in parallel if
+wanted.
 
 Open3D needs seconds to import, so functions that use it import it.
 """
@@ -39,7 +40,7 @@ class FusionSettings:
     truncation_voxels: int = 5  # half thickness of the fused layer; at most 8
     depth_limit_m: float | None = None  # ignore what is farther; None: 3 x the median depth
     tile_m: float | None = None  # edge of a tile, rounded to whole blocks; None: 256 voxels
-    min_observations: int = 2  # frames that must agree that a surface is there
+    min_observations: int = 2  # views that must agree that a surface is there
     upsampling: int | None = None  # samples a pixel and axis; None: about two a voxel
     confidence_quantile: float = 0.1  # share of the measurements to drop, least confident first
     edge_jump: float = 0.1  # relative kink in inverse depth that marks a depth edge
@@ -189,17 +190,14 @@ def choose_grid(
         focal_px: in pixels of these depth images.
         confidences: same shape as `depths`, for `confidence_quantile`.
     """
-    is_valid = np.isfinite(depths) & (depths > 0)
-    if not is_valid.any():
-        raise ValueError(f"none of {depths.size} depth samples is positive: nothing to fuse")
     if not 0 < focal_px < np.inf:
         raise ValueError(f"focal_px is {focal_px}; expected pixels above 0")
-    median = float(np.median(depths[is_valid]))
+    median = median_depth(depths)
     voxel = settings.voxel_m or float(np.clip(median / focal_px, median / 250, median / 40))
     block = voxel * _block_voxels(settings)
     threshold = None
     if confidences is not None and settings.confidence_quantile > 0:
-        threshold = float(np.quantile(confidences[is_valid], settings.confidence_quantile))
+        threshold = float(np.quantile(confidences[_measured(depths)], settings.confidence_quantile))
     return FusionGrid(
         voxel_m=voxel,
         depth_limit_m=settings.depth_limit_m or 3 * median,
@@ -208,6 +206,44 @@ def choose_grid(
         upsampling=settings.upsampling or int(np.clip(round(2 * median / focal_px / voxel), 1, 3)),
         settings=settings,
     )
+
+
+def median_depth(depths: np.ndarray) -> float:
+    """Median of the measured depths, any shape; ValueError where there is none."""
+    is_measured = _measured(depths)
+    if not is_measured.any():
+        raise ValueError(f"none of {depths.size} depth samples is positive: nothing to fuse")
+    return float(np.median(depths[is_measured]))
+
+
+def distinct_views(cam_to_world: np.ndarray, change: float, depth_m: float) -> np.ndarray:
+    """Positions of the frames that see the scene from elsewhere than the one taken before.
+
+    From the first on, each that has moved by `change` times the depth, or turned by `change`
+    radians, since the last one taken. A network errs alike in frames alike, so what they agree
+    on need not be there (`FusionSettings.min_observations`), and a car that waits would add the
+    same picture to a mesh a thousand times.
+
+    Args:
+        cam_to_world: poses [N,4,4], rigid, metres.
+        change: share of the depth, and radians; 0 takes every frame.
+        depth_m: of the scene.
+
+    Returns:
+        int64 [V], ascending.
+    """
+    taken: list[int] = []
+    # The trace of a rotation between two frames by an angle is 1 + 2 cos(angle).
+    most_alike = 1 + 2 * np.cos(change)
+    for number, pose in enumerate(cam_to_world):
+        if taken:
+            last = cam_to_world[taken[-1]]
+            has_moved = np.linalg.norm(pose[:3, 3] - last[:3, 3]) >= change * depth_m
+            has_turned = (pose[:3, :3] * last[:3, :3]).sum() <= most_alike
+            if not (has_moved or has_turned):
+                continue
+        taken.append(number)
+    return np.array(taken, np.int64)
 
 
 def filter_depth(
@@ -233,7 +269,7 @@ def filter_depth(
         )
     depth = np.array(depth, np.float32)
     with np.errstate(invalid="ignore", divide="ignore"):
-        depth[~((depth > 0) & np.isfinite(depth))] = np.nan
+        depth[~_measured(depth)] = np.nan
         inverse = 1 / depth
         max_slope = np.tan(np.radians(grid.settings.max_incidence_deg)) / focal_px
         is_edge = _is_edge(inverse, -1, max_slope, grid.settings.edge_jump)
@@ -494,6 +530,10 @@ def fuse_tile(tile: Tile, frames: Iterable[FusionFrame], grid: FusionGrid) -> Me
 
 def _block_voxels(settings: FusionSettings) -> int:
     return max(4, settings.truncation_voxels)
+
+
+def _measured(depths: np.ndarray) -> np.ndarray:
+    return np.isfinite(depths) & (depths > 0)
 
 
 def _check_rigid(T_world_cam: np.ndarray) -> None:

@@ -108,6 +108,25 @@ def test_batch_needs_only_its_own_plan_and_frames_as_runs(aligned, small_tiles):
     ]
 
 
+def frames_fused(store: ReconstructionStore) -> int:
+    tiles = [t for record in store.commits("tiles").values() for t in record.get("tiles", ())]
+    return max(stop for tile in tiles for _, stop in tile["frames"])
+
+
+def test_frames_from_where_the_one_before_was_are_not_fused(aligned):
+    store = fuse_drive(aligned)
+    every = replace(CONFIG, view_change=0.0)
+    plan_tiles_stage.fn(aligned.url, every)
+    assert frames_fused(store) == 40
+    # The median depth is some 4 m: a view each two metres or so, of frames 0.15 m apart.
+    seldom = replace(CONFIG, view_change=0.5)
+    assert plan_tiles_stage.fn(aligned.url, seldom) == 1
+    assert 3 <= frames_fused(store) <= 6
+    fuse_tiles_stage.fn(aligned.url, 0, seldom, aligned.config.infer)
+    merge_tiles_stage.fn(aligned.url, seldom)
+    assert len(read_ply(store.get_file("fusion/mesh.ply")).triangles) > 1000
+
+
 def test_merge_refuses_to_leave_a_batch_out(aligned, small_tiles):
     store = fuse_drive(aligned)
     store.drop_commits("fuse/merged")

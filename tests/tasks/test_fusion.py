@@ -22,6 +22,7 @@ from tasks.fusion import (
     Tile,
     TileVolume,
     choose_grid,
+    distinct_views,
     filter_depth,
     frames_of,
     fuse_tile,
@@ -439,6 +440,24 @@ def test_choose_grid_takes_a_pixel_at_the_median_depth():
     assert choose_grid(FusionSettings(), depths, 1000.0).upsampling == 1
     assert choose_grid(FusionSettings(), depths, 1000.0).voxel_m == pytest.approx(10 / 250)
     assert choose_grid(FusionSettings(), depths, 10.0).voxel_m == pytest.approx(10 / 40)
+
+
+def moved(x: float, yaw: float = 0.0) -> np.ndarray:
+    pose = np.eye(4)
+    pose[[0, 0, 2, 2], [0, 2, 0, 2]] = np.cos(yaw), np.sin(yaw), -np.sin(yaw), np.cos(yaw)
+    pose[0, 3] = x
+    return pose
+
+
+def test_views_are_distinct_where_the_camera_has_moved_a_share_of_the_depth_or_turned():
+    waiting = [moved(0.0)] * 5
+    driving = [moved(0.07 * i) for i in range(1, 7)]  # 0.42 m in the end
+    turning = [moved(0.42, 0.03 * i) for i in range(1, 5)]
+    poses = np.array(waiting + driving + turning)
+    # 0.05 of 4 m are 0.2 m, and 0.05 rad.
+    assert distinct_views(poses, 0.05, 4.0).tolist() == [0, 7, 10, 12, 14]
+    assert distinct_views(poses, 0.0, 4.0).tolist() == list(range(len(poses)))
+    assert distinct_views(poses[:5], 0.05, 4.0).tolist() == [0]
 
 
 def test_choose_grid_drops_the_given_share_of_confidence():
