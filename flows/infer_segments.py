@@ -24,7 +24,7 @@ from storage.wording import reason_of
 from tasks import metrics
 from tasks.config import InferConfig
 from tasks.infer import infer_stage, unfinished_segments
-from tasks.keys import require_key
+from tasks.keys import drop_later, require_key
 from tasks.planned import aside_commit, read_aside, read_plan
 from tasks.retries import DRIVE_ERRORS
 from ttt3r.weights import weights_info
@@ -227,5 +227,6 @@ def infer_alone(url: str, index: int, config: InferConfig) -> Exception | None:
         metrics.segment_set_aside()
         log.warning("%s: segment %d is set aside: %s", url, index, reason)
         return error
+    drop_later(store, "infer")  # that was made without it
     store.drop_commits(name)
     return None

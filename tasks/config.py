@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import field
 from typing import Annotated, Literal
 
@@ -15,6 +16,10 @@ Positive = Annotated[float, Field(gt=0)]
 
 class AnotherConfiguration(ValueError):
     """The drive was planned for other settings since: what is asked for is of no use any more."""
+
+
+class UnfitMachine(ValueError):
+    """This machine cannot run the network that is asked for: no fault of what it should infer."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -57,6 +62,10 @@ class InferConfig:
     """Segments of one GPU task."""
     frames_per_run: Annotated[int, Field(ge=1)] = 10_000
     """On a fleet: frames, at least, of one run of a GPU worker, which does several tasks."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device is {self.device!r}; expected auto, cpu, cuda or cuda:N")
 
 
 @dataclass(frozen=True, config=STRICT)

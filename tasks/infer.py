@@ -24,7 +24,7 @@ from storage.reconstruction import EncodedChunk, ReconstructionStore
 from storage.records import Chunk, Plan, Segment
 from tasks import metrics
 from tasks.attempts import attempt_id, counted, note
-from tasks.config import AnotherConfiguration, InferConfig
+from tasks.config import AnotherConfiguration, InferConfig, UnfitMachine
 from tasks.frames import DriveInput, Lanes, Round, read_rounds
 from tasks.interruption import run_until_stopped
 from tasks.keys import drop_later, require_key, stage_key
@@ -32,7 +32,7 @@ from tasks.lanes import is_out_of_memory, settle_for_fewer, settled_lanes
 from tasks.pipelining import BackgroundWriter, Clock, prefetch
 from tasks.plan import require_network
 from tasks.planned import read_plan
-from tasks.retries import STAGE_OPTIONS
+from tasks.retries import DRIVE_ERRORS, STAGE_OPTIONS
 from tasks.transfer import Download, mark, to_device
 from ttt3r.geometry import camera_pose_to_matrix, estimate_focal, intrinsics_from_focal
 from ttt3r.model import Model, Predictions
@@ -78,14 +78,20 @@ def resolve_device(config: InferConfig) -> str:
     """The device that `auto` means here.
 
     Raises:
-        ValueError: a GPU is asked for and torch sees none.
+        UnfitMachine: a GPU is asked for that torch does not see.
     """
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
+        raise UnfitMachine(
             f"device is {config.device!r} and torch sees no GPU; use --device cpu, or install "
             "torch for CUDA (README, 'On a GPU')"
+        )
+    number = int(config.device.partition(":")[2] or 0)
+    if config.device.startswith("cuda") and number >= torch.cuda.device_count():
+        raise UnfitMachine(
+            f"device is {config.device!r} and torch sees {torch.cuda.device_count()} GPUs, the "
+            "first is cuda:0"
         )
     return config.device
 
@@ -108,7 +114,12 @@ def _cached_model(
 ) -> tuple[Model, WeightsInfo]:
     """The network; `sha256` only tells weights apart that have replaced others of their name."""
     began = time.perf_counter()
-    model, info = load_model(weights, device=device, dtype=getattr(torch, precision))
+    try:
+        model, info = load_model(weights, device=device, dtype=getattr(torch, precision))
+    except (ValueError, RuntimeError) as error:  # the same for every segment
+        if isinstance(error, DRIVE_ERRORS):
+            raise
+        raise UnfitMachine(f"the weights {weights!r} cannot be loaded: {error}") from error
     note(load_seconds=time.perf_counter() - began)
     if info.sha256 != sha256:
         raise ValueError(f"the weights {weights!r} changed while they were loaded; run again")
@@ -125,6 +136,7 @@ def infer_stage(url: str, indices: Sequence[int], config: InferConfig) -> int:
 
     Raises:
         AnotherConfiguration: the drive is planned for another network, or without such segments.
+        UnfitMachine: there is no such device here, or the weights cannot be loaded.
     """
     store = ReconstructionStore.open(url)
     plan, info = read_plan(store), weights_info(config.weights)
@@ -300,7 +312,10 @@ class LaneRun:
         self._claim(wanted)
         if wanted:  # else another worker has finished them since they were looked at
             require_network(work.store, work.config, work.info)
-            drop_later(work.store, "infer")
+            # What was made without segments that were set aside stays while these are tried again.
+            left_out = (work.store.read_commit("align") or {}).get("missing", ())
+            if any(segment.index not in left_out for segment in wanted):
+                drop_later(work.store, "infer")
             in_parallel(self._drop_stale, wanted)
         work.store.create_segments(
             self._segments,

@@ -27,7 +27,7 @@ from storage.errors import (
 )
 from storage.objects import is_expired
 from tasks import metrics
-from tasks.config import AnotherConfiguration
+from tasks.config import AnotherConfiguration, UnfitMachine
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,6 +57,7 @@ DRIVE_ERRORS = (
     StoreMissing,
     StoreTooNew,
     StoreUnavailable,
+    UnfitMachine,
     PermissionError,
     ImportError,
     MemoryError,

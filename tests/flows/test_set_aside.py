@@ -1,8 +1,10 @@
 """A segment that cannot be computed costs itself, not the drive."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import httpx
@@ -23,6 +25,7 @@ from tasks.config import (
     InferConfig,
     PlanConfig,
     ReconstructionConfig,
+    UnfitMachine,
 )
 from tasks.infer import infer_stage
 from tasks.planned import read_aside, read_plan
@@ -52,12 +55,16 @@ def test_segment_that_fails_is_set_aside_and_tried_again_by_the_next_run(tmp_pat
     state = Path(url) / "segments/0002/state/tokens/c.0.0.0"
     state.write_bytes(state.read_bytes()[:100])
     other = replace(CONFIG, infer=replace(CONFIG.infer, segments_per_task=3))
+    made: list[Any] = []
     for attempts in (1, 2):
         reconstruct_drive(str(video), str(tmp_path / "out"), other)
         aside = read_aside(store)
         assert list(aside) == [2]
         assert "DataDamaged" in aside[2]["reason"]
         assert aside[2]["attempts"] == attempts
+        # What was made without the segment is kept while it is tried, and if it fails again.
+        made = made or [store.read_commit(name) for name in ("align", "fuse/merged", "report")]
+        assert made == [store.read_commit(name) for name in ("align", "fuse/merged", "report")]
     assert (progress(url)["stage"], progress(url)["set_aside"]) == ("done", [2])
     around = store.read_trajectory()
     lost = np.flatnonzero(around["part"] == -1)
@@ -154,6 +161,22 @@ def test_run_of_an_earlier_configuration_sets_no_segment_aside(tmp_path, alone):
     assert store.commits() == before
 
 
+@pytest.fixture
+def unseen(tmp_path) -> ReconstructionConfig:
+    """With weights that no test before has loaded."""
+    weights = tmp_path / "tiny.safetensors"
+    info = WeightsInfo("tiny", TINY, "", "Apache-2.0", "random", 12, False)
+    save_weights(weights, Model(TINY), info)
+    return replace(CONFIG, infer=replace(CONFIG.infer, weights=str(weights), lanes=1))
+
+
+def failing(error: Exception) -> Callable[..., None]:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    return fail
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -162,21 +185,33 @@ def test_run_of_an_earlier_configuration_sets_no_segment_aside(tmp_path, alone):
     ],
 )
 @pytest.mark.parametrize("place", ["tasks.infer.load_model", "ttt3r.stream.Stream.feed"])
-def test_gpu_that_is_taken_or_broken_sets_no_segment_aside(tmp_path, monkeypatch, error, place):
-    weights = tmp_path / "tiny.safetensors"  # that no test before has loaded
-    info = WeightsInfo("tiny", TINY, "", "Apache-2.0", "random", 12, False)
-    save_weights(weights, Model(TINY), info)
+def test_gpu_that_is_taken_or_broken_sets_no_segment_aside(
+    tmp_path, monkeypatch, unseen, error, place
+):
     video = write_video(tmp_path / "squares.mp4", moving_squares(22))
-    config = replace(CONFIG, infer=replace(CONFIG.infer, weights=str(weights), lanes=1))
-
-    def fail(*arguments, **options):
-        raise error
-
-    monkeypatch.setattr(place, fail)
+    monkeypatch.setattr(place, failing(error))
     monkeypatch.setattr("flows.infer_segments.infer_stage", infer_stage.with_options(retries=0))
     with pytest.raises(type(error)):
-        reconstruct_drive(str(video), str(tmp_path / "out"), config)
+        reconstruct_drive(str(video), str(tmp_path / "out"), unseen)
     assert read_aside(ReconstructionStore.open(tmp_path / "out" / "squares.zarr")) == {}
+
+
+def test_weights_that_cannot_be_loaded_set_no_segment_aside(tmp_path, monkeypatch, unseen):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(22))
+    monkeypatch.setattr("tasks.infer.load_model", failing(RuntimeError("CUDA error: no kernel")))
+    with pytest.raises(UnfitMachine, match=r"tiny\.safetensors' cannot be loaded: CUDA"):
+        reconstruct_drive(str(video), str(tmp_path / "out"), unseen)
+    assert read_aside(ReconstructionStore.open(tmp_path / "out" / "squares.zarr")) == {}
+
+
+def test_worker_without_the_gpu_that_is_asked_for_sets_no_segment_aside(tmp_path):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(22))
+    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    store = ReconstructionStore.open(url)
+    store.drop_commits("infer")
+    with pytest.raises(UnfitMachine, match="device is 'cuda:99' and torch sees"):
+        infer_segments(url, [0, 1], replace(CONFIG.infer, device="cuda:99"))
+    assert read_aside(store) == {}
 
 
 def test_prefect_server_in_trouble_is_no_fault_of_a_segment(tmp_path, monkeypatch):
