@@ -126,7 +126,7 @@ def plan_tiles_stage(url: str, config: FuseConfig) -> int:
         The number of batches.
     """
     store = ReconstructionStore.open(url)
-    key = _tiles_key(store, config)
+    key = tiles_key(store, config)
     commit = store.read_commit("tiles")
     if commit is None or commit["key"] != key or not _is_planned(store, commit):
         store.drop_commits("tiles")
@@ -165,7 +165,12 @@ def _plan_part(
         yield {"part": part, "depth_m": median, "grid": asdict(grid), "tiles": written}
 
 
-def _tiles_key(store: ReconstructionStore, config: FuseConfig) -> str:
+def tiles_key(store: ReconstructionStore, config: FuseConfig) -> str:
+    """Key of the planned tiles: the trajectory and the settings of fusion.
+
+    Raises:
+        ValueError: there is no trajectory yet.
+    """
     return stage_key("fuse", VERSION, require_key(store, "align"), config)
 
 
@@ -221,7 +226,7 @@ def fuse_tiles_stage(url: str, batch: int, config: FuseConfig, infer: InferConfi
     with store.claim(name) as claim:
         require_network(store, infer, info)
         planned = _read_planned(store, batch)
-        if planned["key"] != _tiles_key(store, config):
+        if planned["key"] != tiles_key(store, config):
             raise ValueError(
                 f"the tiles of {store.url} are planned for other settings than these; another "
                 "run has planned them anew, this one is of no use any more"
@@ -328,7 +333,7 @@ def merge_tiles_stage(url: str, config: FuseConfig) -> None:
     tiles = store.read_commit("tiles")
     if tiles is None:
         raise ValueError(f"the tiles of {url} are not planned; run `ttt3r reconstruct` again")
-    key = stage_key("merge", MERGE_VERSION, tiles["key"])
+    key = merge_key(tiles["key"])
     if (store.read_commit("fuse/merged") or {}).get("key") == key:
         return
     began = time.perf_counter()
@@ -347,6 +352,11 @@ def merge_tiles_stage(url: str, config: FuseConfig) -> None:
     seconds = time.perf_counter() - began
     record = {"key": key, "meshes": meshes, "files": files, "seconds": seconds}
     store.commit("fuse/merged", {**record, "attempt": attempt_id()})
+
+
+def merge_key(tiles: str) -> str:
+    """Key of the meshes of planned tiles, by the key of these."""
+    return stage_key("merge", MERGE_VERSION, tiles)
 
 
 def _require_fused(store: ReconstructionStore, batches: int) -> dict[str, str]:

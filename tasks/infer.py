@@ -184,6 +184,13 @@ def unfinished_segments(url: str, indices: Sequence[int], config: InferConfig) -
     return [index for index in indices if index in unfinished]
 
 
+def share_left(store: ReconstructionStore, config: InferConfig) -> float:
+    """Share of the chunks of a planned drive that are not inferred by this network, 0 to 1."""
+    indices = [segment.index for segment in read_plan(store).segments]
+    is_chunk_done = _look_at_chunks(store, indices, config, weights_info(config.weights))
+    return 1 - sum(is_chunk_done.values()) / len(is_chunk_done)
+
+
 def require_inferred(
     store: ReconstructionStore, indices: Sequence[int], config: InferConfig, info: WeightsInfo
 ) -> None:

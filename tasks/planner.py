@@ -8,10 +8,9 @@ benchmark stand in; without these nothing is predicted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from storage.bounds import ILLEGIBLE
 from storage.drives import DriveLocation
@@ -20,12 +19,17 @@ from storage.glance import glance_at
 from storage.media import UnreadableVideo
 from storage.reconstruction import ReconstructionStore, StoreError
 from storage.records import Clip, DriveRecord, Plan
+from tasks.align import align_key
 from tasks.attempts import ATTEMPTS
 from tasks.config import ReconstructionConfig
+from tasks.finished import is_finished
+from tasks.fuse import merge_key, tiles_key
+from tasks.infer import share_left
 from tasks.ledger import LEDGER, PREDICTED, Usage, observed
 from tasks.plan import plan_drive
-from tasks.planned import read_plan
+from tasks.planned import read_aside, read_plan
 from tasks.prices import Prices
+from tasks.probe import absolute, recording_key
 from tasks.rates import (
     BYTES,
     CPU_STAGES,
@@ -37,6 +41,7 @@ from tasks.rates import (
     fit_rates,
     read_benchmark,
 )
+from tasks.report import report_key
 from tasks.summary import STAGES, count_chunks, list_stores
 from ttt3r.weights import weights_info
 
@@ -241,7 +246,12 @@ def _estimate(
         plan = plan_drive(record, config.plan, weights_info(config.infer.weights).segment_frames)
     except (UnreadableVideo, StoreRefused):  # its run will say why; it takes no time to speak of
         return DriveEstimate(drive.name, drive.location, "unreadable", 0, 0.0, 0, NOTHING, 0.0)
-    shares = shares_left(store, config, plan) if store else {}
+    if store is None:
+        shares = {}
+    elif is_finished(drive.location, store.url, config):
+        shares = dict.fromkeys((*STAGES, BYTES), 0.0)
+    else:
+        shares = shares_left(store, config, plan)
     stage = "new" if store is None else next((s for s in STAGES if shares[s]), "done")
     left = NOTHING if stage == "done" else None
     if rates is not None and left is None:
@@ -255,11 +265,12 @@ def _estimate(
 
 
 def _store_of(drive: DriveLocation, output: str) -> ReconstructionStore | None:
-    """The drive's store if it is probed."""
+    """The drive's store if the recording is probed as it is now."""
     try:
         store = ReconstructionStore.open(f"{output.rstrip('/')}/{drive.name}.zarr")
-        return store if store.read_commit("probe") is not None else None
-    except StoreError:  # not begun
+        is_current = _key_of(store, "probe") == recording_key(absolute(drive.location))
+        return store if is_current else None
+    except (StoreError, OSError, ValueError):  # not begun, or nothing that can be looked at
         return None
 
 
@@ -280,26 +291,27 @@ def shares_left(
     store: ReconstructionStore, config: ReconstructionConfig, plan: Plan
 ) -> dict[str, float]:
     """Share of every stage of a probed drive that is to be done under these settings."""
-    attributes, wanted = store.attributes, asdict(config)
-    made_with = attributes.get("configuration", {})
     is_planned = store.read_commit("plan") is not None and read_plan(store) == plan
-    counts = is_planned and _is_of_network(attributes, config)
-    chunks, done = count_chunks(store) if counts else (1, 0)
-    left = {"probe": 0.0, "plan": float(not is_planned), "infer": 1 - done / chunks}
-    is_current = left["infer"] == 0
-    for stage in ("align", "fuse", "report"):
-        is_same = made_with.get(stage) == wanted.get(stage)
-        is_current = is_current and is_same and store.read_commit(COMMIT_OF[stage]) is not None
+    infer = share_left(store, config.infer) if is_planned else 1.0
+    left = {"probe": 0.0, "plan": float(not is_planned), "infer": infer, BYTES: infer}
+    info = weights_info(config.infer.weights)
+    keys: dict[str, Callable[[], str]] = {  # each once the stages before are known to be current
+        "align": lambda: align_key(
+            store, plan.without(sorted(read_aside(store))), config.align, config.infer, info
+        ),
+        "fuse": lambda: merge_key(tiles_key(store, config.fuse)),
+        "report": lambda: report_key(store, has_frames=True),
+    }
+    is_current = infer == 0
+    for stage, key in keys.items():
+        is_current = is_current and _key_of(store, COMMIT_OF[stage]) == key()
         left[stage] = float(not is_current)
-    return left | {BYTES: left["infer"]}
+    return left
 
 
-def _is_of_network(attributes: Mapping[str, Any], config: ReconstructionConfig) -> bool:
-    """Whether a drive was last run with the network and arithmetic that are asked for."""
-    asked = (weights_info(config.infer.weights).sha256, config.infer.rule, config.infer.precision)
-    infer = attributes.get("configuration", {}).get("infer", {})
-    had = (attributes.get("weights", {}).get("sha256"), infer.get("rule"), infer.get("precision"))
-    return had == asked
+def _key_of(store: ReconstructionStore, commit: str) -> str | None:
+    """Key of a finished stage; None where it is not finished."""
+    return (store.read_commit(commit) or {}).get("key")
 
 
 def total(estimates: Sequence[DriveEstimate]) -> tuple[Usage | None, float | None]:

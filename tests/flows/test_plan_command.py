@@ -185,6 +185,32 @@ def test_settings_change_what_is_planned_and_what_is_left(run, tmp_path):
     assert plan(*cut, "--rule", "cut3r")[0] == "infer"
 
 
+def test_what_is_out_of_date_is_left_to_do(run, tmp_path, monkeypatch):
+    video = write_video(tmp_path / "a.mp4", moving_squares(30))
+    here = (video, "--output", tmp_path / "out", "--segment-frames", 16, "--overlap-frames", 2)
+
+    def plan() -> tuple[str, int, float]:
+        (drive,) = json.loads(run("plan", *here, "--json")[1])["drives"]
+        return drive["stage"], drive["frames"], drive["left"]["gpu_hours"]
+
+    assert run("reconstruct", *here)[0] == 0
+    assert plan() == ("done", 30, 0)
+    with monkeypatch.context() as newer:
+        newer.setattr("tasks.fuse.VERSION", 1000)
+        newer.setattr("tasks.finished.VERSIONS", [1000])
+        assert plan() == ("fuse", 30, 0)
+    store = ReconstructionStore.open(tmp_path / "out" / "a.zarr")
+    chunk = store.read_commit("infer/0001/0000")
+    store.commit("infer/0001/0000", {**chunk, "key": "of another network"})
+    store.drop_commits("finished")
+    stage, _, whole = plan()
+    assert stage == "infer"
+    write_video(video, moving_squares(40))
+    stage, frames, left = plan()
+    assert (stage, frames) == ("new", 40)
+    assert 0 < whole < left
+
+
 def test_a_budget_wants_prices_and_a_plan_says_what_is_wrong_with_them(run, tmp_path):
     video = write_video(tmp_path / "a.mp4", moving_squares(14))
     here = (video, "--output", tmp_path / "out")
