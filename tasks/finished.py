@@ -71,9 +71,9 @@ def is_finished(location: str, url: str, config: ReconstructionConfig) -> bool:
         record = store.read_commit(FINISHED)
         if record is None or record.get("commits") != _digest(store.commit_names()):
             return False
-    except StoreError:  # nothing there, or nothing that can be read: its run will tell
-        return False
-    return record.get("key") == finished_key(location, config)
+        return bool(record.get("key") == finished_key(location, config))
+    except (StoreError, OSError, ValueError):
+        return False  # nothing there, or nothing that can be read now: its run will tell
 
 
 def _digest(names: list[str]) -> str:

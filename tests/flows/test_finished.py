@@ -37,6 +37,14 @@ def test_drive_is_finished_until_its_video_its_configuration_or_a_commit_changes
     assert not is_finished(str(video), url, CONFIG)
 
 
+def test_recording_that_cannot_be_looked_at_is_left_to_its_own_run(tmp_path):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(10))
+    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    assert is_finished(str(video), url, CONFIG)
+    video.unlink()
+    assert not is_finished(str(video), url, CONFIG)
+
+
 def test_clip_that_comes_while_its_drive_is_at_work_is_not_passed_over(tmp_path, monkeypatch):
     drive = tmp_path / "drive"
     drive.mkdir()
