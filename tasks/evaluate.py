@@ -50,7 +50,8 @@ def evaluate_store(
     """
     store = ReconstructionStore.open(url)
     trajectory = store.read_trajectory()
-    mine = np.flatnonzero(trajectory["part"] == choose_part(store, None))
+    part = choose_part(store, None)
+    mine = np.flatnonzero(trajectory["part"] == part)
     frames, truth = paired_truth(store, mine, Path(ground_truth), format)
     if len(frames) < 2:
         raise ValueError(
@@ -60,7 +61,8 @@ def evaluate_store(
     figures = dict(evaluate_trajectory(trajectory["cam_to_world"][frames], truth))
     figures["frames_without_truth"] = len(mine) - len(frames)
     if depth is not None:
-        figures |= depth_figures(store, trajectory, Path(depth), float(figures["scale"] or 1.0))
+        scale = float(figures["scale"] or 1.0)
+        figures |= depth_figures(store, trajectory, part, Path(depth), scale)
     return figures
 
 
@@ -83,11 +85,16 @@ def paired_truth(
 
 
 def depth_figures(
-    store: ReconstructionStore, trajectory: dict[str, NDArray[Any]], folder: Path, scale: float
+    store: ReconstructionStore,
+    trajectory: dict[str, NDArray[Any]],
+    part: int,
+    folder: Path,
+    scale: float,
 ) -> dict[str, float | int | None]:
-    """Depth errors over all frames that have a depth image.
+    """Depth errors over all frames of a part that have a depth image.
 
-    The estimate is multiplied by its segment's scale and by `scale` (of the trajectory).
+    Each part has metres of its own. The estimate is multiplied by its segment's scale and by
+    `scale` (of the trajectory).
     """
     plan = Plan.from_json(store.attributes["plan"])
     record = DriveRecord.from_json(store.attributes["drive"])
@@ -98,12 +105,16 @@ def depth_figures(
         if not path.stem.isdigit() or int(path.stem) >= record.frames:
             continue
         frame = int(path.stem)
+        if trajectory["part"][frame] != part:
+            continue
         index = int(trajectory["segment"][frame])
         ours = store.read(plan.segments[index], "depth", frame, frame + 1)[0]
         found.append(ours * trajectory["scale"][index] * scale)
         true.append(read_depth(path, shape, (record.width, record.height)))
     if not found:
-        raise ValueError(f"no depth image in {folder} is named by a frame of the drive (12.png)")
+        raise ValueError(
+            f"no depth image in {folder} is named by a frame of part {part} of the drive (12.png)"
+        )
     figures: dict[str, float | int | None] = {"depth_frames": len(found)}
     for ending, align in (("", "none"), ("_median_scaled", "median")):
         one = depth_metrics(np.stack(found), np.stack(true), align=align)  # type: ignore[arg-type]
