@@ -26,7 +26,7 @@ from tasks.finished import drop_outdated, write_finished
 from tasks.infer import resolve_device
 from tasks.ledger import write_ledger
 from tasks.memory import use_one_arena
-from tasks.plan import plan_stage
+from tasks.plan import plan_stage, segment_lengths
 from tasks.planner import record_prediction
 from tasks.prices import Prices, read_prices
 from tasks.probe import AnotherDrive, absolute, probe_stage, recording_key
@@ -102,10 +102,10 @@ def check_config(config: ReconstructionConfig, spread: Spread = "here") -> None:
     """Find a user's mistakes before anything is computed.
 
     Raises:
-        ValueError: unknown weights or rule, or a device that is not there though it is wanted
-            in this process.
+        ValueError: unknown weights or rule, segments that would overlap by more than half, or a
+            device that is not there though it is wanted in this process.
     """
-    weights_info(config.infer.weights)
+    segment_lengths(config.plan, weights_info(config.infer.weights).segment_frames)
     find_rule(config.infer.rule)
     if spread == "here":
         resolve_device(config.infer)

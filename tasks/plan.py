@@ -40,6 +40,22 @@ def cut_into_segments(frames: int, cuts: tuple[int, ...], segment: int, overlap:
     return Plan(frames, 0, tuple(segments))
 
 
+def segment_lengths(config: PlanConfig, recommended_frames: int) -> tuple[int, int]:
+    """Frames of a segment, and those at least that it shares with the next one.
+
+    Raises:
+        ValueError: segments would overlap by more than half.
+    """
+    segment = config.segment_frames or recommended_frames
+    overlap = config.overlap_frames or max(segment // 4, 1)
+    if overlap > segment // 2:
+        raise ValueError(
+            f"overlap_frames is {overlap} of segments of {segment} frames; it can be at most half, "
+            "or three segments would share one frame"
+        )
+    return segment, overlap
+
+
 def plan_drive(record: DriveRecord, config: PlanConfig, recommended_frames: int) -> Plan:
     """Plan of one drive; `recommended_frames` stands in for a segment length not set.
 
@@ -48,13 +64,7 @@ def plan_drive(record: DriveRecord, config: PlanConfig, recommended_frames: int)
     """
     if record.frames < 1:
         raise ValueError(f"{record.name} has no frame that decodes; there is nothing to plan")
-    segment = config.segment_frames or recommended_frames
-    overlap = config.overlap_frames or max(segment // 4, 1)
-    if overlap > segment // 2:
-        raise ValueError(
-            f"overlap_frames is {overlap} of segments of {segment} frames; it can be at most half, "
-            "or three segments would share one frame"
-        )
+    segment, overlap = segment_lengths(config, recommended_frames)
     cuts = record.cuts if config.split_at_cuts else ()
     plan = cut_into_segments(record.frames, cuts, segment, overlap)
     longest = max(s.frames for s in plan.segments)

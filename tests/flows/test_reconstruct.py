@@ -212,6 +212,13 @@ def test_another_drive_of_the_same_name_is_refused_and_leaves_the_first_as_it_is
     assert ReconstructionStore.open(url).commits() == before
 
 
+def test_overlap_too_large_for_the_weights_is_said_before_anything_is_decoded(video, tmp_path):
+    config = replace(CONFIG, plan=PlanConfig(overlap_frames=1000))
+    with pytest.raises(ValueError, match="overlap_frames is 1000 of segments of"):
+        reconstruct_drive(str(video), str(tmp_path / "out"), config)
+    assert not (tmp_path / "out").exists()
+
+
 def test_failure_that_cannot_be_recorded_does_not_hide_the_reason(video, tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(StoreRefused, match="Not a directory"):
