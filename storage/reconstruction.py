@@ -781,22 +781,44 @@ class ReconstructionStore:
             DataDamaged: with `digest`, the file is gone or another.
         """
         data = self._folder.read(_check_file_name(name), MOST_FILE_BYTES)
-        if digest is not None and (data is None or hashlib.sha256(data).hexdigest() != digest):
-            state = "gone" if data is None else "not what was committed"
-            raise DataDamaged(f"{name} of {redacted(self.url)} is {state}; {how_to_mend(self.url)}")
         if data is None:
-            raise FileNotFoundError(f"no file {name!r} in {redacted(self.url)}")
+            raise self._file_gone(name, digest)
+        if digest not in (None, hashlib.sha256(data).hexdigest()):
+            raise self._file_damaged(name, "not what was committed")
         return data
 
-    def local_copy(self, name: str, folder: str | Path) -> Path:
-        """Copy a stored file into a local folder, made if missing; return its path there."""
+    def local_copy(self, name: str, folder: str | Path, digest: str | None = None) -> Path:
+        """Copy a stored file of any size into a local folder, made if missing.
+
+        Args:
+            name: as for `put_file`.
+            folder: where to.
+            digest: SHA-256 that a commit says the file has.
+
+        Returns:
+            Its path there.
+
+        Raises:
+            DataDamaged: with `digest`, the file is gone or another.
+            FileNotFoundError: without, there is none.
+        """
         target = Path(folder) / Path(_check_file_name(name)).name
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._folder.download(name, target)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"no file {name!r} in {redacted(self.url)}") from error
+            raise self._file_gone(name, digest) from error
+        if digest is not None and _file_digest(target) != digest:
+            raise self._file_damaged(name, "not what was committed")
         return target
+
+    def _file_gone(self, name: str, digest: str | None) -> Exception:
+        if digest is not None:
+            return self._file_damaged(name, "gone")
+        return FileNotFoundError(f"no file {name!r} in {redacted(self.url)}")
+
+    def _file_damaged(self, name: str, state: str) -> DataDamaged:
+        return DataDamaged(f"{name} of {redacted(self.url)} is {state}; {how_to_mend(self.url)}")
 
     def delete_files(self, prefix: str) -> None:
         """Remove the stored files whose names start with `prefix`, such as "fusion/"."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import fsspec
@@ -32,29 +34,25 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
     part = choose_part(store, part)
     ending = format if format in ("ply", "glb") else f"{format}.txt"
     target = to or f"{file_stem(url)}.{ending}"
-    make = mesh_bytes if format in ("ply", "glb") else trajectory_bytes
-    write_whole(target, make(store, format, part))
+    write = copy_mesh if format in ("ply", "glb") else write_trajectory
+    path = Path(target)
+    if "://" in target or (path.exists() and not path.is_file()):  # a pipe is no file to replace
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            write(store, format, part, Path(folder)).open("rb") as made,
+            fsspec.open(target, "wb") as file,
+        ):
+            shutil.copyfileobj(made, file)
+        return target
+    # If that fails, an earlier file is still there.
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        os.replace(write(store, format, part, Path(folder)), path)
     return target
 
 
 def file_stem(url: str) -> str:
     """`street` of `out/street.zarr`: what the user typed, not what the store says of itself."""
     return url.rstrip("/").rpartition("/")[2].removesuffix(".zarr")
-
-
-def write_whole(target: str, data: bytes) -> None:
-    """Write a file of the user's; if that fails, an earlier one is still there."""
-    path = Path(target)
-    if "://" in target or (path.exists() and not path.is_file()):  # a pipe is no file to replace
-        with fsspec.open(target, "wb") as file:
-            file.write(data)
-        return
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def choose_part(store: ReconstructionStore, part: int | None) -> int:
@@ -70,18 +68,22 @@ def choose_part(store: ReconstructionStore, part: int | None) -> int:
     return part
 
 
-def trajectory_bytes(store: ReconstructionStore, format: str, part: int) -> bytes:
-    """The part's trajectory file."""
+def write_trajectory(store: ReconstructionStore, format: str, part: int, folder: Path) -> Path:
+    """Write the part's trajectory into a folder."""
     arrays = store.read_trajectory()
     mine = arrays["part"] == part
     poses = arrays["cam_to_world"][mine]
     if format == "kitti":
-        return kitti_text(poses).encode()
-    return tum_text(store.read_frames()["timestamp"][mine], poses).encode()
+        text = kitti_text(poses)
+    else:
+        text = tum_text(store.read_frames()["timestamp"][mine], poses)
+    path = folder / "trajectory.txt"
+    path.write_bytes(text.encode())
+    return path
 
 
-def mesh_bytes(store: ReconstructionStore, format: str, part: int) -> bytes:
-    """The part's mesh file."""
+def copy_mesh(store: ReconstructionStore, format: str, part: int, folder: Path) -> Path:
+    """Copy the part's mesh, of any size, into a folder."""
     merged = store.read_commit("fuse/merged")
     if merged is None:
         raise ValueError(f"{store.url} has no mesh yet; run `ttt3r reconstruct` again")
@@ -95,4 +97,4 @@ def mesh_bytes(store: ReconstructionStore, format: str, part: int) -> bytes:
             f"{store.url} has no {format.upper()} of part {part}, as it would be too large "
             f"({mesh['triangles']:,} triangles); export ply instead"
         )
-    return store.get_file(name, files.get(name))
+    return store.local_copy(name, folder, files.get(name))

@@ -39,6 +39,16 @@ def test_damaged_mesh_is_not_exported(store, tmp_path, content, said):
     assert not target.exists()
 
 
+def test_mesh_larger_than_any_other_file_is_exported(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("storage.reconstruction.MOST_FILE_BYTES", 10)
+    with pytest.raises(DataDamaged, match="larger than"):
+        store.get_file(MESH)
+    target = tmp_path / "mesh.ply"
+    export_store(store.url, "ply", str(target))
+    assert target.read_bytes() == b"ply as committed"
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["mesh.ply"]
+
+
 def test_mesh_that_was_too_large_for_a_format_is_said_to_be(store):
     with pytest.raises(ValueError, match="too large"):
         export_store(store.url, "glb")
