@@ -44,6 +44,7 @@ EXPIRED_CODES = ("ExpiredToken", "ExpiredTokenException", "RequestTimeTooSkewed"
 GONE_STATUSES, DENIED_STATUSES = (404, 410), (401, 403)  # of a web server
 FULL_CODES = ("XMinioStorageFull", "InsufficientStorage", "507")
 NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 # A listing that a connection remembers would hide what other writers add.
 REMOTE_OPTIONS: dict[str, Any] = {"use_listings_cache": False}
 S3_OPTIONS: dict[str, Any] = {"max_concurrency": 1}  # else s3fs asks for the size before it reads
@@ -284,7 +285,7 @@ class LocalFolder(Folder):
 
         def create(temporary: Path, target: Path) -> None:
             try:
-                os.link(temporary, target)
+                _link(temporary, target)
             except FileExistsError:
                 there.append(target.relative_to(self.root).as_posix())
             finally:
@@ -318,7 +319,7 @@ class LocalFolder(Folder):
     @explained
     def write_new(self, name: str, data: bytes) -> None:
         try:
-            self._put(name, lambda temporary: temporary.write_bytes(data), os.link)
+            self._put(name, lambda temporary: temporary.write_bytes(data), _link)
         except FileExistsError as error:
             raise CommitExists(f"{self.object_url(name)} exists already") from error
 
@@ -610,6 +611,24 @@ def failure_behind(error: Exception) -> Exception:
 def is_expired(error: BaseException) -> bool:
     """Whether the server refused credentials only for their age: others may come in time."""
     return _code(error) in EXPIRED_CODES
+
+
+def _link(temporary: Path, target: Path) -> None:
+    """Give a finished file its name, unless that is taken.
+
+    Raises:
+        FileExistsError: it is.
+        StoreRefused: the file system has no hard links.
+    """
+    try:
+        os.link(temporary, target)
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        raise StoreRefused(
+            f"{target.parent}: the file system has no hard links (FAT, exFAT, some network "
+            "shares), which keep two workers from writing the same; choose another output"
+        ) from None
 
 
 def _is_refusal(error: Exception) -> bool:

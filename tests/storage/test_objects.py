@@ -2,10 +2,11 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
-from storage.errors import StoreUnavailable
+from storage.errors import StoreRefused, StoreUnavailable
 from storage.objects import Folder, open_folder
 
 
@@ -60,6 +61,19 @@ def test_objects_are_not_there_before_the_disk_has_them(tmp_path, monkeypatch):
             write({"a": b"2", "b/c": b"3"})
     monkeypatch.undo()
     assert folder.objects().keys() == {"before"}
+
+
+def test_disk_without_hard_links_is_said_to_be_none_for_results(tmp_path, monkeypatch):
+    def link(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+    folder = open_folder(str(tmp_path))
+    with pytest.raises(StoreRefused, match=r"no hard links \(FAT, .*choose another output"):
+        folder.write_new("a", b"1")
+    with pytest.raises(StoreRefused, match="no hard links"):
+        folder.create_many({"b": b"1"})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_many_objects_are_created_but_for_those_that_are_there(bracketed):
