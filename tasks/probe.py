@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from dataclasses import replace
@@ -25,6 +26,8 @@ from tasks.keys import drop_later, stage_key
 from tasks.retries import STAGE_OPTIONS
 
 VERSION = 1
+COMPARED_FILES = 16  # of two drives that look alike
+COMPARED_BYTES = 2**16  # at both ends
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +56,17 @@ def fingerprint(location: str) -> list[list[Any]]:
         fs, path = fsspec.core.url_to_fs(location)
         if not is_there(fs, path):
             raise ValueError(f"there is no video or folder at {location}; check the path")
-        videos, images = ([location], []) if is_file(fs, path) else drive_files(location)
-        found = {file: fs.info(file) for file in videos or images}
+        found = {file: fs.info(file) for file in _files(fs, path, location)}
     return [
         [file_name(name) if name != location else "", info["size"], _modification_mark(info)]
         for name, info in found.items()
     ]
+
+
+def _files(fs: Any, path: str, location: str) -> list[str]:
+    """What of a drive counts, in order: the file itself, the videos of a folder, or its images."""
+    videos, images = ([location], []) if is_file(fs, path) else drive_files(location)
+    return videos or images
 
 
 def recording_key(location: str) -> str:
@@ -73,7 +81,8 @@ def fingerprint_key(files: list[list[Any]]) -> str:
 
 def _modification_mark(info: dict[str, Any]) -> str:
     """An ETag where the store has one, else the time of the last change."""
-    marks = (info.get(name) for name in ("ETag", "etag", "mtime", "LastModified"))
+    names = ("ETag", "etag", "mtime", "LastModified", "Last-Modified")
+    marks = (info.get(name) for name in names)
     return str(next((mark for mark in marks if mark is not None), ""))
 
 
@@ -90,22 +99,57 @@ def may_take_over(url: str, location: str) -> bool:
         known = store.attributes
         if "drive" not in known:
             return _is_gone(known.get("location"), absolute(location))
-        return (store.read_commit("probe") or {}).get("key") == recording_key(absolute(location))
+        if (store.read_commit("probe") or {}).get("key") != recording_key(absolute(location)):
+            return False
+        return not _is_another(known["drive"]["location"], absolute(location))
     except StoreUnavailable:
         raise
     except (ValueError, OSError, StoreError):  # nothing that can be looked at
         return False
 
 
-def _is_gone(recorded: Any, location: str) -> bool:
-    """Whether nothing is at a recorded location any more; not where that cannot be seen.
+def _is_another(recorded: Any, location: str) -> bool:
+    """Whether another drive of the same names, sizes and times is still at a recorded location.
 
-    Looked at is only what lies where `location` does, on this machine or on the same server: a
-    store of somebody else may name any other.
+    Cameras that start together, with clips of a fixed size on cards that know two seconds, make
+    such. A copy of the recording is none: where both are there, the ends of their files tell.
+    """
+    if recorded == location or not _is_beside(recorded, location):
+        return False
+    try:
+        ends = _ends(recorded)
+    except (ValueError, OSError, ImportError, StoreError):
+        return False  # gone, or nothing that can be seen
+    return ends != _ends(location)
+
+
+def _ends(location: str) -> list[tuple[bytes, bytes]]:
+    """First and last bytes of files of a drive, evenly over it."""
+    with explaining(location, FileNotFoundError):
+        fs, path = fsspec.core.url_to_fs(location)
+        files = _files(fs, path, location)
+        found = []
+        for name in files[:: max(1, len(files) // COMPARED_FILES)]:
+            with fs.open(name, "rb") as file:
+                head = file.read(COMPARED_BYTES)
+                file.seek(max(0, file.seek(0, os.SEEK_END) - COMPARED_BYTES))
+                found.append((head, file.read(COMPARED_BYTES)))
+    return found
+
+
+def _is_beside(recorded: Any, location: str) -> bool:
+    """Whether a recorded location is to be looked at: on this machine or server, as `location`.
+
+    A store of somebody else may name any other.
     """
     if not isinstance(recorded, str) or "::" in recorded:
         return False
-    if urlsplit(recorded)[:2] != urlsplit(location)[:2]:
+    return urlsplit(recorded)[:2] == urlsplit(location)[:2]
+
+
+def _is_gone(recorded: Any, location: str) -> bool:
+    """Whether nothing is at a recorded location any more; not where that cannot be seen."""
+    if not _is_beside(recorded, location):
         return False
     try:
         with explaining(recorded):
@@ -151,7 +195,8 @@ def probe_stage(location: str, name: str, url: str) -> None:
     key = recording_key(location)
     store = ReconstructionStore.create(url, {})
     known = store.attributes.get("drive")
-    if known is not None and (store.read_commit("probe") or {}).get("key") == key:
+    is_probed = (store.read_commit("probe") or {}).get("key") == key
+    if known is not None and is_probed and not _is_another(known["location"], location):
         moved = relocated(DriveRecord.from_json(known), location)
         store.update_attributes({"drive": moved.to_json()})
         return

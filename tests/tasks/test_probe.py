@@ -1,5 +1,7 @@
+import os
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 from recordings import moving_squares, write_video
@@ -8,7 +10,7 @@ from storage.drives import hold_name, list_drives
 from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord, FrameTable
 from storage.video import read_frames
-from tasks.probe import may_take_over, probe_stage
+from tasks.probe import AnotherDrive, may_take_over, probe_stage
 
 
 @pytest.fixture
@@ -84,6 +86,28 @@ def test_probe_refuses_to_replace_another_drive(drive, tmp_path):
     with pytest.raises(ValueError, match="holds the drive at"):
         probe(other, tmp_path)
     assert probe(drive / "0.mp4", tmp_path).commits() == before
+
+
+def test_drive_that_looks_like_the_one_recorded_is_told_apart_while_both_are_there(tmp_path):
+    def clip(camera: str, content: bytes) -> Path:
+        path = tmp_path / camera / "cam" / "0.mp4"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        return path.parent
+
+    video = write_video(tmp_path / "v.mp4", moving_squares(8)).read_bytes()
+    front = clip("front", video)
+    rear = clip("rear", video[:-1] + bytes([video[-1] ^ 1]))
+    copy = clip("copy", video)
+    output = str(tmp_path / "out")
+    url = f"{output}/cam.zarr"
+    probe_stage.fn(str(front), "cam", url)
+    with pytest.raises(AnotherDrive):
+        probe_stage.fn(str(rear), "cam", url)
+    assert [drive.name for drive in list_drives(str(rear), output, may_take_over)] == ["rear_cam"]
+    probe_stage.fn(str(copy), "cam", url)
+    assert record_of(ReconstructionStore.open(url)).location == str(copy)
 
 
 def test_drives_that_were_moved_keep_their_names_and_new_ones_take_none(tmp_path):
