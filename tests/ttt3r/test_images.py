@@ -41,11 +41,18 @@ def test_preprocess_agrees_with_the_reference(recorded, case):
         )
 
 
+def portrait() -> np.ndarray:
+    """As a phone sees it: Pillow resizes it along columns first."""
+    v, u = np.mgrid[0:2400, 0:1080]
+    waves = [np.sin(u / 7 + v / 5 + phase) for phase in range(3)]
+    return np.uint8(np.clip(128 + 160 * np.stack(waves, axis=-1), 0, 255))
+
+
 @pytest.mark.parametrize("size", [(80, 8), (224, 16), (512, 16)])
 def test_fast_preprocessing_agrees_with_the_exact_one(recorded, size):
     noise = np.random.default_rng(0).integers(0, 256, (540, 960, 3), np.uint8)
     frames = [noise, np.uint8(noise > 127) * np.uint8(255), np.full((375, 1241, 3), 77, np.uint8)]
-    frames += [recorded[f"in{case}"] for case in range(8)]
+    frames += [portrait(), *(recorded[f"in{case}"] for case in range(8))]
     for frame in frames:
         exact, fast = (f(frame, *size) for f in (preprocess, preprocess_fast))
         assert fast.dtype == np.uint8
@@ -61,7 +68,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def test_preprocessing_on_a_device_agrees_with_the_exact_one(recorded, size, device):
     noise = np.random.default_rng(0).integers(0, 256, (2, 270, 480, 3), np.uint8)
     batches = [noise, np.uint8(noise > 127) * np.uint8(255), noise[:, :101, :130]]
-    batches += [recorded[f"in{case}"][None] for case in range(8)]
+    batches += [portrait()[None], *(recorded[f"in{case}"][None] for case in range(8))]
     for frames in batches:
         found = preprocess_on_device(torch.from_numpy(frames).to(device), *size).cpu().numpy()
         error = np.abs(found.astype(int) - np.stack([preprocess(f, *size) for f in frames]))
