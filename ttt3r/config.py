@@ -49,6 +49,10 @@ class ModelConfig:
             raise ValueError(
                 f"patch_size is {self.patch_size}; the DPT head upsamples by exactly 16"
             )
+        if self.head_type == "dpt" and self.dec_depth < 3:
+            raise ValueError(
+                f"dec_depth is {self.dec_depth}; the DPT head reads four levels: 3 blocks or more"
+            )
 
 
 RELEASED_512_DPT = ModelConfig()

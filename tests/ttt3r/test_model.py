@@ -311,3 +311,11 @@ def test_run_refuses_what_it_cannot_mean(model, images, change, message):
 def test_run_refuses_a_state_of_other_lanes(model, images):
     with pytest.raises(ValueError, match=r"tokens is \(3, 12, 32\).*need \(2, 12, 32\)"):
         model.run(images, model.initial_state(3))
+
+
+def test_dpt_head_without_four_levels_to_read_is_refused():
+    with pytest.raises(ValueError, match="dec_depth is 2; the DPT head reads four levels"):
+        replace(TINY, head_type="dpt", patch_size=16, dec_depth=2)
+    three = replace(TINY, head_type="dpt", patch_size=16, dec_depth=3)
+    found, _ = Model(three).run(torch.zeros(1, 1, 3, 32, 32))
+    assert found.pointmap_cam.shape == (1, 1, 32, 32, 3)
