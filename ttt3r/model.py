@@ -228,6 +228,7 @@ class Model(nn.Module):
         exempt = self._float32_parameters()
         for name, parameter in self.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if name in exempt else dtype)
+        self._recordings = Recordings("decoder steps")  # those before read the weights before
         return self
 
     def initial_state(self, lanes: int) -> State:
