@@ -58,22 +58,24 @@ SHOWN_ATTRIBUTES = ("drive", "plan", "configuration", "weights", "versions")
 
 @task(name="report", task_run_name="report {url}", **STAGE_OPTIONS)
 @counted("report")
-def report_stage(url: str, recording: str | None = None) -> None:
+def report_stage(url: str, recording: str | None = None, anew: bool = False) -> None:
     """Write `report/report.html` and its pictures, unless they are up to date.
+
+    Where that fails, a report of before is still there.
 
     Args:
         url: the drive's store.
         recording: location of the drive, whose frames are shown. None: they are left out, and no
             file is opened that the store names, which could be any if others wrote it.
+        anew: also if they are up to date.
 
     Raises:
         ValueError: a stage has not finished, or the store names other files than the recording's.
     """
     store = ReconstructionStore.open(url)
     key = report_key(store, recording is not None)
-    if (store.read_commit("report") or {}).get("key") == key:
+    if not anew and (store.read_commit("report") or {}).get("key") == key:
         return
-    store.drop_commits("report")
     trajectory = store.read_trajectory()
     part = longest_part(trajectory["part"])
     columns = strip(store, trajectory, recording)
@@ -84,6 +86,7 @@ def report_stage(url: str, recording: str | None = None) -> None:
         "report/trajectory.png": figures.trajectory_png(trajectory, part),
         "report/frames.png": figures.strip_png([c["images"] for c in columns]),
     }
+    store.drop_commits("report")
     files = {name: store.put_file(name, data) for name, data in contents.items()}
     record = {"key": key, "attempt": attempt_id(), "warnings": notes, "files": files}
     store.commit("report", record)
