@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from storage.wording import shown
-from tasks.summary import progress
+from tasks.summary import STAGES, progress
 
 POLL_S = 1.0
 
@@ -53,9 +53,12 @@ def _watch(bars: Progress, urls: Sequence[str], stop: threading.Event) -> None:
                 continue
             if url not in rows:
                 rows[url] = bars.add_task(shown(state["drive"]), total=None, stage=state["stage"])
+            # The stages after inference count as a chunk each: a full bar's clock stands still.
+            stages = [*STAGES, "done"]
+            further = max(0, stages.index(state["stage"]) - stages.index("align"))
             bars.update(
                 rows[url],
-                total=state["chunks"] or None,
-                completed=state["chunks_done"],
+                total=state["chunks"] + 3 if state["chunks"] else None,
+                completed=state["chunks_done"] + further,
                 stage=state["stage"],
             )
