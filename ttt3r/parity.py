@@ -75,7 +75,10 @@ def verify_folder(folder: str | Path, device: str | torch.device = "cpu") -> lis
 
 
 def verify_file(path: str | Path, device: str | torch.device = "cpu") -> list[FigureRow]:
-    """Compare every array that the file records with what the network says now.
+    """Compare what the file records with what the network says now.
+
+    Some recorded intermediates are not compared (`dbg_raw_proj`, `dbg_raw_cross_proj`,
+    `dbg_raw_rgb_proj`, `dbg_state_cross_logits`); what comes of them is.
 
     Args:
         path: a sequence file, as the golden vectors' README describes.
