@@ -11,12 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from storage.wording import on_one_line, reason_of, shown, use_plain_records
 
@@ -46,7 +47,7 @@ weights_app = typer.Typer(no_args_is_help=True, help="List, fetch, show and impo
 app.add_typer(weights_app, name="weights")
 
 USER_ERROR, WORK_ERROR, INCOMPLETE = 2, 1, 3
-STOPPED = 128 + signal.SIGTERM
+INTERRUPTED, STOPPED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 SERVER_START_S = 300.0  # the first start of a Prefect server makes its tables
 
 
@@ -89,18 +90,18 @@ Output = Annotated[
 ]
 Rule = Annotated[str, typer.Option(help="Update rule of the state.")]
 SegmentFrames = Annotated[
-    int | None, typer.Option(min=2, help="Frames of a segment [default: the weights' own].")
+    int | None, typer.Option(min=2, help="Frames of a segment \\[default: the weights' own].")
 ]
 OverlapFrames = Annotated[
-    int | None, typer.Option(min=1, help="Frames that segments share [default: a quarter].")
+    int | None, typer.Option(min=1, help="Frames that segments share \\[default: a quarter].")
 ]
 ChunkFrames = Annotated[int, typer.Option(min=1, help="Frames written together.")]
 FocalPx = Annotated[float | None, typer.Option(help="Known focal length, pixels of the recording.")]
 VoxelM = Annotated[
-    float | None, typer.Option(help="Edge of a voxel, metres [default: from the depth].")
+    float | None, typer.Option(help="Edge of a voxel, metres \\[default: from the depth].")
 ]
 DepthLimitM = Annotated[
-    float | None, typer.Option(help="Fuse no depth beyond [default: 3 x the median].")
+    float | None, typer.Option(help="Fuse no depth beyond \\[default: 3 x the median].")
 ]
 PriceTable = Annotated[
     str | None,
@@ -156,21 +157,24 @@ def main() -> None:
     quiet_prefect()
     use_plain_records()
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # the terminal is closed; not under nohup
+        signal.signal(signal.SIGHUP, terminate)
     try:
-        app(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        fail("interrupted; run the same command again to go on where it stopped", 130)
+        code = app(standalone_mode=False)  # what exits is returned: 0 after --help
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+    except (KeyboardInterrupt, typer.Abort):
+        fail("interrupted; run the same command again to go on where it stopped", INTERRUPTED)
     except Terminated:
         fail(
             "stopped by SIGTERM; what was computed is kept, run the same command again to go on "
             "where it stopped",
             STOPPED,
         )
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+    except TyperException as error:
+        if said := error.format_message():  # nothing where the help was asked for by no argument
+            fail(said.replace("Value error, ", ""), USER_ERROR)
+        sys.exit(USER_ERROR)
     except Exception as error:
         if os.environ.get("TTT3R_TRACEBACK"):
             raise
@@ -308,7 +312,7 @@ def reconstruct(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.auto,
     lanes: Annotated[
-        int | None, typer.Option(min=1, help="Segments in lock step [default: as memory allows].")
+        int | None, typer.Option(min=1, help="Segments in lock step \\[default: as memory allows].")
     ] = None,
     segment_frames: SegmentFrames = None,
     overlap_frames: OverlapFrames = None,
@@ -347,9 +351,14 @@ def reconstruct(
             (voxel_m, depth_limit_m),
         )
     )
-    limits = (max_gpu_hours, max_cost, prices, rates)
     budget = checked(
-        lambda: BudgetConfig(*limits, "take_what_fits" if take_what_fits else "refuse")
+        lambda: BudgetConfig(
+            max_gpu_hours=max_gpu_hours,
+            max_cost=max_cost,
+            prices=prices,
+            rates=rates,
+            when_over="take_what_fits" if take_what_fits else "refuse",
+        )
     )
     run_reconstruction(source, output, config, budget)
 
@@ -364,11 +373,14 @@ def read_settings(plan: Any, infer: Any, focal_px: float | None, fuse: Any) -> A
         ReconstructionConfig,
     )
 
+    def named(part: Any, values: Sequence[Any]) -> Any:  # or what is wrong with one has no name
+        return part(**{f.name: value for f, value in zip(fields(part), values, strict=False)})
+
     return ReconstructionConfig(
-        plan=PlanConfig(*plan),
-        infer=InferConfig(*infer),
-        align=AlignConfig(focal_px),
-        fuse=FuseConfig(*fuse),
+        plan=named(PlanConfig, plan),
+        infer=named(InferConfig, infer),
+        align=AlignConfig(focal_px=focal_px),
+        fuse=named(FuseConfig, fuse),
     )
 
 
@@ -401,7 +413,7 @@ def plan(
     rates: RatesFile = None,
     device_kind: Annotated[
         str | None,
-        typer.Option(help="Predict for this device, as ledgers name it [default: most drives']."),
+        typer.Option(help="Predict for this device, as ledgers name it \\[default: most drives']."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -490,15 +502,20 @@ def _gb(usage: Usage) -> float | None:
 
 def run_reconstruction(source: str, output: str, config: Any, budget: Any) -> None:
     """Run the flow that fits the input, show its progress, print what came out."""
-    from flows.prefect_home import unwatched, use_home
+    from flows.prefect_home import shelter_server, unwatched, use_home
     from flows.progress import progress_of
     from flows.reconstruct_drive import check_config, store_url
     from storage.video import is_collection, list_drives
+    from tasks.prices import read_prices
     from tasks.probe import may_take_over
     from tasks.retries import retried
 
+    refuse_store(output)
+    if budget.prices:
+        read_prices(budget.prices)
     if os.environ.get("PREFECT_HOME") == str(prefect_cache()):
         use_home(prefect_cache())
+    shelter_server()
     check_config(config)
     drives = retried(list_drives)(source, output, may_take_over)
     progress = progress_of([store_url(output, drive.name) for drive in drives])
@@ -520,6 +537,17 @@ def run_reconstruction(source: str, output: str, config: Any, budget: Any) -> No
     left = sum(outcome["left"] for outcome in outcomes)
     if left:
         fail(f"{left} of {len(outcomes)} drives are left for the next run", INCOMPLETE)
+
+
+def refuse_store(output: str) -> None:
+    """ValueError where an output is a drive's reconstruction, which would hold another one."""
+    from storage.reconstruction import ReconstructionStore, StoreError
+
+    with suppress(StoreError):
+        ReconstructionStore.attributes_at(output)
+        raise ValueError(
+            f"--output {output} is a reconstruction itself; give the folder that holds it"
+        )
 
 
 def run_drive(drive: DriveLocation, output: str, config: Any, budget: Any) -> dict[str, Any]:
@@ -685,12 +713,12 @@ def export(
     to: Annotated[
         str | None,
         typer.Option(
-            help="File or URL to write [default: <drive>.<ending> here].",
+            help="File or URL to write \\[default: <drive>.<ending> here].",
             callback=without_credentials,
         ),
     ] = None,
     part: Annotated[
-        int | None, typer.Option(help="Trajectory part [default: the longest].")
+        int | None, typer.Option(help="Trajectory part \\[default: the longest].")
     ] = None,
 ) -> None:
     """Write the trajectory (tum, kitti) or the mesh (ply, glb) to a file."""
@@ -718,8 +746,7 @@ def report(
 
     store = ReconstructionStore.open(url)
     with store.claim("drive"):
-        store.drop_commits("report")
-        report_stage.fn(url, recording)
+        report_stage.fn(url, recording, anew=True)
     if recording is None:
         say(NO_FRAMES, err=True)
     say(store.file_url("report/report.html"))
@@ -805,7 +832,7 @@ def serve(
     prefect deployment run 'reconstruct-drive/local' --param location=... --param output=...
     """
     if cron is not None and (collection is None or output is None):
-        raise click.UsageError("--cron needs --collection and --output: its runs have no other")
+        raise ValueError("--cron needs --collection and --output: its runs have no other")
     os.environ.setdefault("PREFECT_API_URL", "http://127.0.0.1:4200/api")
     os.environ["PREFECT_LOGGING_LEVEL"] = "INFO"  # runs log to the server
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "flows,tasks,storage,ttt3r")
@@ -918,12 +945,14 @@ def weights_fetch(
 def weights_import(
     checkpoint: Annotated[Path, typer.Argument(help="A released checkpoint (*.pth).")],
     to: Annotated[
-        Path | None, typer.Option(help="File to write [default: beside it, .safetensors].")
+        Path | None, typer.Option(help="File to write \\[default: beside it, .safetensors].")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name to record [default: the file's].")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name to record \\[default: the file's].")
+    ] = None,
     licence: Annotated[str, typer.Option(help="Licence to record.")] = "CC BY-NC-SA 4.0",
     image_size: Annotated[
-        int | None, typer.Option(help="Long side, pixels [default: by the head, 512 or 224].")
+        int | None, typer.Option(help="Long side, pixels \\[default: by the head, 512 or 224].")
     ] = None,
     heads: Annotated[
         tuple[int, int, int],

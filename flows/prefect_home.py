@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 MOST_BYTES = 500_000_000  # of the database; a drive takes some 0.4 MB
 LOCK = "ttt3r.lock"  # held, shared, by every process whose server uses the folder
@@ -38,6 +41,18 @@ def use_home(home: Path, most_bytes: int = MOST_BYTES) -> int:
                 file.unlink()
     fcntl.flock(lock, fcntl.LOCK_SH)
     return lock
+
+
+def shelter_server() -> None:
+    """Let a server that Prefect starts for this process be in a process group of its own.
+
+    Ctrl-C in a terminal reaches the whole group of a command. The server would end at once, and
+    the flow, which has to tell it that it was interrupted, would wait a minute for it.
+    """
+    from prefect.server.api import server
+
+    apart = {"Popen": partial(subprocess.Popen, process_group=0)}
+    vars(server)["subprocess"] = SimpleNamespace(**(vars(subprocess) | apart))
 
 
 @contextmanager

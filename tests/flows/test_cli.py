@@ -158,12 +158,58 @@ def test_wrong_settings_are_one_line_errors_before_anything_is_computed(run, tmp
         ("--weights", "untrained", "--rule", "magic"): "magic",
         ("--weights", "untrained", "--device", "cuda"): "GPU",
         ("--weights", "untrained", "--segment-frames", "8", "--overlap-frames", "6"): "half",
-        ("--weights", "untrained", "--focal-px", "-3"): "greater than 0",
+        ("--weights", "untrained", "--focal-px", "-3"): "focal_px: Input should be greater than 0",
+        ("--weights", "untrained", "--voxel-m", "0"): "voxel_m: Input should be greater than 0",
+        ("--weights", "untrained", "--device", "gpu"): "device is 'gpu'; expected auto, cpu",
+        ("--weights", "untrained", "--overlap-frames", "1000"): "overlap_frames is 1000 of",
+        ("--weights", "untrained", "--lanes", "0"): "'--lanes': Input should be greater than",
+        ("--weights", "untrained", "--prices", "no.toml"): "no.toml",
+        ("--wibble",): "No such option: --wibble",
     }
     for options, word in wrong.items():
         code, _, err = run("reconstruct", video, "--output", tmp_path / "o", *options)
         assert_one_line(code, err, word)
     assert not (tmp_path / "o").exists()
+
+
+def test_a_call_that_cannot_be_read_is_a_one_line_error(run):
+    for command, said in {
+        ("wibble",): "No such command 'wibble'",
+        ("reconstruct", "x"): "Missing option '--output'",
+        ("export", "x", "--format", "xyz"): "'--format': 'xyz' is not one of 'tum'",
+    }.items():
+        code, _, err = run(*command)
+        assert_one_line(code, err, said)
+
+
+def test_interruption_is_said_and_has_its_exit_code(run, monkeypatch):
+    def interrupted(location: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tasks.probe.probe_until_stopped", interrupted)
+    code, _, err = run("probe", "x")
+    assert (code, len(err.splitlines())) == (130, 1)
+    assert "interrupted; run the same command again" in err
+
+
+def test_help_says_what_options_are_by_default(run):
+    _, out, _ = run("reconstruct", "--help")
+    said = " ".join(out.replace("│", " ").split())
+    for default in ("[default: compact]", "[default: a quarter]", "[default: from the depth]"):
+        assert default in said
+
+
+def test_output_that_is_a_reconstruction_is_refused(run, store, tmp_path):
+    video = write_video(tmp_path / "v.mp4", moving_squares(4))
+    code, _, err = run("reconstruct", video, "--output", store, "--weights", "untrained")
+    assert_one_line(code, err, "is a reconstruction itself; give the folder that holds it")
+
+
+def test_report_of_a_recording_that_is_not_there_leaves_the_one_before(run, store, tmp_path):
+    before = ReconstructionStore.open(store).read_commit("report")
+    code, _, err = run("report", store, "--recording", tmp_path / "no.mp4")
+    assert_one_line(code, err, "no.mp4")
+    assert ReconstructionStore.open(store).read_commit("report") == before
 
 
 def test_a_schedule_that_cannot_work_is_refused_before_anything_is_served(run):

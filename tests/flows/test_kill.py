@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -70,6 +71,39 @@ def test_sigterm_commits_the_chunk_in_progress_and_the_run_goes_on_from_there(tm
     assert start(video, tmp_path / "out").wait() == 0
     resumed = chunk_commits(url)
     assert {name: resumed[name] for name in kept} == kept
+
+
+def test_ctrl_c_in_a_terminal_ends_in_order_and_leaves_no_server(tmp_path):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(480))
+    url = tmp_path / "out" / "squares.zarr"
+    environment = {n: v for n, v in os.environ.items() if n != "PREFECT_API_URL"}
+    environment["PREFECT_HOME"] = str(tmp_path / "home")
+    command = [sys.executable, "-m", "flows.cli", "reconstruct", str(video), "--output"]
+    running = subprocess.Popen(
+        [*command, str(tmp_path / "out"), *ARGUMENTS],
+        env=environment,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        while len(chunk_commits(url)) < 4 and running.poll() is None:
+            time.sleep(0.01)
+        os.killpg(running.pid, signal.SIGINT)
+        _, said = running.communicate(timeout=45)  # 72 s where the server is gone at once
+    finally:
+        running.kill()
+    assert running.returncode == 130, said
+    assert b"interrupted; run the same command again" in said
+    assert sessions().count(running.pid) == 0
+
+
+def sessions() -> list[int]:
+    """Sessions that all processes belong to."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found.append(int(stat.read_text().rpartition(")")[2].split()[3]))
+    return found
 
 
 def test_sigterm_to_a_pod_commits_the_chunk_in_progress_and_schedules_the_run_again(tmp_path):
