@@ -79,12 +79,15 @@ def test_ctrl_c_in_a_terminal_ends_in_order_and_leaves_no_server(tmp_path):
     environment = {n: v for n, v in os.environ.items() if n != "PREFECT_API_URL"}
     environment["PREFECT_HOME"] = str(tmp_path / "home")
     command = [sys.executable, "-m", "flows.cli", "reconstruct", str(video), "--output"]
+    # What is started in the background ignores Ctrl-C, and so would the run.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     running = subprocess.Popen(
         [*command, str(tmp_path / "out"), *ARGUMENTS],
         env=environment,
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+    signal.signal(signal.SIGINT, before)
     try:
         while len(chunk_commits(url)) < 4 and running.poll() is None:
             time.sleep(0.01)
