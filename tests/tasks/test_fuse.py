@@ -118,7 +118,7 @@ def test_frames_from_where_the_one_before_was_are_not_fused(aligned):
     every = replace(CONFIG, view_change=0.0)
     plan_tiles_stage.fn(aligned.url, every)
     assert frames_fused(store) == 40
-    # The median depth is some 4 m: a view each two metres or so, of frames 0.15 m apart.
+    # Half of the median depth is many times the 0.15 m from frame to frame.
     seldom = replace(CONFIG, view_change=0.5)
     assert plan_tiles_stage.fn(aligned.url, seldom) == 1
     assert 3 <= frames_fused(store) <= 6
