@@ -21,6 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +33,7 @@ from storage.objects import Folder, check_name, in_parallel, is_name, redacted
 RENEW_S = 15.0
 LEASE_S = 90.0
 WATCH_S = 1.0  # between two looks at claims of other machines
+LOOKS = 5  # at a claim that is listed and not there
 LAST_NUMBER = 999_999  # that the name of an object holds
 
 log = logging.getLogger(__name__)
@@ -198,7 +200,8 @@ class Claim:
         return f"{self._prefix}/{number:06d}.json"
 
     def _numbers(self) -> list[int]:
-        names = (n.rpartition("/")[2] for n in self._folder.sizes(self._prefix))
+        # Below the claim on "tiles" there are those on "tiles/0000".
+        names = (n.removeprefix(f"{self._prefix}/") for n in self._folder.sizes(self._prefix))
         return sorted(int(n[:6]) for n in names if re.fullmatch(r"[0-9]{6}\.json", n))
 
     def _record(self, numbers: list[int]) -> dict[str, Any] | None:
@@ -206,12 +209,17 @@ class Claim:
         return _parsed(self._folder.read(self._object_of(numbers[-1])))
 
     def _look(self) -> tuple[list[int], dict[str, Any]]:
-        """Numbers of the claims that are there, and the record of the newest."""
-        while numbers := self._numbers():
-            found = self._record(numbers)
+        """Numbers of the claims that are there, and the record of the newest.
+
+        One that is listed time and again and cannot be read is of an unknown holder.
+        """
+        for _ in range(LOOKS):
+            numbers = self._numbers()
+            found = self._record(numbers) if numbers else {}
             if found is not None:
                 return numbers, found
-        return [], {}
+            time.sleep(WATCH_S / LOOKS)
+        return numbers, {}
 
     def _is_overtaken(self, numbers: list[int], found: dict[str, Any], number: int) -> bool:
         """Whether it was taken, and perhaps given up, between the look at it and `number`."""
@@ -291,10 +299,18 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process started, in ticks since boot; None where it is gone or only a zombie."""
+    """When a process started, in ticks since boot; None where it is gone or only a zombie.
+
+    Raises:
+        PermissionError: it is another user's, which this machine does not show.
+    """
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+    except FileNotFoundError:  # also where /proc hides it (hidepid)
+        with suppress(ProcessLookupError, OverflowError):
+            os.kill(pid, 0)
+        return None
+    except ProcessLookupError:  # it ended while it was read
         return None
     fields = status.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else fields[19]
@@ -305,9 +321,11 @@ def _is_alive(record: dict[str, Any]) -> bool | None:
     machine, pid, started = (record.get(name) for name in ("machine", "pid", "started"))
     if not machine or machine != _machine() or type(pid) is not int:
         return None
-    if pid == os.getpid() and started == _start_of(pid):
-        return str(record.get("token")) in _held
-    return started is not None and _start_of(pid) == started
+    try:
+        is_there = started is not None and _start_of(pid) == started
+    except PermissionError:
+        return None
+    return is_there and (pid != os.getpid() or str(record.get("token")) in _held)
 
 
 def _deaths_in(record: dict[str, Any]) -> int:

@@ -198,6 +198,26 @@ def test_object_that_is_not_named_like_a_claim_is_none(store, name):
     assert store.repair() == []
 
 
+def test_claim_below_another_is_no_claim_on_that(store, monkeypatch):
+    monkeypatch.setattr(claims, "WATCH_S", 0.1)
+    open_folder(store.url).write("claims/tiles/0000/000007.json", b"{}")
+    with store.claim("tiles") as claim:
+        assert claim.deaths == 0
+        claim.check()
+    assert open_folder(store.url).sizes("claims/tiles").keys() == {"claims/tiles/0000/000007.json"}
+
+
+def test_claim_that_is_listed_and_cannot_be_read_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "LEASE_S", 1.0)
+    monkeypatch.setattr(claims, "WATCH_S", 0.1)
+    store = ReconstructionStore.create(tmp_path / "drive.zarr", {})
+    link = tmp_path / "drive.zarr/claims/drive/000001.json"
+    link.parent.mkdir(parents=True)
+    link.symlink_to("gone")
+    with store.claim("drive"):
+        assert not link.is_symlink()
+
+
 def test_chunk_is_not_written_after_the_claim_on_its_segment_is_lost(store):
     store.create_segment(SEGMENT, 4, **SHAPE)
     chunk = SEGMENT.chunks(4)[0]
