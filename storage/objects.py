@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextvars
 import errno
+import hashlib
 import logging
 import os
+import re
 import reprlib
 import shutil
 import stat
@@ -42,6 +44,8 @@ NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRe
 LOST_CONNECTION = ("HTTPClientError", "ClientConnectionError", "ClientPayloadError")
 EXPIRED_CODES = ("ExpiredToken", "ExpiredTokenException", "RequestTimeTooSkewed")
 GONE_STATUSES, DENIED_STATUSES = (404, 410), (401, 403)  # of a web server
+NO_SPACE = "no space is left; make room and run again, what is finished is kept"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_CODES = ("XMinioStorageFull", "InsufficientStorage", "507")
 NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -51,6 +55,7 @@ S3_OPTIONS: dict[str, Any] = {"max_concurrency": 1}  # else s3fs asks for the si
 MOST_DOCUMENT_BYTES = 32 * 2**20  # of a JSON object; the plan of a day has up to 24 MiB
 MOST_NAME_BYTES, MOST_PART_BYTES = 800, 200  # what S3 and disks take, with room for our own
 MOST_FILE_BYTES = 2**32  # of a mesh or picture that is read into memory
+READ_BYTES = 8 * 2**20  # of a large object at a time
 WRITERS = 4  # objects that are written at the same time
 PUT_ATTEMPTS = 4
 PUT_PATIENCE = 4  # times the client's read timeout, for each attempt to put an object
@@ -104,12 +109,22 @@ def is_unfinished(name: str) -> bool:
 
 
 def open_folder(url: str) -> Folder:
-    """The folder at a local path or any fsspec URL; touches nothing yet."""
+    """The folder at a local path or any fsspec URL; touches nothing yet.
+
+    Raises:
+        ValueError: the URL chains file systems, or has an empty part.
+    """
     if "::" in url:
         raise ValueError(f"{redacted(url)} chains file systems with '::'; expected one plain URL")
     protocol, path = split_protocol(url)
     if protocol in (None, "file", "local"):
-        return LocalFolder(Path(path).expanduser(), url)
+        return LocalFolder(Path(fsspec.core.url_to_fs(url)[1]), url)
+    if "//" in path.strip("/"):
+        single = redacted(url.replace(path, re.sub("/+", "/", path)))
+        raise ValueError(
+            f"{redacted(url)} has an empty part, which some servers never list; did you mean "
+            f"{single}?"
+        )
     return RemoteFolder(url)
 
 
@@ -197,6 +212,10 @@ class Folder(ABC):
     @abstractmethod
     def download(self, name: str, target: Path) -> None:
         """Copy the object to a local file; FileNotFoundError where there is none."""
+
+    @abstractmethod
+    def sha256(self, name: str) -> str | None:
+        """Digest of an object of any size, in hexadecimal; None where there is none."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
@@ -346,10 +365,19 @@ class LocalFolder(Folder):
         _fsync(target.parent)
 
     def download(self, name: str, target: Path) -> None:
+        with explaining(self.url, FileNotFoundError), _filling(target):
+            try:
+                shutil.copyfile(_own_file(self.root, name), target)
+            except (NotADirectoryError, IsADirectoryError, shutil.SpecialFileError) as error:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from error
+
+    @explained
+    def sha256(self, name: str) -> str | None:
         try:
-            shutil.copyfile(_own_file(self.root, name), target)
-        except (NotADirectoryError, IsADirectoryError, shutil.SpecialFileError) as error:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from error
+            with _own_file(self.root, name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except NO_FILE:
+            return None
 
     @explained
     def delete(self, name: str) -> None:
@@ -547,8 +575,19 @@ class RemoteFolder(Folder):
         put(*arguments, **options)
 
     def download(self, name: str, target: Path) -> None:
-        with explaining(self.url, FileNotFoundError):
+        with explaining(self.url, FileNotFoundError), _filling(target):
             self.filesystem.get_file(self._path(name), str(target))
+
+    @explained
+    def sha256(self, name: str) -> str | None:
+        digest, path = hashlib.sha256(), self._path(name)
+        try:
+            with self.filesystem.open(path, block_size=READ_BYTES, cache_type="readahead") as file:
+                while part := file.read(READ_BYTES):
+                    digest.update(part)
+        except FileNotFoundError:
+            return None
+        return digest.hexdigest()
 
     @explained
     def delete(self, name: str) -> None:
@@ -588,6 +627,17 @@ class RemoteFolder(Folder):
 
     def zarr_store(self) -> Store:
         return FsspecStore.from_url(self.url, storage_options=dict(self._options))
+
+
+@contextmanager
+def _filling(target: Path) -> Iterator[None]:
+    """Say of a full disk that it is that of the local file, not of the folder copied from."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise StoreUnavailable(f"{target.parent}: {NO_SPACE}") from error
 
 
 def explain(error: Exception, url: str) -> StoreUnavailable | None:
@@ -655,7 +705,7 @@ def _reason(error: Exception) -> str | None:
     if is_expired(error):
         return "the credentials have expired; renew them and run again, what is finished is kept"
     if _is_full(error):
-        return "no space is left; make room and run again, what is finished is kept"
+        return NO_SPACE
     if isinstance(error, PermissionError):
         return "access denied; check the permissions, or the credentials and their rights"
     if isinstance(error, FileNotFoundError):
@@ -671,7 +721,7 @@ def _is_empty(found: Any) -> bool:
 
 
 def _is_full(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return True
     return _code(error) in FULL_CODES
 

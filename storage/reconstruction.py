@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import threading
 import time
 import uuid
@@ -1059,12 +1058,10 @@ class ReconstructionStore:
         return broken if broken and self._sound_layout(index) == found else []
 
     def _stored_file_digest(self, name: str) -> str | None:
-        """Through a local copy: a mesh may be larger than memory."""
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                return _file_digest(self.local_copy(name, folder))
-            except (FileNotFoundError, DataDamaged):
-                return None
+        try:
+            return self._folder.sha256(name)
+        except DataDamaged:
+            return None
 
     def _stored_digest(self, path: str, record: dict[str, Any], chunk: int | None) -> str | None:
         try:

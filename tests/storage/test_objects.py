@@ -1,7 +1,9 @@
 """Folders of objects: the same promises on a local disk and on a real S3 server."""
 
 import errno
+import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,34 @@ def test_many_objects_are_created_but_for_those_that_are_there(bracketed):
     objects = {"a/b": b"mine", "a/c": b"same", "a/d/e": b"", "f": b"4" * 100_000}
     assert bracketed.create_many(objects) == ["a/b"]
     assert bracketed.read_many(objects) == objects | {"a/b": b"theirs"}
+
+
+def test_digest_of_an_object_is_that_of_its_content(bracketed):
+    content = os.urandom(20 * 2**20)
+    bracketed.write("a/b", content)
+    assert bracketed.sha256("a/b") == hashlib.sha256(content).hexdigest()
+    assert bracketed.sha256("a/c") is None
+
+
+def test_disk_that_is_full_while_an_object_is_copied_to_it_is_named(tmp_path, monkeypatch):
+    def copy(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = open_folder(str(tmp_path / "drive.zarr"))
+    folder.write("a", b"1")
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    with pytest.raises(StoreUnavailable, match=rf"^{tmp_path}/small: no space is left"):
+        folder.download("a", tmp_path / "small/a")
+
+
+def test_local_url_is_the_folder_that_it_names(tmp_path):
+    for url in (f"file://{tmp_path}/a", f"file:{tmp_path}/a", f"local://{tmp_path}/a"):
+        open_folder(url).write("b", url.encode())
+        assert (tmp_path / "a/b").read_text() == url
+
+
+@pytest.mark.parametrize("url", ["s3://bucket//out", "s3://bucket/logs//out/drive.zarr"])
+def test_url_with_an_empty_part_is_refused_with_the_one_that_was_meant(url):
+    meant = url.replace("//out", "/out")
+    with pytest.raises(ValueError, match=rf"{url} has an empty part.*did you mean {meant}\?"):
+        open_folder(url)
