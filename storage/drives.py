@@ -39,6 +39,7 @@ from storage.media import (
     natural_key,
     pass_over,
     qualified,
+    url_path,
 )
 from storage.objects import REMOTE_OPTIONS, explaining, is_expired
 from storage.reconstruction import ReconstructionStore
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 
 DEEPEST = 8  # folders below the collection that are looked into
 LONGEST_NAME = 120  # characters
+MOST_NAME_BYTES = 200  # a file system takes 255, with what we append
 LOOKERS = 32  # threads that look whose a name is
 
 TakesOver = Callable[[str, str], bool]  # of a store's URL and a drive's location
@@ -320,7 +322,7 @@ def _whole(location: str) -> str:
 
 def _parts(location: str) -> list[str]:
     """Folders and name, the suffix of a video file left out."""
-    path = urlsplit(location).path if "://" in location else url_to_fs(location)[1]
+    path = url_path(location) if "://" in location else url_to_fs(location)[1]
     netloc = urlsplit(location).hostname or "" if "://" in location else ""
     parts = [part for part in (netloc, *path.split("/")) if part] or ["drive"]
     last = PurePosixPath(parts[-1])
@@ -331,5 +333,5 @@ def _parts(location: str) -> list[str]:
 
 def _safe(name: str) -> str:
     """A name that any file system and object store takes."""
-    plain = re.sub(r"[^\w.\-]+", "_", name).strip("._-")
-    return plain[:LONGEST_NAME] or "drive"
+    plain = re.sub(r"[^\w.\-]+", "_", name).strip("._-")[:LONGEST_NAME]
+    return plain.encode()[:MOST_NAME_BYTES].decode(errors="ignore") or "drive"

@@ -75,10 +75,20 @@ class Step(NamedTuple):
     error: str | None
 
 
+def url_path(location: str) -> str:
+    """Path of a URL without its server; a web address has a query too, elsewhere "?" is a letter.
+
+    A location without a scheme is a path already.
+    """
+    if location.startswith(("http://", "https://")):
+        return urlsplit(location).path
+    _, scheme, rest = location.partition("://")
+    return f"/{rest.partition('/')[2]}" if scheme else location
+
+
 def file_name(location: str) -> str:
     """Last part of a path or URL, without a query."""
-    path = urlsplit(location).path if "://" in location else location
-    return PurePosixPath(path.rstrip("/")).name
+    return PurePosixPath(url_path(location).rstrip("/")).name
 
 
 def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:

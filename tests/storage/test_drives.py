@@ -219,6 +219,8 @@ def test_a_store_that_cannot_be_read_stops_no_listing(tmp_path):
         ("https://host/v/clip.mp4?token=abc/../x", "clip"),
         ("/data/...", "drive"),
         ("/data/Fahrt_ü.mov", "Fahrt_ü"),
+        ("s3://bucket/run #1/a?b.mp4", "a_b"),
+        (f"/data/{'走' * 100}.mp4", "走" * 66),
     ],
 )
 def test_drive_names_are_safe_as_file_names(location, name):
@@ -233,6 +235,14 @@ def test_remote_collections_are_listed(tmp_path):
     assert [d.name for d in drives] == ["one", "two"]
     assert all(fsspec.open(f"{d.location}").fs.isdir(d.location) for d in drives)
     assert [d.name for d in list_drives("memory://drive-tests/*/*.mp4")] == ["a", "b"]
+
+
+def test_number_signs_and_question_marks_are_letters_of_a_remote_name(seaweed, tmp_path):
+    logs = f"{seaweed.url}/{tmp_path.name}"
+    for name in ("run #1/a#b.mp4", "run #1/a?c.mp4", "run 2?/d.mp4", "e#.zarr/f.mp4"):
+        seaweed.filesystem().pipe_file(f"{logs}/{name}", b"a video")
+    assert {d.name for d in list_drives(logs)} == {"run_1", "run_2"}
+    assert [d.name for d in list_drives(f"{logs}/run #1/*")] == ["a_b", "a_c"]
 
 
 def test_nothing_found_says_what_was_looked_for(tmp_path):
