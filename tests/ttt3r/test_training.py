@@ -27,6 +27,7 @@ from ttt3r.training.losses import (
     FAR,
     LossWeights,
     Targets,
+    depth_loss,
     gate_loss,
     neighbour_motion,
     point_loss,
@@ -99,6 +100,28 @@ def test_point_loss_wants_the_sky_far_and_without_confidence():
     assert plain == pytest.approx(0.5 * 45.5 / 91, abs=1e-3)
     sure = float(point_loss(points, torch.tensor([1.0, 3.0]), truth, valid))
     assert sure == pytest.approx(plain + 0.5 * math.log(3), abs=1e-3)
+
+
+def test_depth_loss_is_of_the_depth_within_a_sequence_and_a_fifth_of_its_scale():
+    targets = two_frame_targets()
+    truth, valid = targets.pointmap_cam, targets.valid
+    assert float(depth_loss(truth, truth, valid)) < 1e-4
+    assert float(depth_loss(2 * truth, truth, valid)) == pytest.approx(0.2 * math.log(2), abs=1e-3)
+    uneven = truth.clone()
+    uneven[:, 1] *= 2  # one frame of two: half of log(2) off the mean, everywhere
+    within = math.log(2) / 2
+    assert float(depth_loss(uneven, truth, valid)) == pytest.approx(1.2 * within, abs=1e-3)
+
+
+def test_depth_loss_sees_rays_of_another_lens_and_a_sky_that_is_near():
+    targets = two_frame_targets()
+    truth, valid = targets.pointmap_cam, targets.valid
+    wide = truth * torch.tensor([2.0, 2.0, 1.0])
+    wide = wide * (truth.norm(dim=-1) / wide.norm(dim=-1))[..., None]  # as far as before
+    angles = (wide - truth).norm(dim=-1) / truth.norm(dim=-1)
+    assert float(depth_loss(wide, truth, valid)) == pytest.approx(float(angles.mean()), abs=1e-3)
+    sky = torch.zeros_like(valid)
+    assert float(depth_loss(truth / 2, truth, sky)) == pytest.approx(0.1 * math.log(2), abs=1e-3)
 
 
 def test_pose_errors_are_relative_to_the_motion_of_their_sequence():
@@ -262,6 +285,15 @@ def test_stage_shares_its_steps_between_the_rules():
     rules = [replace(PAIRS, gated=0.25).rule(step) for step in range(8)]
     assert rules.count("ttt3r") == 2
     assert {PAIRS.rule(step) for step in range(8)} == {"cut3r"}
+
+
+def test_stage_shows_single_pictures_and_shares_the_other_steps_between_the_rules():
+    stage = replace(PAIRS, frames=(2, 4), lanes=8, rooms=1.0, stills=0.5, gated=0.5)
+    assert [stage.is_still(step) for step in range(4)] == [False, True, False, True]
+    assert {stage.rule(step) for step in (0, 4, 8)} == {"cut3r"}
+    assert {stage.rule(step) for step in (2, 6, 10)} == {"ttt3r"}
+    shapes = [draw_batch(step, stage, patch=8).images.shape[:2] for step in (1, 3)]
+    assert shapes == [(16, 1), (16, 1)]
 
 
 def test_supersampled_batches_show_the_same_scene_with_less_noise():
@@ -440,6 +472,23 @@ def test_training_validates_on_held_out_worlds(tmp_path):
     assert all(row["confidence"] >= 1 for row in found)
     assert all(row["abs_rel"] > 0 and 0 <= row["gate_median"] <= 1 for row in found)
     assert all(0 < row["rendering"] < 1 for row in rows if "loss" in row)
+
+
+def test_single_pictures_train_depth_and_no_motion(tmp_path):
+    stage = replace(PAIRS, stills=0.5, gated=0.5)
+    settings = replace(SETTINGS, curriculum=(stage,), loss=LossWeights(depth=5.0))
+    train(settings, tmp_path, device="cpu", stop_after=2)
+    first, second = (
+        json.loads(line)
+        for line in (tmp_path / "log.jsonl").read_text().splitlines()
+        if "loss" in json.loads(line)
+    )
+    assert (first["frames"], second["frames"]) == (2, 1)
+    assert {"depth", "rotation", "gate"} <= first.keys()
+    assert "depth" in second
+    assert "rotation" not in second
+    assert math.isfinite(second["loss"])
+    assert not second["skipped"]
 
 
 def test_motion_gain_tells_how_far_motions_are_understated():

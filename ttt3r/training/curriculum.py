@@ -40,15 +40,21 @@ class Stage:
     lesson_reach: int = 0  # pixels; above 0 there are lessons in matching, see `lesson`
     lesson_every: int = 1  # steps; the others are sequences
     supersample: int = 2  # squared rays a pixel: single rays make noise of tarmac and grass
-    gated: float = 0.0  # share of the steps under the rule ttt3r; the others are under cut3r
+    stills: float = 0.0  # share of the steps that see single pictures, each of another world
+    gated: float = 0.0  # share of the sequences' steps under the rule ttt3r; the others: cut3r
 
     def is_lesson(self, step: int) -> bool:
         """Whether `step` is a lesson in matching rather than rendered sequences."""
         return self.lesson_reach > 0 and step % self.lesson_every == 0
 
+    def is_still(self, step: int) -> bool:
+        """Whether `step` sees single pictures rather than sequences."""
+        return _is_of_share(step, self.stills)
+
     def rule(self, step: int) -> str:
         """The update rule of `step`."""
-        return "ttt3r" if int((step + 1) * self.gated) > int(step * self.gated) else "cut3r"
+        sequences = step - int(step * self.stills)  # steps before this one
+        return "ttt3r" if _is_of_share(sequences, self.gated) else "cut3r"
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,14 @@ CURRICULUM = (
     Stage(4000, (4, 8), 16, 80, 0.5, lesson_reach=8, lesson_every=8),
     Stage(2800, (4, 8), 16, 80, 0.35, lesson_reach=8, lesson_every=16),
 )
-# From trained weights, which match already: no lessons, and both update rules.
-REFINEMENT = (Stage(1, (8, 16), 8, 80, 0.5, (0.5, 1.5), (0.7, 2.5), gated=0.5),)
+# From trained weights, which match already: no lessons, and both update rules. Depth is learnt
+# from single pictures, of many more worlds, in which nothing drowns it.
+REFINEMENT = (Stage(1, (8, 16), 8, 80, 0.5, (0.5, 1.5), (0.7, 2.5), stills=0.5, gated=0.5),)
+
+
+def _is_of_share(number: int, share: float) -> bool:
+    """Whether the `number`-th of many is of the evenly spread `share` of them."""
+    return int((number + 1) * share) > int(number * share)
 
 
 def stage_at(step: int, curriculum: tuple[Stage, ...]) -> Stage:
@@ -102,6 +114,8 @@ def draw_batch(
 ) -> Batch:
     """Render the batch of `step`: equal arguments, equal batch, on the same kind of device.
 
+    Single pictures are as many as the shortest sequences have frames.
+
     Every rendered sequence is used twice, the second time mirrored, and in rooms also
     backwards: rendering is dear, and this costs nothing.
 
@@ -114,7 +128,7 @@ def draw_batch(
         device: where to render.
     """
     rng = random.Random(seed * 1_000_003 + step)
-    frames = rng.choice(stage.frames)
+    frames = 1 if stage.is_still(step) else rng.choice(stage.frames)
     aspect = rng.choices([a for a, _ in stage.aspects], [w for _, w in stage.aspects])[0]
     height, width = fit_sides(aspect, stage.long_side, patch)
     lanes = max(1, stage.lanes * min(stage.frames) // frames // share[1] // 2) * 2

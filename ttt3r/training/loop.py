@@ -259,6 +259,8 @@ class _Run:
 
     def _loss(self, drawn: _Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.settings.loss
+        if drawn.images.shape[1] == 1:
+            weights = weights.of_stills
         outputs = frozenset({"trace"}) if drawn.is_lesson else weights.outputs
         with self._precision():
             found, _ = self.model.run(drawn.images, rule=drawn.rule, outputs=outputs)
@@ -293,7 +295,7 @@ class _Run:
         stage = stage_at(self.step - 1, self.settings.curriculum)
         height, width = fit_sides(16 / 9, stage.long_side, self.settings.model.patch_size)
         longest = max(stage.frames)
-        count = max(2, 64 // longest)
+        count = max(16, 64 // longest)
         return [
             {"step": self.step, "validation": world, "rule": rule, "frames": longest}
             | {"seen": self.frames}

@@ -1,4 +1,4 @@
-"""What the network is punished for: points, confidence, camera poses, and its gate.
+"""What the network is punished for: points, depth, confidence, camera poses, and its gate.
 
 Errors are relative: points to their distance, translations and rotations to the motion of
 their sequence. A metre matters where the camera moved ten centimetres, not where it drove ten
@@ -20,6 +20,7 @@ _SKY_WEIGHT = 0.5  # of a sky pixel against one of the scene
 _NEAR_DISTANCE = 1.0  # metres added to a distance before an error is divided by it
 _LEAST_STEP = 0.02  # share of the scene's mean distance that is added to a motion, likewise
 _LEAST_TURN = 0.02  # radians
+_SCALE_SHARE = 0.2  # of the error of a sequence's scale against that of the depth within it
 _CONFIDENCE_PRICE = 0.4  # the relative error at which confidence is none, that is 1
 _WORST = 20.0  # relative errors above are clipped: one bad sequence must not rule a batch
 
@@ -63,6 +64,7 @@ class LossWeights:
     """How the parts add up."""
 
     cam: float = 3.0
+    depth: float = 0.0  # see `depth_loss`: what the other parts leave of it is hardly learnt
     world: float = 1.0
     translation: float = 3.0
     rotation: float = 3.0
@@ -72,6 +74,19 @@ class LossWeights:
     gate: float = 0.02
     # Not a weight:
     gate_logit: float = -0.85  # sigmoid gives 0.3, the median published for the large weights
+
+    @property
+    def of_stills(self) -> LossWeights:
+        """Those of single pictures, which have no motion."""
+        return LossWeights(
+            cam=self.cam, depth=self.depth, world=0, translation=0, rotation=0, steps=0,
+            wide=0, shift=0, gate=0,
+        )  # fmt: skip
+
+    @property
+    def needs_poses(self) -> bool:
+        """Whether camera poses are learnt."""
+        return max(self.translation, self.rotation, self.steps, self.wide) > 0
 
     @property
     def needs_world(self) -> bool:
@@ -100,9 +115,12 @@ def total_loss(
         "cam": point_loss(
             found.pointmap_cam, found.confidence, targets.pointmap_cam, targets.valid
         ),
-        **_pose_parts(camera_pose_to_matrix(found.camera_pose), targets),
         "gate": gate_loss(found.trace.gate_logits, weights.gate_logit),
     }
+    if weights.depth > 0:
+        parts["depth"] = depth_loss(found.pointmap_cam, targets.pointmap_cam, targets.valid)
+    if weights.needs_poses:
+        parts |= _pose_parts(camera_pose_to_matrix(found.camera_pose), targets)
     if weights.needs_world:
         parts["world"] = point_loss(
             found.pointmap_world, found.confidence_world, targets.pointmap_world, targets.valid
@@ -144,6 +162,24 @@ def point_loss(
     each = confidence * error - _CONFIDENCE_PRICE * confidence.log()
     sky = _SKY_WEIGHT * (error + confidence.log())
     return torch.where(valid, each, sky).sum() / valid.sum().clamp(min=1)
+
+
+def depth_loss(points: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    """Error of the logarithm of distances without each sequence's scale, and of the rays.
+
+    A picture hardly shows its scale, and an error that holds for all pixels alike rules the
+    gradient of `point_loss` at every one of them. Here the scale counts for a fifth (after
+    Eigen, Puhrsch and Fergus 2014, with absolute instead of squared errors), and the angle of a
+    ray, that is the focal length, is told apart from the distance along it. Sky has to be far.
+    """
+    distance, true_distance = _norm(points), _norm(truth)
+    error = distance.log() - true_distance.log()
+    count = valid.sum(dim=(1, 2, 3)).clamp(min=1)
+    scale = (error * valid).sum(dim=(1, 2, 3)) / count
+    within = ((error - scale[:, None, None, None]).abs() * valid).sum(dim=(1, 2, 3)) / count
+    sky = _SKY_WEIGHT * (error.abs() * ~valid).mean()
+    rays = _norm(points / distance[..., None] - truth / true_distance[..., None])
+    return within.mean() + _SCALE_SHARE * (scale.abs().mean() + sky) + rays.mean()
 
 
 def shift_loss(found: Predictions, targets: Targets) -> Tensor:

@@ -13,7 +13,7 @@ from ttt3r.model import Model
 from ttt3r.synthetic import HELD_OUT_SEED, WorldName, render
 from ttt3r.training.curriculum import fit_sides
 
-_PARTS = ("turn", "cam", "world", "translation", "rotation", "steps")
+_PARTS = ("turn", "cam", "depth", "world", "translation", "rotation", "steps")
 _CHECKS = ("abs_rel", "moved", "turned", "step_moved", "gate_median")
 _FARTHEST = 40.0  # metres; the darkest colour of depth pictures
 

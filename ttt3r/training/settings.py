@@ -58,6 +58,7 @@ REFINE = TrainSettings(
     warm_up=50,
     cool_down=0.85,
     validate_every=400,
+    loss=LossWeights(cam=1, depth=5, translation=1.5, rotation=1.5, steps=1.5, wide=2.5),
 )
 
 

@@ -30,12 +30,12 @@ class Trial:
 def validate(model: Model, trial: Trial, rule: str = "cut3r") -> dict[str, float]:
     """Errors of `model` on `trial`; ratios of 1 mean no better than the guess named.
 
-    Keys: `abs_rel` of the depth, `point` (relative error), `moved` (error of all camera
-    positions over that of "has not moved"), `turned` (same for rotation), `step_moved` and
-    `step_turned` (same between neighbouring frames), `constant` (error of a step over that of
-    the best constant step), `turn_gain` and `move_gain` (how much of the true motion is said,
-    by least squares: below 1 understates), `confidence` (mean), `gate_median`, `gate_low`,
-    `gate_high` (deciles of the TTT3R rate).
+    Keys: `abs_rel` of the depth after one median scale a sequence, `point` (relative error),
+    `moved` (error of all camera positions over that of "has not moved"), `turned` (same for
+    rotation), `step_moved` and `step_turned` (same between neighbouring frames), `constant`
+    (error of a step over that of the best constant step), `turn_gain` and `move_gain` (how much
+    of the true motion is said, by least squares: below 1 understates), `confidence` (mean),
+    `gate_median`, `gate_low`, `gate_high` (deciles of the TTT3R rate).
     """
     seen = render(
         trial.world, range(_SEED, _SEED + trial.count), trial.frames, trial.height, trial.width,
@@ -62,7 +62,9 @@ def _measure(found: Predictions, truth: Targets) -> dict[str, Tensor]:
     position = true_steps[..., :3, 3]
     eye = torch.eye(3, device=T.device)
     return {
-        "abs_rel": ((depth - true_depth).abs() / true_depth)[truth.valid].mean(),
+        "abs_rel": torch.stack(
+            [_abs_rel(d[v], t[v]) for d, t, v in zip(depth, true_depth, truth.valid, strict=True)]
+        ).mean(),
         "point": relative[truth.valid].mean(),
         "confidence": found.confidence[truth.valid].mean(),
         "moved": _ratio(T[:, 1:], truth.T_seg_cam[:, 1:]),
@@ -77,6 +79,10 @@ def _measure(found: Predictions, truth: Targets) -> dict[str, Tensor]:
         "gate_median": deciles[1],
         "gate_high": deciles[2],
     }
+
+
+def _abs_rel(depth: Tensor, truth: Tensor) -> Tensor:
+    return (depth * (truth.median() / depth.median()) / truth - 1).abs().mean()
 
 
 def _ratio(T: Tensor, truth: Tensor) -> Tensor:
