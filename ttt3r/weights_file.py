@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -107,6 +108,9 @@ def save_weights(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         partial = Path(folder) / path.name
         save_file(tensors, partial, metadata=metadata)
+        plain = Path(folder) / "plain"
+        plain.touch()
+        shutil.copymode(plain, partial)  # safetensors makes files that nobody else may read
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)

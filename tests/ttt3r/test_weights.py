@@ -53,6 +53,13 @@ def test_save_weights_and_load_model_are_inverse(tmp_path, model):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["tiny.safetensors"]
 
 
+def test_weights_are_as_readable_as_any_file_that_is_made(tmp_path, model):
+    save_weights(tmp_path / "a.safetensors", model, INFO)
+    (tmp_path / "other").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "other"]
+
+
 def test_load_model_result_does_not_depend_on_the_length_of_the_notes(tmp_path, model):
     found = []
     for length in (0, 1, 13, 1000):
