@@ -23,7 +23,7 @@ from storage.records import Plan
 from storage.wording import reason_of
 from tasks import metrics
 from tasks.config import InferConfig
-from tasks.infer import infer_stage, unfinished_segments
+from tasks.infer import infer_stage, resolve_device, unfinished_segments
 from tasks.keys import drop_later, require_key
 from tasks.planned import aside_commit, read_aside, read_plan
 from tasks.retries import DRIVE_ERRORS
@@ -55,6 +55,11 @@ def infer_segments(
     for given in (url, config.weights):
         refuse_credentials(given)
     size = 1 if alone else config.segments_per_task
+    if config.device == "auto" and resolve_device(config) == "cpu":
+        log.warning(
+            "no GPU is found here, and this run infers on the CPU; with the device 'cuda' instead "
+            "of 'auto' it would fail"
+        )
     with told_when_left(), observed():
         for first in range(0, len(indices), size):
             group = indices[first : first + size]

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from uuid import UUID, uuid4
 
 import pytest
+import torch
 from prefect import flow, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.flow_engine import run_flow
@@ -268,3 +269,11 @@ def test_drive_whose_runs_are_all_lost_has_failed_unless_one_is_at_work(tmp_path
     assert [o["name"] for o in failed.value.outcomes if o["error"]] == ["busy", "idle"]
     assert "DriveLost: lost 7 times in a row" in progress(urls["idle"])["error"]
     assert progress(urls["busy"])["error"] is None
+
+
+def test_run_that_finds_no_gpu_says_that_it_goes_on_without(output, caplog):
+    url = f"{output}/drive.zarr"
+    for device, is_told in (("auto", not torch.cuda.is_available()), ("cpu", False)):
+        caplog.clear()
+        infer_segments.infer_segments(url, [], InferConfig(device=device))
+        assert ("this run infers on the CPU" in caplog.text) == is_told
