@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import av
 import decord
@@ -27,6 +28,8 @@ from storage.media import open_video, packets_from
 WINDOW_BYTES = 512 * 2**20  # RGB frames that decord may hold at once
 WINDOW_FRAMES = 32  # groups of packets are read together up to this many frames
 THREADS = 4
+FRAME_PERIOD = Fraction(1, 25)  # of a window's file, whatever the recording's times are
+ONE_TICK = {"video_track_timescale": str(1 / FRAME_PERIOD)}  # is a frame period
 
 decord.logging.set_level(decord.logging.QUIET)
 
@@ -37,7 +40,7 @@ class DecordFailure(Exception):
 
 @dataclass(frozen=True)
 class Window:
-    """Whole groups of packets as an MP4 file of their own."""
+    """Whole groups of packets as an MP4 file of their own, in which frames follow evenly."""
 
     data: bytes
     pts: NDArray[np.int64]  # [n] timestamps of its frames in the recording, ascending
@@ -112,14 +115,19 @@ def _are_equal(frame: NDArray[np.uint8], before: NDArray[np.uint8] | None) -> bo
 
 
 def _window(held: Sequence[Packet], stream: VideoStream) -> Window:
-    pts = np.sort(np.array([packet.pts for packet in held], np.int64))
+    pts = np.array([packet.pts for packet in held], np.int64)
+    # Timed by rank: decord's FFmpeg orders frames wrong where timestamps lie 2^28 ticks apart.
+    rank = np.argsort(np.argsort(pts, kind="stable"), kind="stable")
+    places = np.arange(len(held))
+    shown = rank + np.max(places - rank)  # none before it is decoded
     buffer = io.BytesIO()
     try:
-        with av.open(buffer, "w", format="mp4") as output:
+        with av.open(buffer, "w", format="mp4", options=ONE_TICK) as output:
             track = output.add_stream_from_template(stream)
-            for packet in held:
-                packet.stream = track
+            for packet, dts, at in zip(held, places.tolist(), shown.tolist(), strict=True):
+                packet.stream, packet.time_base = track, FRAME_PERIOD
+                packet.pts, packet.dts, packet.duration = at, dts, 1
                 output.mux(packet)
     except FFmpegError as error:
         raise DecordFailure(f"its packets do not fit into an MP4 file: {error.strerror}") from error
-    return Window(buffer.getvalue(), pts)
+    return Window(buffer.getvalue(), np.sort(pts))

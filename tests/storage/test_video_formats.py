@@ -20,6 +20,7 @@ from storage.video import UnreadableVideo, list_drives, probe_drive, probe_video
 
 OPEN_GOP = {"x264-params": "keyint=10:min-keyint=10:scenecut=0:bframes=2:open-gop=1"}
 X265 = {"x265-params": "keyint=10:min-keyint=10:scenecut=0:log-level=none"}
+LATE = {"x264-params": "keyint=60:bframes=16:b-adapt=0:b-pyramid=normal:ref=16:scenecut=0"}
 
 
 def numbers_of(location: Path | str, *wanted: int) -> list[int]:
@@ -73,6 +74,28 @@ def test_uneven_timestamps_are_kept(tmp_path):
     assert record.fps == pytest.approx(25)
     assert any("2 gaps" in problem for problem in record.problems)
     assert numbers_of(tmp_path / "a.mkv", 5, 8) == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("scale", "gap_s", "options"),
+    # A camera that waits for motion; and pictures shown long after they are decoded.
+    [(90_000, 3600, X264), (10**9, 0, LATE)],
+)
+def test_timestamps_far_apart_leave_frames_in_order(tmp_path, scale, gap_s, options):
+    path = tmp_path / "a.mp4"
+    ticks = [i + gap_s * 25 * (i > 30) for i in range(60)]
+    encode(
+        path,
+        range(60),
+        "libx264",
+        options,
+        ticks,
+        container_options={"video_track_timescale": f"{scale}"},
+    )
+    record, _ = probe_video(str(path))
+    assert (record.clips[0].backend, record.clips[0].time_base) == ("decord", f"1/{scale}")
+    assert numbers_of(path) == list(range(60))
+    assert numbers_of(path, 33, 58, 4) == list(range(33, 58, 4))
 
 
 def test_damage_in_the_middle_costs_only_what_it_hits(tmp_path):
