@@ -467,12 +467,12 @@ def _kind_of(head: bytes) -> str:
 
 def _has_box(file: IO[bytes], wanted: bytes) -> bool:
     """Whether an MP4 file holds the top-level box `wanted`."""
-    position = 0
+    position, end = 0, file.seek(0, os.SEEK_END)
     for _ in range(10_000):
+        if position > end - 8:  # or where no disk can look, by a size that makes no sense
+            return False
         file.seek(position)
         head = file.read(16)
-        if len(head) < 8:
-            return False
         size, kind = int.from_bytes(head[:4], "big"), head[4:8]
         if size == 1:
             size = int.from_bytes(head[8:16], "big")

@@ -1,6 +1,7 @@
 """Awkward recordings made here; each frame shows its own number, so a wrong one is seen."""
 
 import os
+import struct
 import threading
 import time
 from dataclasses import replace
@@ -169,6 +170,17 @@ def test_broken_clip_of_a_drive_is_left_out_and_breaks_it(tmp_path):
     assert "256 x 64" in reasons[3]
     assert set(table.clip.tolist()) == {0, 2}
     assert numbers_of(tmp_path) == list(range(24))
+
+
+@pytest.mark.parametrize("size", [2**62, 2**63, 2**64 - 1])
+def test_clip_whose_header_leads_far_beyond_its_end_costs_that_clip(tmp_path, size):
+    encode(tmp_path / "1.mp4", range(12))
+    head = struct.pack(">I4s4sI", 16, b"ftyp", b"isom", 0)
+    (tmp_path / "2.mp4").write_bytes(head + struct.pack(">I4sQ", 1, b"mdat", size) + bytes(64))
+    encode(tmp_path / "3.mp4", range(12, 24))
+    record, _ = probe_drive(str(tmp_path))
+    assert [clip.frames for clip in record.clips] == [12, 0, 12]
+    assert "moov" in record.clips[1].reason
 
 
 def test_drive_of_broken_clips_only_is_unreadable(tmp_path):
