@@ -40,6 +40,7 @@ from storage.media import (
     pass_over,
     qualified,
     url_path,
+    videos_among,
 )
 from storage.objects import REMOTE_OPTIONS, explaining, is_expired
 from storage.reconstruction import ReconstructionStore
@@ -75,6 +76,7 @@ def list_drives(
     - Any other folder: what its subfolders hold, at any depth up to 8; hidden ones and Zarr
       groups (results of earlier runs, whose reports hold pictures) are ignored.
     - A glob: what each match holds, by the rules above.
+    - Previews that cameras put beside their videos (.lrv) are no videos where there are others.
     - Links in a folder or glob that lead out of their own folder, names that are not UTF-8, and
       folders found that may not be read are passed over.
 
@@ -155,9 +157,8 @@ def drive_name(location: str) -> str:
 def drive_files(location: str) -> tuple[list[str], list[str]]:
     """(videos, images) directly in a folder, in natural name order."""
     files, _ = list_folder(location)
-    videos = [file for file in files if has_suffix(file, VIDEO_SUFFIXES)]
     images = [file for file in files if has_suffix(file, IMAGE_SUFFIXES)]
-    return videos, images
+    return videos_among(files), images
 
 
 def is_zarr(location: str) -> bool:
@@ -185,9 +186,9 @@ def _roots(collection: str) -> list[str]:
         if isinstance(fs, LocalFileSystem):
             matches = [m for m in matches if not is_passed_over(m)]
         roots = [qualified(fs, m) for m in matches if not file_name(m).startswith(".")]
-        is_folder = [fs.isdir(r) and not is_zarr(r) for r in roots]
-        kept = zip(roots, is_folder, strict=True)
-        return [root for root, folder in kept if folder or has_suffix(root, VIDEO_SUFFIXES)]
+        folders = {root for root in roots if fs.isdir(root) and not is_zarr(root)}
+        videos = set(videos_among(root for root in roots if root not in folders))
+        return [root for root in roots if root in folders or root in videos]
     return [collection] if is_there(fs, path) and not is_zarr(path) else []
 
 

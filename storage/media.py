@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import PurePosixPath
@@ -40,6 +40,7 @@ VIDEO_SUFFIXES = frozenset([
     ".mpg", ".mpeg", ".vob", ".wmv", ".asf", ".flv", ".ogv", ".mxf", ".insv", ".lrv", ".dav",
     ".mjpeg", ".mjpg", ".h264", ".264", ".h265", ".265", ".hevc",
 ])
+PREVIEW_SUFFIXES = frozenset([".lrv"])  # small copies that cameras put beside their videos
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"])
 # fmt: on
 LARGEST_SIDE = 16384  # pixels; beyond it a header is taken to be false
@@ -102,6 +103,12 @@ def has_suffix(location: str, suffixes: frozenset[str]) -> bool:
     """Whether the file name ends in one of `suffixes` and is not hidden."""
     name = file_name(location)
     return PurePosixPath(name).suffix.lower() in suffixes and not name.startswith(".")
+
+
+def videos_among(locations: Iterable[str]) -> list[str]:
+    """Those named like videos; previews only where there is nothing else."""
+    videos = [location for location in locations if has_suffix(location, VIDEO_SUFFIXES)]
+    return [v for v in videos if not has_suffix(v, PREVIEW_SUFFIXES)] or videos
 
 
 def list_folder(location: str) -> tuple[list[str], list[str]]:

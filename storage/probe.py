@@ -131,12 +131,12 @@ def _scan_clips(files: Sequence[str], progress: Progress | None) -> list[_ClipRe
 
 
 def _refuse_other_sizes(results: Sequence[_ClipResult]) -> None:
-    """Set aside clips whose size is not that of most frames."""
+    """Set aside clips whose size is not that of most frames; of equally many, of the largest."""
     frames: Counter[tuple[int, int]] = Counter()
     for result in results:
         if result.scan:
             frames[result.scan.width, result.scan.height] += result.scan.frames
-    width, height = frames.most_common(1)[0][0]
+    width, height = max(frames, key=lambda size: (frames[size], size[0] * size[1]))
     for result in results:
         scan = result.scan
         if scan and (scan.width, scan.height) != (width, height):

@@ -100,6 +100,16 @@ def test_globs_make_every_match_a_drive(tmp_path):
     assert is_collection(f"{tmp_path}/y/*.mp4")
 
 
+def test_previews_are_no_drives_where_there_are_other_videos(tmp_path):
+    touch(tmp_path, "go/GX01.MP4", "go/GL01.LRV", "go/more/GX02.MP4", "go/more/GL02.LRV")
+    assert found(tmp_path / "go", tmp_path) == {"GX01": "go/GX01.MP4", "more": "go/more"}
+    assert found(f"{tmp_path}/go/more/*", tmp_path) == {"GX02": "go/more/GX02.MP4"}
+    assert found(f"{tmp_path}/go/*.LRV", tmp_path) == {"GL01": "go/GL01.LRV"}
+    assert found(tmp_path / "go/GL01.LRV", tmp_path) == {"GL01": "go/GL01.LRV"}
+    touch(tmp_path, "left/GL03.LRV")
+    assert found(tmp_path / "left", tmp_path) == {"left": "left"}
+
+
 def test_brackets_in_a_file_name_are_not_a_glob(tmp_path):
     touch(tmp_path, "drive [1].mp4")
     assert found(tmp_path / "drive [1].mp4", tmp_path) == {"drive_1": "drive [1].mp4"}

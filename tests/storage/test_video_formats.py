@@ -172,6 +172,23 @@ def test_broken_clip_of_a_drive_is_left_out_and_breaks_it(tmp_path):
     assert numbers_of(tmp_path) == list(range(24))
 
 
+def test_previews_beside_clips_are_no_clips(tmp_path):
+    for clip in (1, 2):
+        encode(tmp_path / f"GX0{clip}.MP4", range(12), width=256, container="mp4")
+        encode(tmp_path / f"GL0{clip}.LRV", range(12), container="mp4")
+    record, _ = probe_drive(str(tmp_path))
+    assert [Path(clip.location).name for clip in record.clips] == ["GX01.MP4", "GX02.MP4"]
+    assert (record.frames, record.width) == (24, 256)
+    assert probe_drive(str(tmp_path / "GL01.LRV"))[0].width == 128
+
+
+def test_of_two_sizes_with_equally_many_frames_the_larger_counts(tmp_path):
+    encode(tmp_path / "1.mp4", range(12))
+    encode(tmp_path / "2.mp4", range(12), width=256)
+    record, _ = probe_drive(str(tmp_path))
+    assert [clip.frames for clip in record.clips] == [0, 12]
+
+
 @pytest.mark.parametrize("size", [2**62, 2**63, 2**64 - 1])
 def test_clip_whose_header_leads_far_beyond_its_end_costs_that_clip(tmp_path, size):
     encode(tmp_path / "1.mp4", range(12))
