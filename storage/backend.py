@@ -131,6 +131,7 @@ def _against_decord(scan: ClipScan) -> list[str]:
         (scan.codec not in DECORD_CODECS, f"decord is not trusted with {scan.codec}"),
         (scan.pixel_format not in DECORD_PIXELS, f"decord differs for {scan.pixel_format}"),
         (scan.turns, "it is rotated"),
+        (scan.is_mirrored, "it is mirrored"),
         (scan.interlaced, "it is interlaced"),
         (scan.width % 2 or scan.height % 2, "its size is odd"),
         (scan.odd_sizes, "its size changes"),

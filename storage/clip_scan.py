@@ -23,6 +23,7 @@ from storage.media import (
     Step,
     UnreadableVideo,
     decode_steps,
+    is_mirrored,
     open_video,
     quarter_turns,
     upright_size,
@@ -59,6 +60,7 @@ class ClipScan:
     width: int = 0  # pixels, after rotation
     height: int = 0
     turns: int = 0  # anticlockwise quarter turns applied
+    is_mirrored: bool = False  # upside down, before the turns
     time_base: Fraction = Fraction(1)
     nominal_rate: Fraction | None = None  # frames a second by the header
     pixel_aspect: Fraction | None = None
@@ -189,7 +191,8 @@ def _note_frame(
     size = upright_size(frame)
     if not scan.frames:
         scan.width, scan.height = size
-        scan.turns, scan.pixel_format = quarter_turns(frame), frame.format.name
+        scan.turns, scan.is_mirrored = quarter_turns(frame), is_mirrored(frame)
+        scan.pixel_format = frame.format.name
         scan.first_bits = max(c.bits for c in frame.format.components)
     if size != (scan.width, scan.height):
         scan.odd_sizes[size] += 1

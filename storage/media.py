@@ -336,16 +336,36 @@ class RgbConverter:
 
     def __init__(self, location: str) -> None:
         self._location, self._reformatter = location, VideoReformatter()
+        self._is_mirrored: bool | None = None  # of the first frame, as probing looks at
 
     def convert(self, frame: VideoFrame) -> NDArray[np.uint8]:
-        """uint8 [H, W, 3] with the recording's rotation applied."""
-        rgb = reformat(self._location, self._reformatter, frame, format="rgb24")
-        return np.ascontiguousarray(np.rot90(rgb.to_ndarray(), quarter_turns(frame)))
+        """uint8 [H, W, 3] with the recording's rotation, and mirroring, applied."""
+        if self._is_mirrored is None:
+            self._is_mirrored = is_mirrored(frame)
+        rgb = reformat(self._location, self._reformatter, frame, format="rgb24").to_ndarray()
+        picture = rgb[::-1] if self._is_mirrored else rgb
+        return np.ascontiguousarray(np.rot90(picture, quarter_turns(frame)))
 
 
 def quarter_turns(frame: VideoFrame) -> int:
-    """Anticlockwise quarter turns, 0 to 3, that put the frame upright."""
+    """Anticlockwise quarter turns, 0 to 3, that put the frame upright.
+
+    Where `is_mirrored`, after it was turned upside down as in a mirror.
+    """
     return round(frame.rotation / 90) % 4
+
+
+def is_mirrored(frame: VideoFrame) -> bool:
+    """Whether the recording asks to show its pictures as in a mirror.
+
+    PyAV keeps a frame that was asked until the garbage collector runs: ask one of a recording.
+    """
+    side_data: Any = frame.side_data  # of which PyAV's types know a part
+    matrix = side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    return bool(a * d < b * c)
 
 
 def upright_size(frame: VideoFrame) -> tuple[int, int]:

@@ -78,6 +78,34 @@ def test_uneven_timestamps_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("matrix", "shown"),  # (a, b, c, d): right goes to (a, b), down to (c, d)
+    [
+        ((1, 0, 0, 1), lambda stored: stored),
+        ((-1, 0, 0, 1), lambda stored: stored[:, ::-1]),
+        ((1, 0, 0, -1), lambda stored: stored[::-1]),
+        ((-1, 0, 0, -1), lambda stored: stored[::-1, ::-1]),
+        ((0, 1, 1, 0), lambda stored: stored.transpose(1, 0, 2)),
+        ((0, -1, -1, 0), lambda stored: stored[::-1, ::-1].transpose(1, 0, 2)),
+        ((0, 1, -1, 0), lambda stored: np.rot90(stored, -1)),
+    ],
+)
+def test_pictures_are_turned_and_mirrored_as_the_header_says(tmp_path, matrix, shown):
+    path = tmp_path / "a.mp4"
+    encode(path, [1] * 12)
+    whole = next(read_frames(*probe_video(str(path)), 0, 1))
+    data = bytearray(path.read_bytes())
+    a, b, c, d = (value << 16 for value in matrix)
+    start = data.index(b"tkhd") + 44
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    record, table = probe_video(str(path))
+    expected = shown(whole)
+    assert (record.height, record.width) == expected.shape[:2]
+    for frame in read_frames(record, table, 5, 7):
+        np.testing.assert_array_equal(frame, expected)
+
+
+@pytest.mark.parametrize(
     ("scale", "gap_s", "options"),
     # A camera that waits for motion; and pictures shown long after they are decoded.
     [(90_000, 3600, X264), (10**9, 0, LATE)],
