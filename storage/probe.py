@@ -38,6 +38,7 @@ from storage.objects import explaining
 from storage.records import (
     DUPLICATE,
     KEYFRAME,
+    MOST_FRAMES,
     Clip,
     DriveRecord,
     FrameTable,
@@ -58,6 +59,10 @@ class _ClipResult:
     error: str = ""
 
 
+class _TooManyFrames(UnreadableVideo):
+    """A drive has more frames than its store could hold."""
+
+
 def probe_video(location: str, progress: Progress | None = None) -> tuple[DriveRecord, FrameTable]:
     """What one video file holds, as a drive of a single clip.
 
@@ -66,7 +71,7 @@ def probe_video(location: str, progress: Progress | None = None) -> tuple[DriveR
         progress: called with the number of frames decoded so far.
 
     Raises:
-        UnreadableVideo: missing, not a video, or no frame decodes.
+        UnreadableVideo: missing, not a video, no frame decodes, or more than a drive may have.
         StoreUnavailable: the disk or server that holds it fails.
     """
     with explaining(location, FileNotFoundError):
@@ -82,7 +87,7 @@ def probe_drive(location: str, progress: Progress | None = None) -> tuple[DriveR
             clip is decoded twice, so the number may fall.
 
     Raises:
-        UnreadableVideo: nothing there, or nothing that decodes.
+        UnreadableVideo: nothing there, nothing that decodes, or more than a drive may have.
         StoreUnavailable: the disk or server that holds it fails.
     """
     with explaining(location, FileNotFoundError):
@@ -92,6 +97,8 @@ def probe_drive(location: str, progress: Progress | None = None) -> tuple[DriveR
         videos, images = drive_files(location)
         if videos:
             return _probe_clips(location, videos, progress)
+        if len(images) > MOST_FRAMES:
+            raise _too_many(location, len(images))
         if images:
             return _probe_images(location, progress)
     raise UnreadableVideo(
@@ -118,16 +125,36 @@ def _scan_clips(files: Sequence[str], progress: Progress | None) -> list[_ClipRe
     done = 0
     for file in files:
         result = _ClipResult(file, 0)
-        offset = done
-        report = (lambda n, offset=offset: progress(offset + n)) if progress else None
+        report = _bounded_progress(file, done, progress)
         try:
             result.size_bytes = size_of(file)
             result.scan = scan_clip(file, result.size_bytes, tail, report)
             tail, done = result.scan.tail, done + result.scan.frames
+        except _TooManyFrames:
+            raise
         except UnreadableVideo as error:
             result.error = str(error)
         results.append(result)
     return results
+
+
+def _bounded_progress(file: str, done: int, progress: Progress | None) -> Progress:
+    """Tells of the frames of a clip that follows `done` others; ends it where they are too many."""
+
+    def report(frames: int) -> None:
+        if done + frames > MOST_FRAMES:
+            raise _too_many(file, done + frames)
+        if progress:
+            progress(done + frames)
+
+    return report
+
+
+def _too_many(location: str, frames: int) -> _TooManyFrames:
+    return _TooManyFrames(
+        f"{location}: with it the drive has {frames} frames or more, and at most {MOST_FRAMES} "
+        "are read; cut the drive into several, each a folder of fewer files or a shorter video"
+    )
 
 
 def _refuse_other_sizes(results: Sequence[_ClipResult]) -> None:

@@ -301,7 +301,14 @@ class ReconstructionStore:
             clip: [N] position of the source clip in the drive record.
             index: [N] frame number in the clip.
             flags: [N] bits of KEYFRAME, DAMAGED and DUPLICATE of `storage.records`.
+
+        Raises:
+            ValueError: more frames than could be read back.
         """
+        if len(timestamp) > MOST_FRAMES:
+            raise ValueError(
+                f"{len(timestamp)} frames; a drive may have {MOST_FRAMES}: divide the recording"
+            )
         arrays = {"timestamp": timestamp, "clip": clip, "index": index, "flags": flags}
         self._write_whole("probe", layout.FRAMES, layout.FRAME_ARRAYS, arrays)
 

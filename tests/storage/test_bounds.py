@@ -19,7 +19,7 @@ from small_segment import SEGMENT, SHAPE, chunk_arrays
 
 from storage.errors import StoreError
 from storage.reconstruction import ChunkMissing, DataDamaged, NotAStore, ReconstructionStore
-from storage.records import Plan, Segment
+from storage.records import MOST_FRAMES, Plan, Segment
 
 FIRST = SEGMENT.chunks(8)[0]
 LARGE = 33 * 2**20
@@ -292,6 +292,13 @@ def test_plan_of_a_day_in_short_segments_can_be_read_again(store):
     store.update_attributes({"plan": Plan(frames, 16, segments).to_json()})
     assert path_of(store, "zarr.json").stat().st_size < LARGE * 0.75
     assert len(ReconstructionStore.open(store.url).attributes["plan"]["segments"]) == len(segments)
+
+
+def test_frames_that_could_not_be_read_again_are_not_written(store):
+    many = [np.broadcast_to(np.zeros((), t), MOST_FRAMES + 1) for t in ("f8", "i4", "i4", "u1")]
+    with pytest.raises(ValueError, match="16777217 frames; a drive may have 16777216"):
+        store.write_frames(*many)
+    assert len(store.read_frames()["timestamp"]) == 100
 
 
 def test_attributes_that_could_not_be_read_again_are_not_written(store, tmp_path):

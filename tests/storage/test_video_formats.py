@@ -367,6 +367,27 @@ def test_progress_ends_with_the_number_of_frames(tmp_path):
     assert seen[-1] == 80
 
 
+def test_drive_of_more_frames_than_a_store_holds_is_decoded_no_further(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "MOST_FRAMES", 60)
+    for name in ("1.mp4", "2.mp4", "3.mp4"):
+        encode(tmp_path / name, range(40))
+    seen: list[int] = []
+    with pytest.raises(UnreadableVideo, match=r"2.mp4: with it the drive has 80 frames .* 60 "):
+        probe_drive(str(tmp_path), seen.append)
+    assert max(seen) == 40
+    encode(tmp_path / "1.mp4", range(130))
+    with pytest.raises(UnreadableVideo, match=r"1.mp4: with it the drive has 100 frames"):
+        probe_video(str(tmp_path / "1.mp4"))
+
+
+def test_folder_of_more_images_than_a_store_holds_frames_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "MOST_FRAMES", 2)
+    for number in range(3):
+        Image.fromarray(picture(number)).save(tmp_path / f"{number}.png")
+    with pytest.raises(UnreadableVideo, match=r"has 3 frames or more, and at most 2"):
+        probe_drive(str(tmp_path))
+
+
 def test_images_are_read_upright_in_natural_order(tmp_path):
     for number in (2, 10, 1):
         Image.fromarray(picture(number)).save(tmp_path / f"frame{number}.png")
