@@ -103,8 +103,9 @@ def hard_cuts(series: SceneSeries) -> list[int]:
     """Frames that start a new scene, ascending; never the first."""
     different = (series.correlation < CUT_CORRELATION) & (series.change > CUT_CHANGE)
     sudden = [i for i in np.flatnonzero(different) if _is_sudden(series.change, int(i))]
+    is_sudden = set(sudden)
     glitches = {
-        i for i in sudden if i - 1 in sudden and series.correlation_two_back[i] > SAME_PICTURE
+        i for i in sudden if i - 1 in is_sudden and series.correlation_two_back[i] > SAME_PICTURE
     }
     return [int(i) for i in sudden if i not in glitches and i + 1 not in glitches]
 
