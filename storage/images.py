@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from fsspec.core import split_protocol
+from fsspec.core import split_protocol, url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from storage.media import IMAGE_SUFFIXES, UnreadableVideo, has_suffix, list_folder, open_bytes
+from storage.media import (
+    IMAGE_SUFFIXES,
+    UnreadableVideo,
+    has_suffix,
+    list_folder,
+    open_bytes,
+    qualified,
+)
+from storage.records import Clip
 from storage.scenes import THUMBNAIL, SceneMeter, SceneSeries
 
 ASSUMED_HZ = 10.0
 LARGEST_IMAGE = 2**26  # pixels, more than cameras have; decoding takes some 8 bytes of memory each
+LISTING_S = 60  # that the listing of a server's folder is kept
+REMEDY = "probe it again"
 ORIENTATION = 0x0112  # EXIF tag
 CLOCKWISE_DEGREES = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}
 PICTURE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
@@ -132,19 +146,68 @@ def scan_images(location: str, progress: Callable[[int], None] | None = None) ->
     )
 
 
-def read_images(location: str, index: Sequence[int], count: int) -> Iterator[NDArray[np.uint8]]:
-    """The images at the positions `index` of a folder that held `count` images when probed.
+def read_images(
+    clip: Clip, index: NDArray[np.int32], count: int, size: tuple[int, int], rows: Iterable[int]
+) -> Iterator[NDArray[np.uint8]]:
+    """Images of a folder that is as it was when probed, as far as the record tells.
+
+    Args:
+        clip: the folder's record.
+        index: [N] positions, among all images of the folder, of those that could be read.
+        count: images that the folder held.
+        size: (width, height) in pixels of those that could be read.
+        rows: which of them are wanted.
 
     Raises:
         UnreadableVideo: the folder's images are others than when it was probed.
     """
+    images = _as_probed(clip, index, count)
+    for row in rows:
+        try:
+            image = read_image(images[index[row]])
+        except FileNotFoundError:
+            _listed.cache_clear()
+            raise
+        if image.shape[1::-1] != size:
+            found = f"{images[index[row]]}: its size is {image.shape[1]} x {image.shape[0]} pixels"
+            raise UnreadableVideo(f"{found}, {size[0]} x {size[1]} when it was probed; {REMEDY}")
+        yield image
+
+
+def _as_probed(clip: Clip, index: NDArray[np.int32], count: int) -> tuple[str, ...]:
+    """All images of the folder, if they are as many, and their files as large, as when probed."""
+    fault = ""
+    for _ in range(2):  # what is kept of a server may be of before
+        images, sizes = _listed(clip.location, _listing_mark(clip.location))
+        if len(images) != count:
+            fault = f"holds {len(images)} images, {count} when it was probed"
+        elif (used := sizes[index]).all() and used.sum() != clip.size_bytes:
+            fault = f"its images have {used.sum()} bytes, {clip.size_bytes} when it was probed"
+        else:
+            return images
+        _listed.cache_clear()
+    raise UnreadableVideo(f"{clip.location}: {fault}; {REMEDY}")
+
+
+@lru_cache(maxsize=4)
+def _listed(location: str, mark: int) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """The images of a folder, and their sizes in bytes, 0 where not known.
+
+    Reading some frames must not list and sort the whole folder each time.
+    """
+    fs, path = url_to_fs(location)
+    fs.invalidate_cache(path)
+    sizes = {qualified(fs, e["name"]): int(e["size"] or 0) for e in fs.ls(path, detail=True)}
     images = list_images(location)
-    if len(images) != count:
-        raise UnreadableVideo(
-            f"{location}: holds {len(images)} images, {count} when it was probed; probe it again"
-        )
-    for position in index:
-        yield read_image(images[position])
+    return tuple(images), np.array([sizes.get(image, 0) for image in images], np.int64)
+
+
+def _listing_mark(location: str) -> int:
+    """Changes when images come, go or are renamed; on a server, which does not tell, with time."""
+    fs, path = url_to_fs(location)
+    if isinstance(fs, LocalFileSystem):
+        return os.stat(path).st_mtime_ns
+    return int(time.monotonic() // LISTING_S)
 
 
 def _common_size(images: Sequence[str], lost: dict[int, str]) -> tuple[int, int]:

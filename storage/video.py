@@ -154,8 +154,8 @@ class _ClipReader:
     def read(self, wanted: range) -> Iterator[Frame]:
         """Rows `wanted`, in order; at least one."""
         if self._clip.backend == "images":
-            chosen = [int(self._index[row]) for row in wanted]
-            return read_images(self._clip.location, chosen, self._clip.frames + self._lost)
+            count = self._clip.frames + self._lost
+            return read_images(self._clip, self._index, count, self._size, wanted)
         if not self._clip.is_seekable:
             return self._read_in_order(wanted)
         if self._clip.backend == "decord":

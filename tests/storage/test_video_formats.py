@@ -11,6 +11,7 @@ import av
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from numbered_video import X264, encode, number_in, picture
 from PIL import Image
 
@@ -422,6 +423,44 @@ def test_images_that_cannot_be_used_are_listed(tmp_path):
     (tmp_path / "6.jpg").write_bytes((tmp_path / "5.jpg").read_bytes())
     with pytest.raises(UnreadableVideo, match="holds 7 images, 6 when it was probed"):
         list(read_frames(record, table, 0, 4))
+
+
+def test_image_of_another_size_than_when_probed_is_refused(tmp_path):
+    for number in range(4):
+        Image.fromarray(picture(number)).save(tmp_path / f"{number}.png")
+    record, table = probe_drive(str(tmp_path))
+    frames = read_frames(record, table, 0, 4)
+    assert number_in(next(frames)) == 0
+    Image.fromarray(picture(2, width=256)).save(tmp_path / "2.png")
+    assert number_in(next(frames)) == 1
+    with pytest.raises(UnreadableVideo, match=r"2.png: its size is 256 x 64 .*128 x 64 when"):
+        next(frames)
+
+
+def test_images_replaced_by_as_many_others_are_noticed(tmp_path):
+    for number in range(4):
+        Image.fromarray(picture(number)).save(tmp_path / f"{number}.png")
+    record, table = probe_drive(str(tmp_path))
+    assert len(list(read_frames(record, table, 0, 4))) == 4
+    (tmp_path / "0.png").unlink()
+    Image.fromarray(picture(85)).save(tmp_path / "9.png", compress_level=0)
+    with pytest.raises(UnreadableVideo, match=r"bytes, \d+ when it was probed; probe it again"):
+        list(read_frames(record, table, 0, 4))
+
+
+def test_folder_of_images_is_not_listed_for_every_read(tmp_path, monkeypatch):
+    for number in range(8):
+        Image.fromarray(picture(number)).save(tmp_path / f"{number}.png")
+    record, table = probe_drive(str(tmp_path))
+    list(read_frames(record, table, 0, 1))
+    listings: list[str] = []
+
+    def listed(_: LocalFileSystem, path: str, **options: object) -> None:
+        listings.append(path)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", listed)
+    assert [number_in(next(read_frames(record, table, i, i + 1))) for i in range(8)] == [*range(8)]
+    assert listings == []
 
 
 def test_of_very_many_images_that_cannot_be_used_the_last_stands_for_the_rest(
