@@ -1,6 +1,6 @@
 """Released checkpoints (`torch.save` zip files) into safetensors, without running their pickle.
 
-Specification, sections 12 and 12.1. Here, and in `weights_file.canonical_name`, are the only
+Specification, sections 12 and 12.1. Here, and in `heads.canonical_name`, are the only
 renames of tensors: a `module.` prefix goes, aliases go.
 """
 
@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from ttt3r.config import ModelConfig
+from ttt3r.heads import canonical_name
 from ttt3r.known_weights import KNOWN_WEIGHTS, RELEASED_LICENCE, RELEASED_SEGMENT_FRAMES
 from ttt3r.torch_zip import StoredTensor, TorchZip
 from ttt3r.weights_file import (
     WeightsInfo,
     build_model,
-    canonical_name,
     require_safetensors,
     save_weights,
     unique_names,

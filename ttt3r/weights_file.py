@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,11 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ttt3r.config import ModelConfig
+from ttt3r.heads import canonical_name
 from ttt3r.model import Model
 
 RECORD_KEY = "ttt3r"
 LARGEST_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors format
-ALIAS = re.compile(r"(.*\.scratch\.layer)_rn\.(\d)\.weight")
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,6 @@ def _check_fields(record: type, data: Any, optional: tuple[str, ...]) -> None:
             f"a {record.__name__} with the fields {found}; expected {sorted(known)}: the file was "
             "written by another version of this software"
         )
-
-
-def canonical_name(name: str) -> str:
-    """The one name of a tensor that checkpoints store twice (specification, section 12.2)."""
-    found = ALIAS.fullmatch(name)
-    return f"{found[1]}{int(found[2]) + 1}_rn.weight" if found else name
 
 
 def tensors_sha256(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:
