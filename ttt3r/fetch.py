@@ -22,7 +22,12 @@ from ttt3r.download import (
     locked,
     without_secrets,
 )
-from ttt3r.known_weights import KNOWN_WEIGHTS, RELEASED_LICENCE, KnownWeights
+from ttt3r.known_weights import (
+    KNOWN_WEIGHTS,
+    RELEASED_LICENCE,
+    RELEASED_SEGMENT_FRAMES,
+    KnownWeights,
+)
 from ttt3r.weights_file import read_local_info
 
 HUB = "https://huggingface.co"
@@ -135,13 +140,15 @@ class _Order:
             read_local_info(downloaded)
             os.replace(downloaded, self.destination)
             return
+        known = self.known
         import_checkpoint(
             downloaded,
             self.destination,
             name=self.name,
             source=without_secrets(self.url),
-            licence=self.known.licence if self.known else RELEASED_LICENCE,
-            notes=self.known.notes if self.known else "",
+            licence=known.licence if known else RELEASED_LICENCE,
+            segment_frames=known.segment_frames if known else RELEASED_SEGMENT_FRAMES,
+            notes=known.notes if known else "",
         )
         downloaded.unlink()
 

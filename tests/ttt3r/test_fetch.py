@@ -115,7 +115,7 @@ def publish(monkeypatch, mirrors, body: bytes, sha256: str | None = None) -> str
         sha256=sha256 or hashlib.sha256(body).hexdigest(),
         size_bytes=len(body),
         licence="CC BY-NC-SA 4.0",
-        segment_frames=100,
+        segment_frames=60,
         notes="for tests",
     )
     monkeypatch.setitem(KNOWN_WEIGHTS, known.name, known)
@@ -134,6 +134,7 @@ def test_fetch_imports_a_known_checkpoint_which_then_loads_by_name(
     assert path == tmp_path / "weights" / "small.safetensors"
     assert model.config == info.config == NARROW
     assert (info.name, info.licence, info.notes) == ("small", "CC BY-NC-SA 4.0", "for tests")
+    assert info.segment_frames == 60
     assert info.source == site.url("small.pth")
     assert info.identity == "matches the publicly reported small file"
     assert list((tmp_path / "downloads").iterdir()) == []
