@@ -140,7 +140,7 @@ def camera_focal(
         return config.focal_px * shape.resized_width / record.width, 0.0, "given"
     focals = np.concatenate([view.focal for view in views.values()])
     try:
-        focal, spread = drive_intrinsics(focals, None, shape.height, shape.width)
+        focal, spread = drive_intrinsics(focals, shape.height, shape.width)
     except AlignmentError as error:
         log.info("%s: %s; a field of view of 60 degrees is assumed", store.url, error)
         return FALLBACK_FOCAL * max(shape.height, shape.width), 0.0, "assumed"

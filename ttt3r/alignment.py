@@ -72,11 +72,6 @@ class Sim3:
         for name, value in (("scale", float(self.scale)), ("R", R), ("t", t)):
             object.__setattr__(self, name, value)
 
-    @classmethod
-    def identity(cls) -> Sim3:
-        """Change nothing."""
-        return cls(1.0, np.eye(3), np.zeros(3))
-
     def apply(self, points: ArrayLike) -> Array:
         """Map points [..., 3]."""
         return self.scale * np.asarray(points, np.float64) @ self.R.T + self.t
@@ -102,10 +97,6 @@ class Sim3:
     def compose(self, other: Sim3) -> Sim3:
         """`self` after `other`: T_a_b.compose(T_b_c) is T_a_c."""
         return Sim3(self.scale * other.scale, _orthonormal(self.R @ other.R), self.apply(other.t))
-
-    def inverse(self) -> Sim3:
-        """Map back."""
-        return Sim3(1.0 / self.scale, self.R.T, -(self.R.T @ self.t) / self.scale)
 
 
 @dataclass(frozen=True)
@@ -370,39 +361,33 @@ def interpolate(T_a: ArrayLike, T_b: ArrayLike, weight: ArrayLike) -> Array:
     return out
 
 
-def drive_intrinsics(
-    focals: ArrayLike, weights: ArrayLike | None, height: int, width: int
-) -> tuple[float, float]:
+def drive_intrinsics(focals: ArrayLike, height: int, width: int) -> tuple[float, float]:
     """One focal length for a whole drive: the camera does not change, the estimates do.
 
     Args:
         focals: [N] pixels; values that are not finite, or mean a field of view over the longer
             side outside of 5 to 150 degrees, are left out.
-        weights: [N] non-negative; equal if None.
         height, width: pixels of the image that the focal lengths are for.
 
     Returns:
-        (focal_px, spread): the weighted median in the log, and the robust standard deviation of
+        (focal_px, spread): the median in the log, and the robust standard deviation of
         the estimates around it, relative (0.05 is five percent).
 
     Raises:
         AlignmentError: no plausible focal length.
     """
     f = np.asarray(focals, np.float64).ravel()
-    w = np.ones_like(f) if weights is None else np.asarray(weights, np.float64).ravel()
-    if f.shape != w.shape:
-        raise ValueError(f"{len(f)} focal lengths but {len(w)} weights")
     widest, narrowest = (
         0.5 * max(height, width) / np.tan(np.radians(angle) / 2)
         for angle in reversed(FIELD_OF_VIEW_DEG)
     )
-    keep = (f >= widest) & (f <= narrowest) & np.isfinite(w) & (w > 0)
-    if not keep.any():
+    kept = f[(f >= widest) & (f <= narrowest)]
+    if not len(kept):
         raise AlignmentError(
-            f"none of {len(f)} focal lengths is between {widest:.0f} and {narrowest:.0f} px with "
-            f"a positive weight (image {width}x{height}); give the camera's intrinsics instead"
+            f"none of {len(f)} focal lengths is between {widest:.0f} and {narrowest:.0f} px "
+            f"(image {width}x{height}); give the camera's intrinsics instead"
         )
-    centre, sigma = _median_and_sigma(np.log(f[keep]), w[keep])
+    centre, sigma = _median_and_sigma(np.log(kept), np.ones_like(kept))
     return float(np.exp(centre)), float(sigma)
 
 

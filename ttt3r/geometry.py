@@ -6,7 +6,6 @@ Axes are right-down-forward, quaternions wxyz, pixel coordinates whole numbers a
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _WEISZFELD_STEPS = 10
@@ -23,31 +22,6 @@ def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
         s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y),
     )  # fmt: skip
     return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
-
-
-def matrix_to_quaternion(rotation: Tensor) -> Tensor:
-    """Unit quaternions wxyz [..., 4], w >= 0, of rotation matrices [..., 3, 3].
-
-    Takes, of four algebraically equal forms, the one that divides by the largest number.
-    """
-    r = [[rotation[..., i, j] for j in range(3)] for i in range(3)]
-    diagonal = torch.stack(
-        (
-            1 + r[0][0] + r[1][1] + r[2][2],
-            1 + r[0][0] - r[1][1] - r[2][2],
-            1 - r[0][0] + r[1][1] - r[2][2],
-            1 - r[0][0] - r[1][1] + r[2][2],
-        ),
-        dim=-1,
-    )  # 4 w², 4 x², 4 y², 4 z²
-    wx, wy, wz = r[2][1] - r[1][2], r[0][2] - r[2][0], r[1][0] - r[0][1]
-    xy, xz, yz = r[1][0] + r[0][1], r[0][2] + r[2][0], r[2][1] + r[1][2]
-    ww, xx, yy, zz = diagonal.unbind(-1)
-    products = (ww, wx, wy, wz, wx, xx, xy, xz, wy, xy, yy, yz, wz, xz, yz, zz)
-    table = torch.stack(products, dim=-1).unflatten(-1, (4, 4))  # row i: 4 q_i (w, x, y, z)
-    best = diagonal.argmax(dim=-1)[..., None, None].expand(*diagonal.shape[:-1], 1, 4)
-    quaternion = F.normalize(table.gather(-2, best).squeeze(-2), dim=-1)
-    return torch.where(quaternion[..., :1] < 0, -quaternion, quaternion)
 
 
 def camera_pose_to_matrix(camera_pose: Tensor) -> Tensor:

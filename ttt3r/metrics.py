@@ -34,16 +34,12 @@ MAX_LINE_BYTES = 4096
 # --- trajectories -------------------------------------------------------------------------------
 
 
-def evaluate_trajectory(
-    T_est: ArrayLike, T_gt: ArrayLike, *, kitti_alignment: Literal["7dof", "6dof"] = "7dof"
-) -> dict[str, float | int | None]:
+def evaluate_trajectory(T_est: ArrayLike, T_gt: ArrayLike) -> dict[str, float | int | None]:
     """Errors of an estimated trajectory against the true one, pose by pose.
 
     Args:
         T_est: [N, 4, 4] estimated camera to world; its world and scale are free.
         T_gt: [N, 4, 4] true camera to world, metres, the same frames.
-        kitti_alignment: whether the KITTI figures are taken after scaling the estimate by the
-            Sim(3) scale ("7dof", usual for monocular methods) or as it is ("6dof").
 
     Returns:
         ate_none_m, ate_se3_m, ate_sim3_m: root mean square distance of the positions as they
@@ -51,7 +47,7 @@ def evaluate_trajectory(
         rpe_trans_m, rpe_rot_deg: root mean square error of the motion from each frame to the
             next, after scaling; None for a single pose.
         kitti_t_rel_percent, kitti_r_rel_deg_per_100m: mean drift over all stretches of 100 to
-            800 m; None for a drive without any stretch of 100 m.
+            800 m, after scaling; None for a drive without any stretch of 100 m.
         scale: Umeyama factor that the estimate is multiplied by; None where there is none: fewer
             than 3 poses, or one of the two does not move. ate_sim3_m is then ate_se3_m, and
             the figures above that need a scale take 1.
@@ -64,8 +60,9 @@ def evaluate_trajectory(
     similarity = _similarity(est[:, :3, 3], gt[:, :3, 3])
     scale = 1.0 if similarity is None else similarity.scale
     ate_se3 = ate(est, gt, "se3")
-    trans, rot = relative_pose_errors(scale_poses(est, scale), gt)
-    t_rel, r_rel = kitti_drift(scale_poses(est, scale) if kitti_alignment == "7dof" else est, gt)
+    scaled = scale_poses(est, scale)
+    trans, rot = relative_pose_errors(scaled, gt)
+    t_rel, r_rel = kitti_drift(scaled, gt)
     return {
         "ate_none_m": ate(est, gt, "none"),
         "ate_se3_m": ate_se3,
@@ -210,7 +207,6 @@ def associate(
 def depth_metrics(
     depth: ArrayLike,
     depth_gt: ArrayLike,
-    mask: ArrayLike | None = None,
     align: Literal["median", "none"] = "median",
 ) -> dict[str, float | int | None]:
     """Errors of depth against the truth, over all valid pixels together.
@@ -219,7 +215,6 @@ def depth_metrics(
         depth: any shape; where the truth is valid but this is not finite and positive, the pixel
             counts as wrong in delta_125 and is left out of abs_rel.
         depth_gt: the same shape, metres; valid where finite and positive.
-        mask: the same shape, True where to evaluate.
         align: "median" multiplies `depth` by median(depth_gt) / median(depth) first (one factor
             for everything given: call frame by frame for a factor per frame); "none" does not.
 
@@ -235,12 +230,11 @@ def depth_metrics(
     if align not in ("median", "none"):
         raise ValueError(f"align is {align!r}; expected 'median' or 'none'")
     d, gt = np.asarray(depth, np.float64), np.asarray(depth_gt, np.float64)
-    keep = np.ones(gt.shape, bool) if mask is None else np.asarray(mask, bool)
-    if not d.shape == gt.shape == keep.shape:
-        raise ValueError(f"shapes differ: depth {d.shape}, truth {gt.shape}, mask {keep.shape}")
-    keep = keep & np.isfinite(gt) & (gt > 0)
+    if d.shape != gt.shape:
+        raise ValueError(f"shapes differ: depth {d.shape}, truth {gt.shape}")
+    keep = np.isfinite(gt) & (gt > 0)
     if not keep.any():
-        raise ValueError(f"none of {gt.size} pixels has a valid true depth inside the mask")
+        raise ValueError(f"none of {gt.size} pixels has a valid true depth")
     d, gt, pixels = d[keep], gt[keep], int(keep.sum())
     known = np.isfinite(d) & (d > 0)
     d, gt = d[known], gt[known]
@@ -281,11 +275,6 @@ def read_tum(path: str | Path) -> tuple[Array, Array]:
     T[:, :3, 3] = rows[:, 1:4]
     T[:, :3, :3] = Rotation.from_quat(rows[:, 4:]).as_matrix()
     return rows[:, 0], T
-
-
-def read_kitti(path: str | Path) -> Array:
-    """Read KITTI poses [N, 4, 4], in the order of the file; see `read_kitti_indexed`."""
-    return read_kitti_indexed(path)[1]
 
 
 def read_kitti_indexed(path: str | Path) -> tuple[Indices, Array]:
@@ -333,16 +322,6 @@ def kitti_text(T_world_cam: ArrayLike) -> str:
     rows = _poses("T_world_cam", T_world_cam)[:, :3].reshape(-1, 12)
     form = " ".join(["%.12e"] * 12)
     return "".join(form % tuple(row) + "\n" for row in rows.tolist())
-
-
-def write_tum(path: str | Path, timestamps: ArrayLike, T_world_cam: ArrayLike) -> None:
-    """Write a TUM file (see `tum_text`)."""
-    Path(path).write_text(tum_text(timestamps, T_world_cam), encoding="ascii")
-
-
-def write_kitti(path: str | Path, T_world_cam: ArrayLike) -> None:
-    """Write a KITTI file (see `kitti_text`)."""
-    Path(path).write_text(kitti_text(T_world_cam), encoding="ascii")
 
 
 def _read_rows(path: Path, form: str, widths: tuple[int, ...]) -> tuple[Array, list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,42 +26,20 @@ class State:
         """Number of independent streams."""
         return self.tokens.shape[0]
 
-    def select(self, lanes: Sequence[int]) -> State:
-        """The state of some lanes, in the order given."""
-        index = list(lanes)
-        return State(self.tokens[index], self.pose_memory[index], self.first[index])
-
-    @staticmethod
-    def concatenate(states: Sequence[State]) -> State:
-        """The lanes of several states side by side."""
-        return State(
-            torch.cat([s.tokens for s in states]),
-            torch.cat([s.pose_memory for s in states]),
-            torch.cat([s.first for s in states]),
-        )
-
     def detach(self) -> State:
         """The same values without history: where training cuts a long sequence."""
         return State(self.tokens.detach(), self.pose_memory.detach(), self.first)
 
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """Arrays `tokens`, `pose_memory` (float32) and `first` (bool), exact, for storage."""
-        return {
-            "tokens": self.tokens.detach().float().cpu().numpy().copy(),
-            "pose_memory": self.pose_memory.detach().float().cpu().numpy().copy(),
-            "first": self.first.cpu().numpy().copy(),
-        }
-
     @classmethod
     def from_arrays(
-        cls,
-        arrays: Mapping[str, np.ndarray],
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        cls, arrays: Mapping[str, np.ndarray], device: torch.device | str = "cpu"
     ) -> State:
-        """Inverse of `to_arrays`.
+        """The state whose `tokens`, `pose_memory` and `first` were stored; they are copied.
 
         Without `first`, every lane is taken to continue: the arrays were stored after a frame.
+
+        Raises:
+            ValueError: arrays are missing, or not of the same lanes.
         """
         missing = {"tokens", "pose_memory"} - arrays.keys()
         if missing:
@@ -69,8 +47,10 @@ class State:
                 f"a state needs the arrays tokens and pose_memory; {sorted(missing)} not found "
                 f"among {sorted(arrays)}"
             )
-        tokens = torch.as_tensor(np.array(arrays["tokens"]), dtype=dtype, device=device)
-        memory = torch.as_tensor(np.array(arrays["pose_memory"]), dtype=dtype, device=device)
+        tokens, memory = (
+            torch.as_tensor(np.array(arrays[name]), dtype=torch.float32, device=device)
+            for name in ("tokens", "pose_memory")
+        )
         first = np.array(arrays.get("first", np.zeros(len(tokens), bool)), dtype=bool)
         if tokens.ndim != 3 or memory.ndim != 3 or not len(tokens) == len(memory) == len(first):
             raise ValueError(

@@ -7,8 +7,6 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import nn
 
 from ttt3r.heads import canonical_name
 
@@ -53,14 +51,6 @@ def synthetic_tensor(
         return 1 + np.float32(0.25) * u if is_scale else np.float32(0.2) * u
     gain = _gain(name, qk_gain)
     return np.float32(gain * math.sqrt(3 / math.prod(shape[1:]))) * u
-
-
-@torch.no_grad()
-def fill(model: nn.Module, weight_seed: int, qk_gain: float) -> None:
-    """Replace every parameter of `model` by its synthetic tensor."""
-    for name, parameter in model.named_parameters():
-        values = synthetic_tensor(name, parameter.shape, weight_seed, qk_gain)
-        parameter.copy_(torch.from_numpy(values))
 
 
 def _gain(name: str, qk_gain: float) -> float:

@@ -24,8 +24,7 @@ from recordings import moving_squares, write_video
 from storage.reconstruction import ReconstructionStore
 from tasks.planned import read_plan
 from ttt3r.config import COMPACT
-from ttt3r.model import Model
-from ttt3r.synthetic_weights import fill
+from ttt3r.parity import synthetic_model
 from ttt3r.weights_file import WeightsInfo, save_weights
 
 NETWORK = replace(COMPACT, enc_embed_dim=384, enc_depth=12, dec_embed_dim=384, dec_depth=8)
@@ -34,8 +33,7 @@ SEGMENT_FRAMES, CHUNK_FRAMES = 24, 24
 
 def make_weights(path: Path) -> Path:
     """Synthetic weights of the benchmark's network."""
-    model = Model(NETWORK)
-    fill(model, 1, 1.0)
+    model = synthetic_model(NETWORK, weight_seed=1, qk_gain=1.0, device="cpu")
     info = WeightsInfo(
         name="fan-out",
         config=NETWORK,

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import length
 from numbered_video import encode
 
-from ttt3r.metrics import write_tum
+from ttt3r.metrics import tum_text
 from ttt3r.synthetic import camera_path, render
 
 FIGURES = {"world", "frames", "rule", "ate", "rpe_t", "rpe_r", "abs_rel", "delta_125"}
@@ -78,7 +78,7 @@ def test_a_real_video_with_known_poses_is_measured(tmp_path):
     T = np.tile(np.eye(4), (12, 1, 1))
     T[:, 2, 3] = np.arange(12)
     T[:, 0, 3] = np.arange(12) ** 2 / 50
-    write_tum(truth, np.arange(12) / 25, T)
+    truth.write_text(tum_text(np.arange(12) / 25, T), encoding="ascii")
     results = measure(
         tmp_path / "real.json", "--video", video, "--ground-truth", truth,
         "--frames", 6, 12, "--rules", "ttt3r", "constant",

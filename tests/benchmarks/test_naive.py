@@ -15,8 +15,7 @@ import throughput
 from naive import Naive
 
 from ttt3r.config import RELEASED_512_DPT, TINY
-from ttt3r.model import Model
-from ttt3r.synthetic_weights import fill
+from ttt3r.parity import synthetic_model
 
 ALL = frozenset({"cam", "world", "rgb"})
 LIMIT = 1e-4  # relative L2, as against the reference; measured: below 2e-5
@@ -27,8 +26,7 @@ LIMIT = 1e-4  # relative L2, as against the reference; measured: below 2e-5
     "config", [TINY, replace(TINY, head_type="dpt", patch_size=16)], ids=["linear", "dpt"]
 )
 def test_naive_mode_says_what_the_network_says(config, rule):
-    model = Model(config).eval()
-    fill(model, weight_seed=1, qk_gain=2.0)
+    model = synthetic_model(config, weight_seed=1, qk_gain=2.0, device="cpu")
     images = torch.rand(5, 3, 48, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():
         ours, _ = model.run(images[None], rule=rule, outputs=ALL)

@@ -15,7 +15,7 @@ from recordings import moving_squares, write_video
 
 from flows.cli import main
 from storage.reconstruction import ReconstructionStore
-from ttt3r.metrics import read_kitti, read_tum
+from ttt3r.metrics import read_kitti_indexed, read_tum
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -319,7 +319,7 @@ def test_export_writes_trajectories_that_read_back(run, store, tmp_path):
     assert run("export", store, "--format", "kitti", "--to", tmp_path / "k.txt")[0] == 0
     timestamps, poses = read_tum(tmp_path / "t.txt")
     np.testing.assert_allclose(timestamps, np.arange(30) / 10, atol=1e-6)
-    np.testing.assert_allclose(poses, read_kitti(tmp_path / "k.txt"), atol=1e-6)
+    np.testing.assert_allclose(poses, read_kitti_indexed(tmp_path / "k.txt")[1], atol=1e-6)
 
 
 def test_export_without_a_target_is_named_after_the_store_whatever_the_store_says(
@@ -396,7 +396,7 @@ def test_evaluate_against_itself_has_no_error_and_against_another_scale_only_wit
     assert code == 0
     assert figures["ate_none_m"] == pytest.approx(0, abs=1e-9)
     assert figures["frames"] == 30
-    doubled = read_kitti(tmp_path / "k.txt")
+    doubled = read_kitti_indexed(tmp_path / "k.txt")[1]
     doubled[:, :3, 3] *= 2
     rows = doubled[:, :3].reshape(len(doubled), 12)
     np.savetxt(tmp_path / "k2.txt", rows)

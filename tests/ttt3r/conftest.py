@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ttt3r.config import TINY
 from ttt3r.model import Model
+from ttt3r.state import State
 
 # Relative L2 error by the type that the arithmetic runs in. float32: rounding of other batch
 # shapes. bfloat16: 8 bits of mantissa through a few layers.
@@ -58,3 +59,14 @@ def frames() -> Callable[..., np.ndarray]:
         return coarse.repeat(8, axis=2).repeat(8, axis=3)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def arrays_of() -> Callable[[State], dict[str, np.ndarray]]:
+    """A state's arrays, as they are stored."""
+
+    def arrays(state: State) -> dict[str, np.ndarray]:
+        names = ("tokens", "pose_memory", "first")
+        return {name: getattr(state, name).numpy().copy() for name in names}
+
+    return arrays

@@ -158,12 +158,17 @@ def test_lanes_with_different_flags_equal_runs_of_one_lane(model, frames, close)
     update = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1]]).bool()
     reset = torch.tensor([[0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 0, 1]]).bool()
     _, warm = model.run(images[1:2])
-    start = State.concatenate([model.initial_state(1), warm, model.initial_state(1)])
+    states = [model.initial_state(1), warm, model.initial_state(1)]
+    start = State(
+        torch.cat([s.tokens for s in states]),
+        torch.cat([s.pose_memory for s in states]),
+        torch.cat([s.first for s in states]),
+    )
     together, after = model.run(images, start, update=update, reset=reset, outputs=ALL)
     for lane in range(3):
         one = slice(lane, lane + 1)
         alone, alone_after = model.run(
-            images[one], start.select([lane]), update=update[one], reset=reset[one], outputs=ALL
+            images[one], states[lane], update=update[one], reset=reset[one], outputs=ALL
         )
         for name in FIELDS:
             close(getattr(together, name)[one], getattr(alone, name))

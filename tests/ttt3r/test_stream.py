@@ -28,14 +28,14 @@ def test_stream_equals_one_run_over_the_whole_sequence(model, frames, close):
 
 
 @pytest.mark.parametrize("frame", range(1, 6))
-def test_stream_resumed_after_any_frame_goes_on_identically(model, frames, frame):
+def test_stream_resumed_after_any_frame_goes_on_identically(model, frames, arrays_of, frame):
     images = frames(1, 6)
     reset = np.zeros((1, 6), bool)
     reset[0, 2] = True
     first, second = slice(0, frame), slice(frame, 6)
     uninterrupted = Stream(model)
     uninterrupted.feed(images[:, first], reset=reset[:, first])
-    saved = uninterrupted.state.to_arrays()
+    saved = arrays_of(uninterrupted.state)
     expected = uninterrupted.feed(images[:, second], reset=reset[:, second])
 
     resumed = Stream(model, state=State.from_arrays(saved))

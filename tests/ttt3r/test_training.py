@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from ttt3r.config import TINY
-from ttt3r.geometry import matrix_to_quaternion
 from ttt3r.model import Model
 from ttt3r.synthetic import HELD_OUT_SEED
 from ttt3r.training import Stage, TrainSettings, command, train
@@ -258,7 +258,9 @@ def test_lesson_loss_is_zero_for_the_right_turn():
     found, _ = model.run(
         torch.zeros(4, 2, 3, 8, 8), rule="cut3r", outputs=frozenset({"cam", "trace"})
     )
-    pose = torch.cat([torch.zeros(4, 2, 3), matrix_to_quaternion(T[..., :3, :3])], dim=-1)
+    turns = Rotation.from_matrix(T[..., :3, :3].flatten(0, 1).numpy())
+    quaternions = torch.from_numpy(turns.as_quat(canonical=True, scalar_first=True)).float()
+    pose = torch.cat([torch.zeros(4, 2, 3), quaternions.unflatten(0, (4, 2))], dim=-1)
     weights = LossWeights(gate=0.0)
     right = lesson_loss(replace(found, camera_pose=pose), T, weights)[0]
     assert float(right.detach()) < 1e-3
