@@ -241,7 +241,6 @@ TRAJECTORY_ARRAYS = (
     _array("intrinsics_source", "row3 col3", "float64", "pixel", "camera of the drive, source"),
     _array("segment", "frame", "int32", "1", "segment that owns the frame"),
     _array("part", "frame", "int32", "1", "trajectory part; parts are not aligned to each other"),
-    _array("quality", "frame", "float32", "1", "0 (worthless) to 1 (good)"),
     _array("confidence", "frame", "float32", "1", "median confidence of the frame"),
     _array("gate", "frame", "float32", "1", "median learning rate at the frame"),
     _array("focal", "frame", "float32", "pixel", "focal length estimated from the frame alone"),

@@ -360,7 +360,7 @@ def test_trajectory_is_replaced_as_a_whole(store):
         "cam_to_world": np.arange(5 * 16, dtype=float).reshape(5, 4, 4),
         "scale": np.array([1.0, 1.5]),
         "intrinsics": np.eye(3),
-        "quality": np.ones(5, np.float32),
+        "confidence": np.ones(5, np.float32),
         "segment": np.zeros(5, int),
     }
     store.write_trajectory(long)
@@ -372,7 +372,7 @@ def test_trajectory_is_replaced_as_a_whole(store):
     store.commit("align", {"key": "new"})
     read = ReconstructionStore.open(store.url).read_trajectory()
     assert set(read) == {"cam_to_world", "scale"}
-    assert set(store.describe()["arrays"]) & {"trajectory/scale", "trajectory/quality"} == {
+    assert set(store.describe()["arrays"]) & {"trajectory/scale", "trajectory/confidence"} == {
         "trajectory/scale"
     }
     np.testing.assert_array_equal(read["cam_to_world"], short["cam_to_world"])
@@ -385,30 +385,30 @@ def test_removals_that_come_late_take_nothing_of_the_new_trajectory(output_url, 
     monkeypatch.setattr(reconstruction, "open_folder", lambda _: folder)
     store = ReconstructionStore.create(url, {})
     rows = layout.ROWS_PER_OBJECT + 1
-    store.write_trajectory({"quality": np.ones(rows, np.float32), "scale": np.ones(2)})
+    store.write_trajectory({"confidence": np.ones(rows, np.float32), "scale": np.ones(2)})
     store.commit("align", {"key": "old"})
     late = []
     with monkeypatch.context() as patch:
         for name in ("delete", "delete_tree"):
             removal = getattr(folder, name)
             patch.setattr(folder, name, lambda what, do=removal: late.append(partial(do, what)))
-        store.write_trajectory({"quality": np.zeros(3, np.float32)})
+        store.write_trajectory({"confidence": np.zeros(3, np.float32)})
     store.commit("align", {"key": "new"})
     commit = store.read_commit("align")
     for removal in late[1:]:  # the first is that of the old commit
         removal()
     assert store.read_commit("align") == commit
-    np.testing.assert_array_equal(store.read_trajectory()["quality"], np.zeros(3))
+    np.testing.assert_array_equal(store.read_trajectory()["confidence"], np.zeros(3))
     left = [name for name in folder.sizes("trajectory") if "/c." in name]
-    assert left == ["trajectory/quality/c.0"]
+    assert left == ["trajectory/confidence/c.0"]
     assert "trajectory/scale" not in store.describe()["arrays"]
 
 
 def test_trajectory_that_contradicts_itself_is_refused(tmp_path):
     store = ReconstructionStore.create(tmp_path / "drive.zarr", {})
     poses = np.zeros((5, 4, 4))
-    with pytest.raises(ValueError, match=r"'quality' has shape \(4,\).*'frame': 5"):
-        store.write_trajectory({"cam_to_world": poses, "quality": np.zeros(4)})
+    with pytest.raises(ValueError, match=r"'confidence' has shape \(4,\).*'frame': 5"):
+        store.write_trajectory({"cam_to_world": poses, "confidence": np.zeros(4)})
     with pytest.raises(ValueError, match=r"'cam_to_world' has shape \(5, 3, 4\)"):
         store.write_trajectory({"cam_to_world": poses[:, :3]})
     with pytest.raises(ValueError, match=r"unknown: \['pose'\]"):
