@@ -115,11 +115,6 @@ class EncodedChunk:
         """Name of the commit that will vouch for the chunk."""
         return chunk_commit(self.segment.index, self.chunk.index)
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all objects."""
-        return sum(len(data) for data in self.objects.values())
-
 
 class ReconstructionStore:
     """Poses, depth, states and files of one drive, written chunk by chunk in any order.

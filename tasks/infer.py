@@ -51,16 +51,6 @@ class DeadlySegment(ValueError):
     """The process that computes a segment dies again and again at the same chunk."""
 
 
-def segment_key(
-    store: ReconstructionStore, plan: Plan, segment: Segment, config: InferConfig, info: WeightsInfo
-) -> str:
-    """Key of a segment's inference: its frames, the weights' hash, the rule, the precision.
-
-    As set, not as resolved: a drive inferred on a GPU is not inferred anew on a laptop.
-    """
-    return segment_keys(store, plan, [segment], config, info)[segment.index]
-
-
 def segment_keys(
     store: ReconstructionStore,
     plan: Plan,
@@ -68,7 +58,10 @@ def segment_keys(
     config: InferConfig,
     info: WeightsInfo,
 ) -> dict[int, str]:
-    """`segment_key` of several segments, by their index, from one look into the store."""
+    """Keys of inference by segment: its frames, the weights' hash, the rule, the precision.
+
+    As set, not as resolved: a drive inferred on a GPU is not inferred anew on a laptop.
+    """
     frames = require_key(store, "probe")
     what = [config.rule, config.precision, info.sha256, plan.chunk_frames]
     return {s.index: stage_key("infer", VERSION, frames, s, what) for s in segments}

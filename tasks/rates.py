@@ -150,14 +150,7 @@ def read_benchmark(file: str, recommended_frames: int) -> list[Observation]:
         if "frames_per_second" in data:
             return [_from_throughput(file, data)]
         return [_from_pipeline(file, row, recommended_frames) for row in data["results"]]
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
+    except MISFITS as error:
         raise ValueError(
             f"{file} is not the JSON of tests/benchmarks/throughput.py or pipeline.py: {error!r}"
         ) from None

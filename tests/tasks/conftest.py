@@ -8,7 +8,7 @@ from recordings import write_video
 
 from storage.reconstruction import ReconstructionStore
 from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
-from tasks.infer import segment_key
+from tasks.infer import segment_keys
 from tasks.plan import plan_stage
 from tasks.planned import read_plan
 from tasks.probe import probe_stage
@@ -54,20 +54,20 @@ class Corridor:
         """Write and commit what a network without error would: each segment in its own frame."""
         store = ReconstructionStore.open(self.url)
         plan, info = read_plan(store), weights_info(self.config.infer.weights)
+        keys = segment_keys(store, plan, plan.segments, self.config.infer, info)
         for segment, scale in zip(plan.segments, self.scales, strict=True):
-            key = segment_key(store, plan, segment, self.config.infer, info)
             store.create_segment(segment, plan.chunk_frames, HEIGHT, WIDTH, 2, (1, 4), (1, 8))
             for chunk in segment.chunks(plan.chunk_frames):
                 arrays = self._arrays(range(chunk.start, chunk.stop), segment.start, scale)
                 store.write_chunk(segment, chunk, arrays)
-                store.commit_chunk(segment, chunk, {"key": key})
+                store.commit_chunk(segment, chunk, {"key": keys[segment.index]})
 
     def infer_one_chunk_otherwise(self) -> None:
         """Leave a chunk of the second segment as one of another rule."""
         store, name = ReconstructionStore.open(self.url), "infer/0001/0001"
         plan, other = read_plan(store), replace(self.config.infer, rule="cut3r")
         info = weights_info(other.weights)
-        key = segment_key(store, plan, plan.segments[1], other, info)
+        key = segment_keys(store, plan, [plan.segments[1]], other, info)[1]
         store.commit(name, {**(store.read_commit(name) or {}), "key": key})
 
     @staticmethod
