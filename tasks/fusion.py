@@ -6,7 +6,7 @@ of its tiles. A frame changes blocks near its measured surface, and only those t
 a voxel that it measures, in whatever tile they lie. Each tile is fused by itself, with a
 halo of one block, and keeps the triangles whose centroid lies inside it. As a block sees the
 same frames in the same order in every tile that holds it, neighbouring tiles meet to the
-last bit: `merge_meshes` of all tiles is the mesh of one large tile.
+last bit: all tiles joined are the mesh of one large tile.
 
 Order of use: `choose_grid` and `distinct_views` once, `filter_depth` on every depth,
 `plan_tiles` over all frames, `group_tiles`, then `fuse_tiles` for each group, in parallel if
@@ -352,7 +352,7 @@ def measured_blocks(
 def plan_tiles(frames: Iterable[FusionFrame], grid: FusionGrid) -> list[Tile]:
     """Tiles that hold measured surface, in order of their index.
 
-    Frames are read once and not kept; they need no colour. Give `fuse_tile` the same depths.
+    Frames are read once and not kept; they need no colour. Give `fuse_tiles` the same depths.
     """
     seen: dict[tuple[int, int, int], np.ndarray] = {}  # a bit for each block
     has_surface: set[tuple[int, int, int]] = set()
@@ -521,11 +521,6 @@ def fuse_tiles(tiles: list[Tile], frames: Iterable[FusionFrame], grid: FusionGri
         del volume
         return_freed_memory()
     return [meshes[tile.index] for tile in tiles]
-
-
-def fuse_tile(tile: Tile, frames: Iterable[FusionFrame], grid: FusionGrid) -> Mesh:
-    """Surface inside one tile; see `fuse_tiles`."""
-    return fuse_tiles([tile], frames, grid)[0]
 
 
 def _block_voxels(settings: FusionSettings) -> int:

@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,32 +68,31 @@ def weld(mesh: Mesh) -> Mesh:
     # Colours break ties, so that the colour that is kept does not depend on the input order.
     order = np.lexsort((*mesh.colors.T[::-1], *vertices.T[::-1]))
     ranked = vertices[order]
-    is_new = np.ones(len(order), bool)
-    is_new[1:] = (ranked[1:] != ranked[:-1]).any(axis=1)
+    is_new = is_new_row(ranked)
     target = np.empty(len(order), np.int32)
     target[order] = np.cumsum(is_new) - 1
-    triangles = _sorted_triangles(_without_collapsed(target[mesh.triangles]))
+    triangles = sorted_triangles(without_collapsed(target[mesh.triangles]))
     return _without_unused(Mesh(ranked[is_new], triangles, mesh.colors[order][is_new]))
 
 
-def merge_meshes(meshes: Iterable[Mesh]) -> Mesh:
-    """One welded mesh of many, such as the tiles of a drive; see `weld`.
+def is_new_row(rows: np.ndarray) -> np.ndarray:
+    """Whether each of sorted rows [N,3] differs from the one before it, bool [N]."""
+    is_new = np.ones(len(rows), bool)
+    is_new[1:] = (rows[1:] != rows[:-1]).any(axis=1)
+    return is_new
 
-    Tiles of one grid meet in vertices that are equal to the last bit, so that no tolerance
-    is needed. Merge before decimating: decimated tiles no longer meet.
-    """
-    parts = [mesh for mesh in meshes if len(mesh.triangles)]
-    if not parts:
-        return Mesh.empty()
-    counts = np.cumsum([0] + [len(mesh.vertices) for mesh in parts])
-    triangles = [m.triangles + np.int32(first) for m, first in zip(parts, counts, strict=False)]
-    return weld(
-        Mesh(
-            np.concatenate([mesh.vertices for mesh in parts]),
-            np.concatenate(triangles),
-            np.concatenate([mesh.colors for mesh in parts]),
-        )
-    )
+
+def without_collapsed(triangles: np.ndarray) -> np.ndarray:
+    """Those of triangles [F,3] that have three different corners."""
+    a, b, c = triangles.T
+    return triangles[(a != b) & (b != c) & (c != a)]
+
+
+def sorted_triangles(triangles: np.ndarray) -> np.ndarray:
+    """Rotate each triangle to start at its lowest vertex, which keeps its front, and sort."""
+    start = triangles.argmin(axis=1)[:, None]
+    rotated = np.take_along_axis(triangles, (start + np.arange(3)) % 3, axis=1)
+    return rotated[np.lexsort(rotated.T[::-1])]
 
 
 def label_pieces(mesh: Mesh) -> np.ndarray:
@@ -106,14 +105,6 @@ def label_pieces(mesh: Mesh) -> np.ndarray:
     size = len(mesh.vertices)
     links = coo_array((np.ones(len(ends[0]), bool), ends), shape=(size, size))
     return np.asarray(connected_components(links, directed=False)[1], np.int32)
-
-
-def remove_small_components(mesh: Mesh, min_triangles: int) -> Mesh:
-    """Drop connected pieces of fewer than `min_triangles` triangles: the specks of noise."""
-    if not len(mesh.triangles):
-        return Mesh.empty()
-    piece = label_pieces(mesh)[mesh.triangles[:, 0]]
-    return keep_triangles(mesh, np.bincount(piece)[piece] >= min_triangles)
 
 
 def keep_triangles(mesh: Mesh, is_kept: np.ndarray) -> Mesh:
@@ -365,18 +356,6 @@ def _mean_colors(colors: np.ndarray, target: np.ndarray, count: int) -> np.ndarr
     weights = np.maximum(np.bincount(rows, minlength=count), 1)
     sums = [np.bincount(rows, colors[is_valid, i], minlength=count) for i in range(3)]
     return np.round(np.stack(sums, axis=1) / weights[:, None]).astype(np.uint8)
-
-
-def _without_collapsed(triangles: np.ndarray) -> np.ndarray:
-    a, b, c = triangles.T
-    return triangles[(a != b) & (b != c) & (c != a)]
-
-
-def _sorted_triangles(triangles: np.ndarray) -> np.ndarray:
-    """Rotate each triangle to start at its lowest vertex, which keeps its front, and sort."""
-    start = triangles.argmin(axis=1)[:, None]
-    rotated = np.take_along_axis(triangles, (start + np.arange(3)) % 3, axis=1)
-    return rotated[np.lexsort(rotated.T[::-1])]
 
 
 def _without_unused(mesh: Mesh) -> Mesh:

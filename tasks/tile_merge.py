@@ -16,7 +16,17 @@ from pathlib import Path
 import numpy as np
 
 from tasks.fusion import FusionGrid
-from tasks.meshes import Mesh, MeshWriter, decimate, keep_triangles, label_pieces, weld
+from tasks.meshes import (
+    Mesh,
+    MeshWriter,
+    decimate,
+    is_new_row,
+    keep_triangles,
+    label_pieces,
+    sorted_triangles,
+    weld,
+    without_collapsed,
+)
 
 # The preview is decimated from at most this many triangles: some 150 MB.
 PREVIEW_MATERIAL = 500_000
@@ -141,8 +151,8 @@ def merge_tiles(
 ) -> tuple[MeshWriter, Mesh]:
     """Join tiles, without pieces of fewer than `min_triangles` triangles.
 
-    The surface is that of `remove_small_components(merge_meshes(...))`, to the last bit and
-    without a seam; vertices and triangles come tile by tile instead of sorted.
+    The surface is that of all tiles joined at once and cleaned then, to the last bit and without
+    a seam; vertices and triangles come tile by tile instead of sorted.
 
     Args:
         folder: takes temporary files as large as the mesh.
@@ -248,21 +258,14 @@ def _join_cells(parts: list[_Cells]) -> _Cells:
 
 def _distinct_triangles(triangles: np.ndarray) -> np.ndarray:
     """Triangles with three corners, each once, that start at their lowest corner."""
-    a, b, c = triangles.T
-    triangles = triangles[(a != b) & (b != c) & (c != a)]
-    start = triangles.argmin(axis=1)[:, None]
-    rotated = np.take_along_axis(triangles, (start + np.arange(3)) % 3, axis=1)
-    order, is_new = _group(rotated)
-    return rotated[order][is_new]
+    found = sorted_triangles(without_collapsed(triangles))
+    return found[is_new_row(found)]
 
 
 def _group(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Order [N] that sorts `rows` [N,3], equal rows as given, and where it meets new ones [N]."""
     order = np.lexsort(rows.T[::-1])
-    ranked = rows[order]
-    is_new = np.ones(len(order), bool)
-    is_new[1:] = (ranked[1:] != ranked[:-1]).any(axis=1)
-    return order, is_new
+    return order, is_new_row(rows[order])
 
 
 def _find_rows(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 import open3d as o3d
 import pytest
 import trimesh
+from mesh_oracles import merge_meshes
 
 from tasks.fusion import (
     FusionFrame,
@@ -25,7 +26,6 @@ from tasks.fusion import (
     distinct_views,
     filter_depth,
     frames_of,
-    fuse_tile,
     fuse_tiles,
     group_tiles,
     measured_blocks,
@@ -34,7 +34,7 @@ from tasks.fusion import (
     touched_blocks,
     upsample_depth,
 )
-from tasks.meshes import Mesh, merge_meshes, write_ply
+from tasks.meshes import Mesh, write_ply
 
 H, W, FOCAL = 72, 96, 60.0
 K = np.array([[FOCAL, 0, 47.5], [0, FOCAL, 35.5], [0, 0, 1]])
@@ -496,7 +496,7 @@ def test_runaway_pose_is_refused():
 PEAK_MEMORY = """
 import resource, sys
 import numpy as np
-from tasks.fusion import FusionFrame, FusionSettings, Tile, choose_grid, fuse_tile
+from tasks.fusion import FusionFrame, FusionSettings, Tile, choose_grid, fuse_tiles
 intrinsics = np.array([[60.0, 0, 47.5], [0, 60.0, 35.5], [0, 0, 1]])
 rng = np.random.default_rng(0)
 def frames(count):
@@ -504,7 +504,7 @@ def frames(count):
         depth = 3 + 0.02 * rng.standard_normal((72, 96)).astype(np.float32)
         yield FusionFrame(depth, intrinsics, np.eye(4), np.zeros((72, 96, 3), np.uint8))
 grid = choose_grid(FusionSettings(), np.array([3.0]), 60.0)
-mesh = fuse_tile(Tile((0, 0, 0), (), 1000), frames(int(sys.argv[1])), grid)
+(mesh,) = fuse_tiles([Tile((0, 0, 0), (), 1000)], frames(int(sys.argv[1])), grid)
 assert len(mesh.triangles)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -519,6 +519,10 @@ def test_memory_of_a_tile_does_not_grow_with_the_frames():
 def peak_kilobytes(frames):
     command = [sys.executable, "-c", PEAK_MEMORY, str(frames)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def fuse_tile(tile, frames, grid):
+    return fuse_tiles([tile], frames, grid)[0]
 
 
 def fuse_one(frame, **changes):

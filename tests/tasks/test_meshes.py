@@ -11,15 +11,14 @@ import fast_simplification
 import numpy as np
 import pytest
 import trimesh
+from mesh_oracles import merge_meshes, remove_small_components
 
 from tasks import meshes
 from tasks.meshes import (
     Mesh,
     MeshWriter,
     decimate,
-    merge_meshes,
     read_ply,
-    remove_small_components,
     weld,
     write_glb,
     write_ply,

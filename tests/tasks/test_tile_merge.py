@@ -4,15 +4,14 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from mesh_oracles import merge_meshes, remove_small_components
 
 from tasks import tile_merge
 from tasks.fusion import FusionGrid
 from tasks.meshes import (
     Mesh,
     keep_triangles,
-    merge_meshes,
     read_ply,
-    remove_small_components,
     weld,
     write_ply,
 )
