@@ -504,7 +504,8 @@ def run_reconstruction(source: str, output: str, config: Any, budget: Any) -> No
     """Run the flow that fits the input, show its progress, print what came out."""
     from flows.prefect_home import shelter_server, unwatched, use_home
     from flows.progress import progress_of
-    from flows.reconstruct_drive import check_config, store_url
+    from flows.reconstruct_drive import check_config
+    from storage.drives import store_url
     from storage.video import is_collection, list_drives
     from tasks.prices import read_prices
     from tasks.probe import may_take_over
@@ -552,7 +553,8 @@ def refuse_store(output: str) -> None:
 
 def run_drive(drive: DriveLocation, output: str, config: Any, budget: Any) -> dict[str, Any]:
     """Reconstruct one drive; its failure is in what is returned, not raised."""
-    from flows.reconstruct_drive import reconstruct_drive, store_url
+    from flows.reconstruct_drive import reconstruct_drive
+    from storage.drives import store_url
     from storage.reconstruction import ReconstructionStore
     from tasks.budget import within_budget
     from tasks.infer import device_kind, resolve_device
@@ -613,7 +615,7 @@ def demo(
     output: Annotated[str, typer.Option(help="Folder that takes the result.")] = "out/demo",
 ) -> None:
     """Reconstruct the bundled sample drive and compare it with its ground truth."""
-    from flows.reconstruct_drive import store_url
+    from storage.drives import store_url
     from tasks.config import BudgetConfig, ReconstructionConfig
     from tasks.evaluate import evaluate_store
 

@@ -15,10 +15,10 @@ from pydantic import Field
 
 from flows.artifacts import publish_collection
 from flows.children import Child, Spread, run_children, work_key
-from flows.reconstruct_drive import check_config, reconstruct_drive, record_failure, store_url
+from flows.reconstruct_drive import check_config, reconstruct_drive, record_failure
 from flows.telemetry import observed
 from storage.credentials import refuse_credentials
-from storage.drives import DriveLocation, hold_name, list_drives
+from storage.drives import DriveLocation, hold_name, list_drives, store_url
 from storage.errors import Claimed, StoreError
 from storage.objects import open_folder
 from storage.reconstruction import ReconstructionStore, StoreMissing

@@ -16,6 +16,7 @@ from flows.leaving import told_when_left
 from flows.telemetry import observed
 from storage.claims import Claim
 from storage.credentials import refuse_credentials
+from storage.drives import store_url
 from storage.reconstruction import Claimed, ClaimLost, ReconstructionStore, StoreError
 from storage.video import UnreadableVideo, drive_name
 from storage.wording import reason_of
@@ -36,11 +37,6 @@ from ttt3r.state import find_rule
 from ttt3r.weights import weights_info
 
 log = logging.getLogger(__name__)
-
-
-def store_url(output: str, name: str) -> str:
-    """Where the reconstruction of the drive `name` lies under `output`."""
-    return f"{output.rstrip('/')}/{name}.zarr"
 
 
 @flow(name="reconstruct-drive", flow_run_name="{location}", persist_result=False)

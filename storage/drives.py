@@ -114,6 +114,16 @@ def stores_in(location: str) -> list[str]:
     return [name.removesuffix(".zarr") for name in names if name.endswith(".zarr")]
 
 
+def store_url(output: str, name: str) -> str:
+    """Where the reconstruction of the drive `name` lies under `output`."""
+    return f"{output.rstrip('/')}/{name}.zarr"
+
+
+def store_name(url: str) -> str:
+    """Name of the drive whose reconstruction is at `url`: "street" of "out/street.zarr"."""
+    return url.rstrip("/").rpartition("/")[2].removesuffix(".zarr")
+
+
 def hold_name(url: str, location: str) -> None:
     """Make the store at `url`, unless it is there, and say in it which drive it is for.
 
@@ -278,7 +288,7 @@ def _taken_over(
     def find(position: int) -> str | None:
         tried = [name for name in own[position] if name in others]
         at = locations[position]
-        return next((n for n in tried if may_take_over(f"{output}/{n}.zarr", at)), None)
+        return next((n for n in tried if may_take_over(store_url(output, n), at)), None)
 
     open_ = [i for i in range(len(locations)) if i not in kept]
     with ThreadPoolExecutor(LOOKERS) as pool:
@@ -300,7 +310,7 @@ def _holders(output: str, own: Sequence[Sequence[str]]) -> dict[str, str | None]
     bases = {tried[-1] for tried in own}
     there = [n for n in stores_in(output) if n in names or re.sub(r"-\d+$", "", n) in bases]
     with ThreadPoolExecutor(LOOKERS) as pool:
-        found = pool.map(lambda name: _holder(f"{output}/{name}.zarr"), there)
+        found = pool.map(lambda name: _holder(store_url(output, name)), there)
         return dict(zip(there, found, strict=True))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fsspec
 
+from storage.drives import store_name
 from storage.reconstruction import ReconstructionStore
 from tasks.planned import longest_part
 from ttt3r.metrics import kitti_text, tum_text
@@ -33,7 +34,8 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
     store = ReconstructionStore.open(url)
     part = choose_part(store, part)
     ending = format if format in ("ply", "glb") else f"{format}.txt"
-    target = to or f"{file_stem(url)}.{ending}"
+    # What the user typed, not what the store says of itself.
+    target = to or f"{store_name(url)}.{ending}"
     write = copy_mesh if format in ("ply", "glb") else write_trajectory
     path = Path(target)
     if "://" in target or (path.exists() and not path.is_file()):  # a pipe is no file to replace
@@ -48,11 +50,6 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         os.replace(write(store, format, part, Path(folder)), path)
     return target
-
-
-def file_stem(url: str) -> str:
-    """`street` of `out/street.zarr`: what the user typed, not what the store says of itself."""
-    return url.rstrip("/").rpartition("/")[2].removesuffix(".zarr")
 
 
 def choose_part(store: ReconstructionStore, part: int | None) -> int:

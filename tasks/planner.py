@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from storage.bounds import ILLEGIBLE
-from storage.drives import DriveLocation
+from storage.drives import DriveLocation, store_url
 from storage.errors import StoreRefused
 from storage.glance import glance_at
 from storage.media import UnreadableVideo
@@ -267,7 +267,7 @@ def _estimate(
 def _store_of(drive: DriveLocation, output: str) -> ReconstructionStore | None:
     """The drive's store if the recording is probed as it is now."""
     try:
-        store = ReconstructionStore.open(f"{output.rstrip('/')}/{drive.name}.zarr")
+        store = ReconstructionStore.open(store_url(output, drive.name))
         is_current = _key_of(store, "probe") == recording_key(absolute(drive.location))
         return store if is_current else None
     except (StoreError, OSError, ValueError):  # not begun, or nothing that can be looked at

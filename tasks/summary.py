@@ -8,7 +8,7 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from storage.drives import stores_in
+from storage.drives import store_name, store_url, stores_in
 from storage.layout import chunk_numbers
 from storage.media import is_there
 from storage.objects import REMOTE_OPTIONS, explaining
@@ -42,7 +42,7 @@ def list_stores(location: str) -> list[str]:
             f"there is no reconstruction (<drive>.zarr) at {location}; give the --output of "
             "`ttt3r reconstruct`"
         )
-    return [f"{location.rstrip('/')}/{name}.zarr" for name in found]
+    return [store_url(location, name) for name in found]
 
 
 def status(location: str) -> list[dict[str, Any]]:
@@ -62,11 +62,7 @@ def _row(url: str) -> dict[str, Any]:
     except Exception as error:  # whatever is in a store, the others are shown
         said = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
         nothing = {"chunks": 0, "chunks_done": 0, "set_aside": []}
-        return {"drive": _file_name(url), "url": url, "stage": "unknown", **nothing, "error": said}
-
-
-def _file_name(url: str) -> str:
-    return url.rsplit("/", 1)[-1].removesuffix(".zarr")
+        return {"drive": store_name(url), "url": url, "stage": "unknown", **nothing, "error": said}
 
 
 def progress(url: str) -> dict[str, Any]:
@@ -83,7 +79,7 @@ def progress(url: str) -> dict[str, Any]:
     stage = next((name for name in STAGES if commits[name] is None), "done")
     failed = store.read_commit("failed")
     return {
-        "drive": str(store.attributes.get("drive", {}).get("name") or _file_name(url)),
+        "drive": str(store.attributes.get("drive", {}).get("name") or store_name(url)),
         "url": url,
         "stage": stage,
         "chunks": chunks,
