@@ -18,7 +18,7 @@ from storage.records import NOWHERE, DriveRecord, Plan, Segment
 from tasks.attempts import attempt_id, counted
 from tasks.config import AlignConfig, InferConfig
 from tasks.infer import require_inferred, segment_keys
-from tasks.keys import drop_later, stage_key
+from tasks.keys import drop_later, find_key, stage_key
 from tasks.planned import read_aside, read_plan
 from tasks.retries import STAGE_OPTIONS
 from ttt3r.alignment import (
@@ -74,7 +74,7 @@ def align_stage(url: str, config: AlignConfig, infer: InferConfig) -> None:
     missing = sorted(read_aside(store))
     plan = read_plan(store).without(missing)
     key = align_key(store, plan, config, infer, info)
-    if (store.read_commit("align") or {}).get("key") == key:
+    if find_key(store, "align") == key:
         return
     began, present = time.perf_counter(), [segment.index for segment in plan.present]
     require_inferred(store, present, infer, info)

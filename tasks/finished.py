@@ -15,7 +15,7 @@ from storage.reconstruction import ReconstructionStore, StoreError
 from tasks import align, fuse, infer, plan, probe, report
 from tasks.attempts import ATTEMPTS
 from tasks.config import ReconstructionConfig
-from tasks.keys import stage_key
+from tasks.keys import find_key, stage_key
 from tasks.planned import ASIDE
 from ttt3r.weights import weights_info
 
@@ -44,7 +44,7 @@ def write_finished(location: str, url: str, config: ReconstructionConfig) -> Non
     """
     store = ReconstructionStore.open(url)
     files = probe.fingerprint(probe.absolute(location))
-    if (store.read_commit("probe") or {}).get("key") != probe.fingerprint_key(files):
+    if find_key(store, "probe") != probe.fingerprint_key(files):
         log.warning("%s: the recording changed meanwhile; the next run takes it up", location)
         return
     names = store.commit_names()

@@ -41,7 +41,7 @@ from tasks.fusion import (
     plan_tiles,
 )
 from tasks.infer import require_inferred
-from tasks.keys import drop_later, require_key, stage_key
+from tasks.keys import drop_later, find_key, require_key, stage_key
 from tasks.meshes import Mesh, MeshWriter, read_ply, write_glb, write_ply
 from tasks.pipelining import prefetch
 from tasks.plan import require_network
@@ -232,7 +232,7 @@ def fuse_tiles_stage(url: str, batch: int, config: FuseConfig, infer: InferConfi
                 "run has planned them anew, this one is of no use any more"
             )
         key = _fused_key(planned["key"], batch)
-        if (store.read_commit(name) or {}).get("key") == key:
+        if find_key(store, name) == key:
             return
         began = time.perf_counter()
         tiles, grid, part = _planned_tiles(planned), _grid(planned), planned["part"]
@@ -334,7 +334,7 @@ def merge_tiles_stage(url: str, config: FuseConfig) -> None:
     if tiles is None:
         raise ValueError(f"the tiles of {url} are not planned; run `ttt3r reconstruct` again")
     key = merge_key(tiles["key"])
-    if (store.read_commit("fuse/merged") or {}).get("key") == key:
+    if find_key(store, "fuse/merged") == key:
         return
     began = time.perf_counter()
     planned = [_read_planned(store, batch) for batch in range(tiles["batches"])]

@@ -35,6 +35,11 @@ def drop_later(store: ReconstructionStore, stage: str) -> None:
         store.drop_commits(later)
 
 
+def find_key(store: ReconstructionStore, stage: str) -> str | None:
+    """Key of a stage; None where it has not finished."""
+    return (store.read_commit(stage) or {}).get("key")
+
+
 def require_key(store: ReconstructionStore, stage: str) -> str:
     """Key of a finished stage.
 

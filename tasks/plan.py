@@ -14,7 +14,7 @@ from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord, Plan, Segment
 from tasks.attempts import attempt_id, counted
 from tasks.config import AnotherConfiguration, InferConfig, PlanConfig, ReconstructionConfig
-from tasks.keys import drop_later, require_key, stage_key
+from tasks.keys import drop_later, find_key, require_key, stage_key
 from tasks.planned import ASIDE, read_plan
 from tasks.retries import STAGE_OPTIONS
 from ttt3r.weights import WeightsInfo, weights_info
@@ -89,7 +89,7 @@ def plan_stage(url: str, config: ReconstructionConfig) -> list[tuple[int, ...]]:
     info = weights_info(config.infer.weights)
     plan = plan_drive(record, config.plan, info.segment_frames)
     key = stage_key("plan", VERSION, require_key(store, "probe"), plan)
-    is_new = (store.read_commit("plan") or {}).get("key") != key
+    is_new = find_key(store, "plan") != key
     if is_new:
         store.drop_commits("plan")
         store.drop_commits(ASIDE)

@@ -25,6 +25,7 @@ from tasks.config import ReconstructionConfig
 from tasks.finished import is_finished
 from tasks.fuse import merge_key, tiles_key
 from tasks.infer import share_left
+from tasks.keys import find_key
 from tasks.ledger import LEDGER, PREDICTED, Usage, observed
 from tasks.plan import plan_drive
 from tasks.planned import read_aside, read_plan
@@ -196,7 +197,7 @@ def record_prediction(url: str, config: ReconstructionConfig) -> None:
     run of a plan stays.
     """
     store = ReconstructionStore.open(url)
-    plan_key = (store.read_commit("plan") or {}).get("key")
+    plan_key = find_key(store, "plan")
     if (store.read_commit(PREDICTED) or {}).get("plan_key") == plan_key:
         return
     others = [other for other in _stores_in(url.rpartition("/")[0]) if other != url]
@@ -268,7 +269,7 @@ def _store_of(drive: DriveLocation, output: str) -> ReconstructionStore | None:
     """The drive's store if the recording is probed as it is now."""
     try:
         store = ReconstructionStore.open(store_url(output, drive.name))
-        is_current = _key_of(store, "probe") == recording_key(absolute(drive.location))
+        is_current = find_key(store, "probe") == recording_key(absolute(drive.location))
         return store if is_current else None
     except (StoreError, OSError, ValueError):  # not begun, or nothing that can be looked at
         return None
@@ -304,14 +305,9 @@ def shares_left(
     }
     is_current = infer == 0
     for stage, key in keys.items():
-        is_current = is_current and _key_of(store, COMMIT_OF[stage]) == key()
+        is_current = is_current and find_key(store, COMMIT_OF[stage]) == key()
         left[stage] = float(not is_current)
     return left
-
-
-def _key_of(store: ReconstructionStore, commit: str) -> str | None:
-    """Key of a finished stage; None where it is not finished."""
-    return (store.read_commit(commit) or {}).get("key")
 
 
 def total(estimates: Sequence[DriveEstimate]) -> tuple[Usage | None, float | None]:

@@ -22,7 +22,7 @@ from storage.records import DriveRecord, FrameTable
 from storage.video import probe_drive
 from tasks.attempts import attempt_id, counted
 from tasks.interruption import run_until_stopped
-from tasks.keys import drop_later, stage_key
+from tasks.keys import drop_later, find_key, stage_key
 from tasks.retries import STAGE_OPTIONS
 
 VERSION = 1
@@ -99,7 +99,7 @@ def may_take_over(url: str, location: str) -> bool:
         known = store.attributes
         if "drive" not in known:
             return _is_gone(known.get("location"), absolute(location))
-        if (store.read_commit("probe") or {}).get("key") != recording_key(absolute(location)):
+        if find_key(store, "probe") != recording_key(absolute(location)):
             return False
         return not _is_another(known["drive"]["location"], absolute(location))
     except StoreUnavailable:
@@ -195,7 +195,7 @@ def probe_stage(location: str, name: str, url: str) -> None:
     key = recording_key(location)
     store = ReconstructionStore.create(url, {})
     known = store.attributes.get("drive")
-    is_probed = (store.read_commit("probe") or {}).get("key") == key
+    is_probed = find_key(store, "probe") == key
     if known is not None and is_probed and not _is_another(known["location"], location):
         moved = relocated(DriveRecord.from_json(known), location)
         store.update_attributes({"drive": moved.to_json()})

@@ -21,7 +21,7 @@ from storage.records import NOWHERE, DriveRecord, Plan
 from tasks import report_figures as figures
 from tasks.attempts import attempt_id, counted
 from tasks.frames import DriveInput, Image
-from tasks.keys import require_key, stage_key
+from tasks.keys import find_key, require_key, stage_key
 from tasks.meshes import read_ply
 from tasks.pipelining import prefetch
 from tasks.planned import longest_part, read_aside, read_plan
@@ -74,7 +74,7 @@ def report_stage(url: str, recording: str | None = None, anew: bool = False) -> 
     """
     store = ReconstructionStore.open(url)
     key = report_key(store, recording is not None)
-    if not anew and (store.read_commit("report") or {}).get("key") == key:
+    if not anew and find_key(store, "report") == key:
         return
     trajectory = store.read_trajectory()
     part = longest_part(trajectory["part"])
