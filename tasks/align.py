@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from prefect import task
 
 from storage.reconstruction import ReconstructionStore
-from storage.records import NOWHERE, DriveRecord, Plan, Segment
+from storage.records import NOWHERE, Plan, Segment
 from tasks.attempts import attempt_id, counted
 from tasks.config import AlignConfig, InferConfig
 from tasks.infer import require_inferred, segment_keys
 from tasks.keys import drop_later, find_key, stage_key
-from tasks.planned import read_aside, read_plan
+from tasks.planned import read_aside, read_plan, read_record
 from tasks.retries import STAGE_OPTIONS
 from ttt3r.alignment import (
     AlignmentError,
@@ -134,7 +134,7 @@ def camera_focal(
     store: ReconstructionStore, views: Mapping[int, Views], config: AlignConfig, model: ModelConfig
 ) -> tuple[float, float, str]:
     """Focal length at the network's resolution, its relative spread, and where it comes from."""
-    record = DriveRecord.from_json(store.attributes["drive"])
+    record = read_record(store)
     shape = fit(record.width, record.height, model.image_size, model.patch_size)
     if config.focal_px is not None:
         return config.focal_px * shape.resized_width / record.width, 0.0, "given"
@@ -221,7 +221,7 @@ def build_trajectory(
     model: ModelConfig,
 ) -> dict[str, NDArray[Any]]:
     """The arrays of `trajectory/`: poses blended across the seams, placements, cameras, owners."""
-    record = DriveRecord.from_json(store.attributes["drive"])
+    record = read_record(store)
     shape = fit(record.width, record.height, model.image_size, model.patch_size)
     at_model = intrinsics_from_focal(torch.tensor(focal).double(), shape.height, shape.width)
     return {

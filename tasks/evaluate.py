@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from storage.reconstruction import ReconstructionStore
-from storage.records import DriveRecord, Plan
 from tasks.export import choose_part
+from tasks.planned import read_plan, read_record
 from ttt3r.images import Fit, fit
 from ttt3r.metrics import (
     associate,
@@ -78,7 +78,7 @@ def paired_truth(
         frames = np.array([frame for frame in mine.tolist() if frame in known], np.int64)
         return frames, np.array([known[frame] for frame in frames.tolist()]).reshape(-1, 4, 4)
     times, poses = read_tum(path)
-    record = DriveRecord.from_json(store.attributes["drive"])
+    record = read_record(store)
     timestamps = store.read_frames()["timestamp"][mine]
     ours, theirs = associate(timestamps, times, 0.5 / record.fps if record.fps else 0.05)
     return mine[ours], poses[theirs]
@@ -96,8 +96,8 @@ def depth_figures(
     Each part has metres of its own. The estimate is multiplied by its segment's scale and by
     `scale` (of the trajectory).
     """
-    plan = Plan.from_json(store.attributes["plan"])
-    record = DriveRecord.from_json(store.attributes["drive"])
+    plan = read_plan(store)
+    record = read_record(store)
     config = WeightsInfo.from_json(store.attributes["weights"]).config
     shape = fit(record.width, record.height, config.image_size, config.patch_size)
     found, true = [], []

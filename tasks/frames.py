@@ -16,7 +16,7 @@ from storage.reconstruction import ReconstructionStore
 from storage.records import Chunk, DriveRecord, Plan, Segment
 from storage.video import FrameTable, read_frames
 from tasks.pipelining import Clock, timed
-from tasks.planned import read_plan
+from tasks.planned import read_plan, read_record
 from tasks.transfer import to_device
 from ttt3r.config import ModelConfig
 from ttt3r.images import fit, preprocess_fast, preprocess_on_device
@@ -43,7 +43,7 @@ class DriveInput:
         cls, store: ReconstructionStore, config: ModelConfig, device: torch.device | None = None
     ) -> DriveInput:
         """What the store knows of its drive."""
-        record = DriveRecord.from_json(store.attributes["drive"])
+        record = read_record(store)
         frames = FrameTable.from_arrays(store.read_frames())
         return cls(record, frames, read_plan(store), config, device)
 

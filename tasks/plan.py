@@ -15,7 +15,7 @@ from storage.records import DriveRecord, Plan, Segment
 from tasks.attempts import attempt_id, counted
 from tasks.config import AnotherConfiguration, InferConfig, PlanConfig, ReconstructionConfig
 from tasks.keys import drop_later, find_key, require_key, stage_key
-from tasks.planned import ASIDE, read_plan
+from tasks.planned import ASIDE, read_plan, read_record
 from tasks.retries import STAGE_OPTIONS
 from ttt3r.weights import WeightsInfo, weights_info
 
@@ -85,7 +85,7 @@ def plan_stage(url: str, config: ReconstructionConfig) -> list[tuple[int, ...]]:
     Records beside the plan what it is made with: configuration, weights and versions.
     """
     store = ReconstructionStore.open(url)
-    record = DriveRecord.from_json(store.attributes["drive"])
+    record = read_record(store)
     info = weights_info(config.infer.weights)
     plan = plan_drive(record, config.plan, info.segment_frames)
     key = stage_key("plan", VERSION, require_key(store, "probe"), plan)

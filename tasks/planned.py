@@ -1,4 +1,4 @@
-"""What a store says of its plan, and of what the drive goes on without: read by all that follows.
+"""What a store says of its drive, its plan, and what the drive goes on without.
 
 Of the store alone, so that commands which only look need neither torch nor Prefect.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.reconstruction import ReconstructionStore
-from storage.records import NOWHERE, Plan
+from storage.records import NOWHERE, DriveRecord, Plan
 from tasks.keys import require_key
 
 ASIDE = "aside"  # commits "aside/0003": why the drive goes on without a segment
@@ -22,6 +22,11 @@ ASIDE = "aside"  # commits "aside/0003": why the drive goes on without a segment
 def read_plan(store: ReconstructionStore) -> Plan:
     """The plan in a store."""
     return Plan.from_json(store.attributes["plan"])
+
+
+def read_record(store: ReconstructionStore) -> DriveRecord:
+    """What the probe found of the drive."""
+    return DriveRecord.from_json(store.attributes["drive"])
 
 
 def read_placed_plan(store: ReconstructionStore) -> Plan:

@@ -28,7 +28,7 @@ from tasks.infer import share_left
 from tasks.keys import find_key
 from tasks.ledger import LEDGER, PREDICTED, Usage, observed
 from tasks.plan import plan_drive
-from tasks.planned import read_aside, read_plan
+from tasks.planned import read_aside, read_plan, read_record
 from tasks.prices import Prices
 from tasks.probe import absolute, recording_key
 from tasks.rates import (
@@ -150,9 +150,9 @@ def _observe_unfinished(store: ReconstructionStore, sha256: str) -> list[Observa
     chunks, done = count_chunks(store)
     if not seconds or not done:
         return []
-    attributes = store.attributes
-    work = Work.of(DriveRecord.from_json(attributes["drive"]), read_plan(store))
-    source = f"{attributes['drive']['name']} (unfinished)"
+    record = read_record(store)
+    work = Work.of(record, read_plan(store))
+    source = f"{record.name} (unfinished)"
     return [
         Observation(source, kind, work.scaled(done / chunks * share), {"infer": seconds[kind]})
         for kind, share in _shares(store, seconds).items()
@@ -203,7 +203,7 @@ def record_prediction(url: str, config: ReconstructionConfig) -> None:
     others = [other for other in _stores_in(url.rpartition("/")[0]) if other != url]
     # Every drive's run looks: if each looked at all, that would be a look for each pair of drives.
     seen = observations(others[:ENOUGH], config.infer.weights)
-    work = Work.of(DriveRecord.from_json(store.attributes["drive"]), read_plan(store))
+    work = Work.of(read_record(store), read_plan(store))
     by_device = {}
     for kind in {observation.device_kind for observation in seen}:
         rates = fit_rates(by_most_common_device(seen, kind))
@@ -278,7 +278,7 @@ def _store_of(drive: DriveLocation, output: str) -> ReconstructionStore | None:
 def _record_of(drive: DriveLocation, store: ReconstructionStore | None) -> DriveRecord:
     """What the probe found, else what the header says: good for planning only."""
     if store is not None:
-        return DriveRecord.from_json(store.attributes["drive"])
+        return read_record(store)
     seen = glance_at(drive.location)
     fps = seen.frames / seen.duration_s if seen.duration_s else 0.0
     clip = Clip(drive.location, seen.frames, 0, "none")

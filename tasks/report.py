@@ -17,14 +17,14 @@ from prefect import task
 from storage.drives import drive_files
 from storage.objects import redacted
 from storage.reconstruction import ReconstructionStore
-from storage.records import NOWHERE, DriveRecord, Plan
+from storage.records import NOWHERE
 from tasks import report_figures as figures
 from tasks.attempts import attempt_id, counted
 from tasks.frames import DriveInput, Image
 from tasks.keys import find_key, require_key, stage_key
 from tasks.meshes import read_ply
 from tasks.pipelining import prefetch
-from tasks.planned import longest_part, read_aside, read_plan
+from tasks.planned import longest_part, read_aside, read_plan, read_record
 from tasks.probe import absolute, relocated
 from tasks.retries import STAGE_OPTIONS
 from tasks.summary import busy_seconds, summarise
@@ -109,8 +109,8 @@ def report_key(store: ReconstructionStore, has_frames: bool) -> str:
 
 def warnings(store: ReconstructionStore) -> list[str]:
     """What a user should know before trusting the result, in plain words."""
-    record = DriveRecord.from_json(store.attributes["drive"])
-    plan = Plan.from_json(store.attributes["plan"])
+    record = read_record(store)
+    plan = read_plan(store)
     info = WeightsInfo.from_json(store.attributes["weights"])
     notes = []
     if not info.trained:
@@ -235,8 +235,8 @@ def render(
     """The page. Text from outside (names, problems) is escaped by the template."""
     from plotly.offline import get_plotlyjs
 
-    record = DriveRecord.from_json(store.attributes["drive"])
-    plan = Plan.from_json(store.attributes["plan"])
+    record = read_record(store)
+    plan = read_plan(store)
     merged = store.read_commit("fuse/merged") or {}
     preview = "fusion/preview.ply"
     mesh = read_ply(store.get_file(preview, merged.get("files", {}).get(preview)))

@@ -13,8 +13,8 @@ from storage.layout import chunk_numbers
 from storage.media import is_there
 from storage.objects import REMOTE_OPTIONS, explaining
 from storage.reconstruction import ReconstructionStore, StoreError
-from storage.records import NOWHERE, DriveRecord, Plan
-from tasks.planned import list_aside
+from storage.records import NOWHERE
+from tasks.planned import list_aside, read_plan, read_record
 
 # What one thread each is busy with during inference, by the seconds in the chunks' commits.
 BUSY = {
@@ -93,7 +93,7 @@ def count_chunks(store: ReconstructionStore, aside: Collection[int] = ()) -> tup
     """Chunks that the plan asks for without those of `aside`, and how many are committed."""
     if "plan" not in store.attributes:
         return 0, 0
-    plan = Plan.from_json(store.attributes["plan"])
+    plan = read_plan(store)
     wanted = {
         segment.index: segment.count_chunks(plan.chunk_frames)
         for segment in plan.segments
@@ -110,7 +110,7 @@ def summarise(store: ReconstructionStore) -> dict[str, Any]:
         key: value for key, value in progress(store.url).items() if key != "url"
     }
     if "drive" in store.attributes:
-        record = DriveRecord.from_json(store.attributes["drive"])
+        record = read_record(store)
         figures |= {
             "frames": record.frames,
             "frames_unreadable": sum(max(lost.count, 1) for lost in record.unreadable),
@@ -118,7 +118,7 @@ def summarise(store: ReconstructionStore) -> dict[str, Any]:
             "duration_s": record.duration_s,
         }
     if "plan" in store.attributes:
-        plan = Plan.from_json(store.attributes["plan"])
+        plan = read_plan(store)
         commit = store.read_commit("align") or {}
         parts = plan.without(commit.get("missing", ())).parts
         figures |= {"segments": len(plan.segments), "parts": parts}
