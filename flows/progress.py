@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from storage.wording import shown
-from tasks.summary import STAGES, progress
+from tasks.keys import STAGES
+from tasks.summary import progress
 
 POLL_S = 1.0
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from storage.reconstruction import ReconstructionStore
 
+STAGES = ("probe", "plan", "infer", "align", "fuse", "report")
 # Commits of the stages in order. Chunks of `infer` are not among them: each has its own key.
 STAGE_COMMITS = ("probe", "plan", "align", "tiles", "fuse", "report")
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from opentelemetry.metrics import CallbackOptions, Observation, get_meter
 
+from tasks.keys import STAGES
+
 SECONDS = "_seconds"
-STAGES = ("probe", "plan", "infer", "align", "fuse", "report")
 QUEUE_BUCKETS_S = (1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600, 4 * 3600)
 
 _meter = get_meter("ttt3r")

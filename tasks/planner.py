@@ -25,7 +25,7 @@ from tasks.config import ReconstructionConfig
 from tasks.finished import is_finished
 from tasks.fuse import merge_key, tiles_key
 from tasks.infer import share_left
-from tasks.keys import find_key
+from tasks.keys import STAGES, find_key
 from tasks.ledger import LEDGER, PREDICTED, Usage, observed
 from tasks.plan import plan_drive
 from tasks.planned import read_aside, read_plan, read_record
@@ -43,7 +43,7 @@ from tasks.rates import (
     read_benchmark,
 )
 from tasks.report import report_key
-from tasks.summary import STAGES, count_chunks, list_stores
+from tasks.summary import count_chunks, list_stores
 from ttt3r.weights import weights_info
 
 ENOUGH = 32  # drives that rates are learnt from: more say little more

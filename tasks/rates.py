@@ -19,10 +19,11 @@ from scipy.optimize import nnls
 from storage.records import DriveRecord, Plan
 from tasks.config import PlanConfig
 from tasks.documents import read_document
+from tasks.keys import STAGES
 from tasks.plan import plan_drive
 
 GPU_STAGES = ("infer",)
-CPU_STAGES = ("probe", "plan", "align", "fuse", "report")
+CPU_STAGES = tuple(stage for stage in STAGES if stage not in GPU_STAGES)
 BYTES = "stored_bytes"
 LARGEST_BENCHMARK_BYTES = 1_000_000
 MISFITS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)

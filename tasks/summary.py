@@ -14,6 +14,7 @@ from storage.media import is_there
 from storage.objects import REMOTE_OPTIONS, explaining
 from storage.reconstruction import ReconstructionStore, StoreError
 from storage.records import NOWHERE
+from tasks.keys import STAGES
 from tasks.planned import list_aside, read_plan, read_record
 
 # What one thread each is busy with during inference, by the seconds in the chunks' commits.
@@ -22,7 +23,6 @@ BUSY = {
     "network": ("infer",),
     "writing": ("download", "encode", "write"),
 }
-STAGES = ("probe", "plan", "infer", "align", "fuse", "report")
 
 
 def list_stores(location: str) -> list[str]:
