@@ -62,33 +62,24 @@ def without_credentials(location: str | None) -> str | None:
     return location and refuse_credentials(location)
 
 
-StoreUrl = Annotated[
-    str,
-    typer.Argument(
-        help="A drive's reconstruction: DIR/NAME.zarr or a URL.", callback=without_credentials
-    ),
-]
+def location_option(help: str, *names: str) -> Any:
+    """An option that takes a location; one with credentials is refused."""
+    return typer.Option(*names, help=help, callback=without_credentials)
+
+
+def location_argument(help: str, metavar: str | None = None) -> Any:
+    """An argument that takes a location; one with credentials is refused."""
+    return typer.Argument(help=help, metavar=metavar, callback=without_credentials)
+
+
+StoreUrl = Annotated[str, location_argument("A drive's reconstruction: DIR/NAME.zarr or a URL.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Weights = Annotated[
-    str,
-    typer.Option(
-        help="Name, path or URL of the weights (`ttt3r weights list`).",
-        callback=without_credentials,
-    ),
-]
-Input = Annotated[
-    str,
-    typer.Argument(
-        metavar="INPUT",
-        help="A drive, or a folder or glob of drives.",
-        callback=without_credentials,
-    ),
-]
-Output = Annotated[
-    str,
-    typer.Option(help="Folder or URL that takes <drive>.zarr.", callback=without_credentials),
+    str, location_option("Name, path or URL of the weights (`ttt3r weights list`).")
 ]
 Rule = Annotated[str, typer.Option(help="Update rule of the state.")]
+Input = Annotated[str, location_argument("A drive, or a folder or glob of drives.", "INPUT")]
+Output = Annotated[str, location_option("Folder or URL that takes <drive>.zarr.")]
 SegmentFrames = Annotated[
     int | None, typer.Option(min=2, help="Frames of a segment \\[default: the weights' own].")
 ]
@@ -104,17 +95,12 @@ DepthLimitM = Annotated[
     float | None, typer.Option(help="Fuse no depth beyond \\[default: 3 x the median].")
 ]
 PriceTable = Annotated[
-    str | None,
-    typer.Option(
-        "--prices", help="Price table (see deploy/prices.toml).", callback=without_credentials
-    ),
+    str | None, location_option("Price table (see deploy/prices.toml).", "--prices")
 ]
 RatesFile = Annotated[
     str | None,
-    typer.Option(
-        "--rates",
-        help="JSON of tests/benchmarks/pipeline.py, for where no drive is finished.",
-        callback=without_credentials,
+    location_option(
+        "JSON of tests/benchmarks/pipeline.py, for where no drive is finished.", "--rates"
     ),
 ]
 
@@ -272,9 +258,7 @@ def options(
 def probe(
     video: Annotated[
         str,
-        typer.Argument(
-            help="Video, folder of clips or folder of images.", callback=without_credentials
-        ),
+        location_argument("Video, folder of clips or folder of images."),
     ],
     as_json: AsJson = False,
 ) -> None:
@@ -631,9 +615,7 @@ def demo(
 def status(
     output: Annotated[
         str,
-        typer.Argument(
-            help="A reconstruction, or a folder or URL of them.", callback=without_credentials
-        ),
+        location_argument("A reconstruction, or a folder or URL of them."),
     ],
     as_json: AsJson = False,
 ) -> None:
@@ -714,10 +696,7 @@ def export(
     format: Annotated[ExportFormat, typer.Option(help="What to write.")],
     to: Annotated[
         str | None,
-        typer.Option(
-            help="File or URL to write \\[default: <drive>.<ending> here].",
-            callback=without_credentials,
-        ),
+        location_option("File or URL to write \\[default: <drive>.<ending> here]."),
     ] = None,
     part: Annotated[
         int | None, typer.Option(help="Trajectory part \\[default: the longest].")
@@ -734,9 +713,7 @@ def report(
     url: StoreUrl,
     recording: Annotated[
         str | None,
-        typer.Option(
-            help="Location of the drive, to show its frames.", callback=without_credentials
-        ),
+        location_option("Location of the drive, to show its frames."),
     ] = None,
 ) -> None:
     """Write the report of a drive that no run is at work on anew and print where it is.
@@ -759,15 +736,12 @@ def evaluate(
     url: StoreUrl,
     ground_truth: Annotated[
         str,
-        typer.Option(help="Trajectory file, camera-to-world.", callback=without_credentials),
+        location_option("Trajectory file, camera-to-world."),
     ],
     format: Annotated[TrajectoryFormat, typer.Option(help="Format of the file.")],
     depth: Annotated[
         str | None,
-        typer.Option(
-            help="Folder of 16-bit PNG depth, named by frame, millimetres.",
-            callback=without_credentials,
-        ),
+        location_option("Folder of 16-bit PNG depth, named by frame, millimetres."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -811,17 +785,11 @@ def train(context: typer.Context) -> None:
 def serve(
     collection: Annotated[
         str | None,
-        typer.Option(
-            help="Folder, URL or glob of drives, where a run names none.",
-            callback=without_credentials,
-        ),
+        location_option("Folder, URL or glob of drives, where a run names none."),
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(
-            help="Folder or URL that takes results, where a run names none.",
-            callback=without_credentials,
-        ),
+        location_option("Folder or URL that takes results, where a run names none."),
     ] = None,
     cron: Annotated[
         str | None,
