@@ -537,28 +537,24 @@ def refuse_store(output: str) -> None:
 
 def run_drive(drive: DriveLocation, output: str, config: Any, budget: Any) -> dict[str, Any]:
     """Reconstruct one drive; its failure is in what is returned, not raised."""
+    from flows.reconstruct_collection import outcome_of, record_of
     from flows.reconstruct_drive import reconstruct_drive
-    from storage.drives import store_url
-    from storage.reconstruction import ReconstructionStore
     from tasks.budget import within_budget
     from tasks.infer import device_kind, resolve_device
-    from tasks.planned import read_aside
     from tasks.probe import AnotherDrive
 
-    url, aside, error = store_url(output, drive.name), [], None
     kind = device_kind(resolve_device(config.infer))
     if within_budget([drive], output, config, budget, kind)[1]:
-        return {"url": url, "set_aside": [], "error": None, "left": True}
+        return record_of(drive, output, is_left=True)
     try:
         reconstruct_drive(drive.location, output, config, drive.name, prices=budget.prices)
-        aside = sorted(read_aside(ReconstructionStore.open(url)))
+        return outcome_of(drive, output, None)
     except AnotherDrive:
         raise
     except Exception as failure:
         if os.environ.get("TTT3R_TRACEBACK"):
             raise
-        error = one_line(failure)
-    return {"url": url, "set_aside": aside, "error": error, "left": False}
+        return outcome_of(drive, output, one_line(failure))
 
 
 def run_collection(source: str, output: str, config: Any, budget: Any) -> list[dict[str, Any]]:
