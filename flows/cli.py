@@ -11,10 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from typer.exceptions import TyperException
@@ -23,12 +22,14 @@ from storage.wording import on_one_line, reason_of, shown, use_plain_records
 
 if TYPE_CHECKING:
     from storage.video import DriveLocation
+    from tasks.config import BudgetConfig, ReconstructionConfig
     from tasks.ledger import Usage
     from tasks.planner import DriveEstimate
     from tasks.prices import Prices
     from tasks.rates import Rates
 
 T = TypeVar("T")
+Precision = Literal["auto", "float32", "bfloat16"]
 
 # Commands import what they need when they run: torch, Open3D and Prefect take seconds.
 app = typer.Typer(
@@ -77,9 +78,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")
 Weights = Annotated[
     str, location_option("Name, path or URL of the weights (`ttt3r weights list`).")
 ]
-Rule = Annotated[str, typer.Option(help="Update rule of the state.")]
 Input = Annotated[str, location_argument("A drive, or a folder or glob of drives.", "INPUT")]
 Output = Annotated[str, location_option("Folder or URL that takes <drive>.zarr.")]
+Rule = Annotated[str, typer.Option(help="Update rule of the state.")]
 SegmentFrames = Annotated[
     int | None, typer.Option(min=2, help="Frames of a segment \\[default: the weights' own].")
 ]
@@ -119,14 +120,6 @@ class TrajectoryFormat(StrEnum):
 
     tum = "tum"
     kitti = "kitti"
-
-
-class Precision(StrEnum):
-    """Arithmetic of the network."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
 
 class Terminated(BaseException):
@@ -294,7 +287,7 @@ def reconstruct(
     weights: Weights = "compact",
     rule: Rule = "ttt3r",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.auto,
+    precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = "auto",
     lanes: Annotated[
         int | None, typer.Option(min=1, help="Segments in lock step \\[default: as memory allows].")
     ] = None,
@@ -327,13 +320,18 @@ def reconstruct(
     """
     from tasks.config import BudgetConfig
 
-    config = checked(
-        lambda: read_settings(
-            (segment_frames, overlap_frames, chunk_frames),
-            (weights, rule, device, precision.value, lanes or "auto"),
-            focal_px,
-            (voxel_m, depth_limit_m),
-        )
+    config = read_settings(
+        weights=weights,
+        rule=rule,
+        precision=precision,
+        segment_frames=segment_frames,
+        overlap_frames=overlap_frames,
+        chunk_frames=chunk_frames,
+        focal_px=focal_px,
+        voxel_m=voxel_m,
+        depth_limit_m=depth_limit_m,
+        device=device,
+        lanes=lanes,
     )
     budget = checked(
         lambda: BudgetConfig(
@@ -347,8 +345,21 @@ def reconstruct(
     run_reconstruction(source, output, config, budget)
 
 
-def read_settings(plan: Any, infer: Any, focal_px: float | None, fuse: Any) -> Any:
-    """The configuration that the options ask for, by the order of its parts' fields."""
+def read_settings(
+    *,
+    weights: str,
+    rule: str,
+    precision: Precision,
+    segment_frames: int | None,
+    overlap_frames: int | None,
+    chunk_frames: int,
+    focal_px: float | None,
+    voxel_m: float | None,
+    depth_limit_m: float | None,
+    device: str = "auto",
+    lanes: int | None = None,
+) -> ReconstructionConfig:
+    """The configuration that the options ask for; ValueError says what is wrong with one."""
     from tasks.config import (
         AlignConfig,
         FuseConfig,
@@ -357,14 +368,23 @@ def read_settings(plan: Any, infer: Any, focal_px: float | None, fuse: Any) -> A
         ReconstructionConfig,
     )
 
-    def named(part: Any, values: Sequence[Any]) -> Any:  # or what is wrong with one has no name
-        return part(**{f.name: value for f, value in zip(fields(part), values, strict=False)})
-
-    return ReconstructionConfig(
-        plan=named(PlanConfig, plan),
-        infer=named(InferConfig, infer),
-        align=AlignConfig(focal_px=focal_px),
-        fuse=named(FuseConfig, fuse),
+    return checked(
+        lambda: ReconstructionConfig(
+            plan=PlanConfig(
+                segment_frames=segment_frames,
+                overlap_frames=overlap_frames,
+                chunk_frames=chunk_frames,
+            ),
+            infer=InferConfig(
+                weights=weights,
+                rule=rule,
+                device=device,
+                precision=precision,
+                lanes=lanes or "auto",
+            ),
+            align=AlignConfig(focal_px=focal_px),
+            fuse=FuseConfig(voxel_m=voxel_m, depth_limit_m=depth_limit_m),
+        )
     )
 
 
@@ -386,7 +406,7 @@ def plan(
     output: Output,
     weights: Weights = "compact",
     rule: Rule = "ttt3r",
-    precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.auto,
+    precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = "auto",
     segment_frames: SegmentFrames = None,
     overlap_frames: OverlapFrames = None,
     chunk_frames: ChunkFrames = 32,
@@ -410,13 +430,16 @@ def plan(
     from tasks.prices import read_prices
     from tasks.probe import may_take_over
 
-    config = checked(
-        lambda: read_settings(
-            (segment_frames, overlap_frames, chunk_frames),
-            (weights, rule, "auto", precision.value),
-            focal_px,
-            (voxel_m, depth_limit_m),
-        )
+    config = read_settings(
+        weights=weights,
+        rule=rule,
+        precision=precision,
+        segment_frames=segment_frames,
+        overlap_frames=overlap_frames,
+        chunk_frames=chunk_frames,
+        focal_px=focal_px,
+        voxel_m=voxel_m,
+        depth_limit_m=depth_limit_m,
     )
     table = read_prices(prices) if prices else None
     known = known_rates(output, weights, device_kind, rates)
@@ -484,7 +507,9 @@ def _gb(usage: Usage) -> float | None:
     return None if usage.stored_bytes is None else usage.stored_bytes / 1e9
 
 
-def run_reconstruction(source: str, output: str, config: Any, budget: Any) -> None:
+def run_reconstruction(
+    source: str, output: str, config: ReconstructionConfig, budget: BudgetConfig
+) -> None:
     """Run the flow that fits the input, show its progress, print what came out."""
     from flows.prefect_home import shelter_server, unwatched, use_home
     from flows.progress import progress_of
@@ -535,7 +560,9 @@ def refuse_store(output: str) -> None:
         )
 
 
-def run_drive(drive: DriveLocation, output: str, config: Any, budget: Any) -> dict[str, Any]:
+def run_drive(
+    drive: DriveLocation, output: str, config: ReconstructionConfig, budget: BudgetConfig
+) -> dict[str, Any]:
     """Reconstruct one drive; its failure is in what is returned, not raised."""
     from flows.reconstruct_collection import outcome_of, record_of
     from flows.reconstruct_drive import reconstruct_drive
@@ -557,7 +584,9 @@ def run_drive(drive: DriveLocation, output: str, config: Any, budget: Any) -> di
         return outcome_of(drive, output, one_line(failure))
 
 
-def run_collection(source: str, output: str, config: Any, budget: Any) -> list[dict[str, Any]]:
+def run_collection(
+    source: str, output: str, config: ReconstructionConfig, budget: BudgetConfig
+) -> list[dict[str, Any]]:
     """Reconstruct a collection; failed drives are in what is returned, not raised."""
     from flows.reconstruct_collection import CollectionIncomplete, reconstruct_collection
 
