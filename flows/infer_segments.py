@@ -18,6 +18,7 @@ from flows.leaving import told_when_left
 from flows.telemetry import observed
 from storage.credentials import refuse_credentials
 from storage.errors import StoreError
+from storage.layout import segment_claim
 from storage.reconstruction import ReconstructionStore
 from storage.records import Plan
 from storage.wording import reason_of
@@ -164,7 +165,7 @@ def bundle(plan: Plan, groups: Sequence[Sequence[int]], frames: int) -> list[lis
 
 def progress_of_segments(store: ReconstructionStore, indices: Sequence[int]) -> object:
     """What is finished of segments, or given up: whether a lost run got on."""
-    wanted = {f"infer/{i:04d}" for i in indices} | {aside_commit(i) for i in indices}
+    wanted = {segment_claim(i) for i in indices} | {aside_commit(i) for i in indices}
     names = store.commit_names("infer") + store.commit_names("aside")
     return [n for n in names if "/".join(n.split("/")[:2]) in wanted]
 

@@ -292,7 +292,7 @@ def segment_index(name: str) -> int | None:
 
 def chunk_commit(segment: int, chunk: int) -> str:
     """Name of the commit that vouches for a chunk."""
-    return f"infer/{segment:04d}/{chunk:04d}"
+    return f"{segment_claim(segment)}/{chunk:04d}"
 
 
 def chunk_numbers(commit: str) -> tuple[int, int] | None:
@@ -303,7 +303,7 @@ def chunk_numbers(commit: str) -> tuple[int, int] | None:
 
 
 def segment_claim(index: int) -> str:
-    """Name of the claim of who infers a segment."""
+    """Name of the claim of who infers a segment; the commits of its chunks lie below it."""
     return f"infer/{index:04d}"
 
 

@@ -420,7 +420,7 @@ class ReconstructionStore:
         for segment, wanted in missing:
             group = segment_name(segment.index)
             # Looked at before the claim: what another worker makes meanwhile is not removed.
-            commits = self._commits.names(f"infer/{segment.index:04d}")
+            commits = self._commits.names(segment_claim(segment.index))
             is_there = bool(commits) or self._folder.read(f"{group}/zarr.json") is not None
             self._check_claim(segment)
             if is_there:
@@ -440,7 +440,7 @@ class ReconstructionStore:
         """Remove a segment that a new plan does not have, its commits first."""
         self._check_drive()
         group = segment_name(index)
-        self._commits.drop(f"infer/{index:04d}")
+        self._commits.drop(segment_claim(index))
         self._folder.delete(f"{group}/zarr.json")
         self._folder.delete_tree(group)
 

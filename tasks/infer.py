@@ -249,8 +249,8 @@ def is_segment_done(store: ReconstructionStore, plan: Plan, segment: Segment, ke
 def _drop_stale(store: ReconstructionStore, plan: Plan, segment: Segment, key: str) -> None:
     """Take back chunks of other weights, rule, frames or plan: they are not progress."""
     current = {chunk_commit(segment.index, c.index) for c in segment.chunks(plan.chunk_frames)}
-    records = store.commits(f"infer/{segment.index:04d}")
-    for name in store.commit_names(f"infer/{segment.index:04d}"):
+    records = store.commits(segment_claim(segment.index))
+    for name in store.commit_names(segment_claim(segment.index)):
         # A listing may be older than the one before: what only one has is asked for by name.
         record = records.get(name) or store.read_commit(name) or {}
         if name not in current or record.get("key") != key:
