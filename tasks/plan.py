@@ -23,7 +23,9 @@ VERSION = 1
 VERSIONED = ("ttt3r-pipeline", "torch", "numpy", "zarr", "prefect", "av", "decord")
 
 
-def cut_into_segments(frames: int, cuts: tuple[int, ...], segment: int, overlap: int) -> Plan:
+def cut_into_segments(
+    frames: int, cuts: tuple[int, ...], segment: int, overlap: int
+) -> tuple[Segment, ...]:
     """Cut `frames` into segments of at most `segment` frames that share at least `overlap`.
 
     A hard cut starts a new part; inside a part segments are equally long and equally spaced.
@@ -37,7 +39,7 @@ def cut_into_segments(frames: int, cuts: tuple[int, ...], segment: int, overlap:
         for i in range(count):
             first = start + round(i * step)
             segments.append(Segment(len(segments), first, first + length, part))
-    return Plan(frames, 0, tuple(segments))
+    return tuple(segments)
 
 
 def segment_lengths(config: PlanConfig, recommended_frames: int) -> tuple[int, int]:
@@ -66,9 +68,9 @@ def plan_drive(record: DriveRecord, config: PlanConfig, recommended_frames: int)
         raise ValueError(f"{record.name} has no frame that decodes; there is nothing to plan")
     segment, overlap = segment_lengths(config, recommended_frames)
     cuts = record.cuts if config.split_at_cuts else ()
-    plan = cut_into_segments(record.frames, cuts, segment, overlap)
-    longest = max(s.frames for s in plan.segments)
-    return Plan(plan.frames, min(config.chunk_frames, longest), plan.segments)
+    segments = cut_into_segments(record.frames, cuts, segment, overlap)
+    longest = max(s.frames for s in segments)
+    return Plan(record.frames, min(config.chunk_frames, longest), segments)
 
 
 def group_segments(plan: Plan, size: int) -> list[tuple[int, ...]]:

@@ -3,7 +3,7 @@ from pydantic import ValidationError
 
 from storage.records import Clip, DriveRecord, Plan, Segment
 from tasks.config import PlanConfig
-from tasks.plan import cut_into_segments, group_segments, plan_drive
+from tasks.plan import group_segments, plan_drive
 
 
 def drive(frames: int, cuts: tuple[int, ...] = ()) -> DriveRecord:
@@ -28,8 +28,8 @@ def test_plan_neighbours_share_at_least_the_overlap(frames):
     assert all(len(plan.overlap(segment)) >= 3 for segment in plan.segments[1:])
 
 
-def test_plan_of_25_frames_has_the_segments_worked_out_by_hand():
-    plan = cut_into_segments(24, (), segment=10, overlap=3)
+def test_plan_of_24_frames_has_the_segments_worked_out_by_hand():
+    plan = plan_drive(drive(24), PlanConfig(10, 3), 100)
     assert plan.segments == (
         Segment(0, 0, 10, 0),
         Segment(1, 7, 17, 0),
