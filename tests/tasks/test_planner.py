@@ -1,5 +1,7 @@
 """What a plan learns from the drives under an output."""
 
+from pathlib import Path
+
 import pytest
 
 from storage.reconstruction import ReconstructionStore
@@ -23,14 +25,13 @@ def finish(store: ReconstructionStore, weights: str, kind: str = "cpu") -> None:
     store.commit("ledger", record)
 
 
-@pytest.fixture
-def stores(tmp_path):
-    """A hundred and one stores that are begun."""
-    urls = [tmp_path / f"{i:03d}.zarr" for i in range(101)]
-    return [ReconstructionStore.create(url, {}) for url in urls]
+def begin(output: Path, count: int) -> list[ReconstructionStore]:
+    """Stores that are begun."""
+    return [ReconstructionStore.create(output / f"{i:03d}.zarr", {}) for i in range(count)]
 
 
-def test_drives_that_are_finished_are_found_wherever_they_are(stores, tmp_path):
+def test_drives_that_are_finished_are_found_wherever_they_are(tmp_path):
+    stores = begin(tmp_path, 101)
     assert known_rates(str(tmp_path), "compact") is None
     for store in stores[:90]:
         finish(store, "untrained")
@@ -53,7 +54,8 @@ def test_drives_that_are_finished_are_found_wherever_they_are(stores, tmp_path):
         {"used": {}},
     ],
 )
-def test_malformed_ledger_of_a_neighbour_is_passed_over(stores, tmp_path, changes):
+def test_malformed_ledger_of_a_neighbour_is_passed_over(tmp_path, changes):
+    stores = begin(tmp_path, 3)
     for store in stores[:2]:
         finish(store, "compact")
     stores[1].commit("ledger", {**stores[1].read_commit("ledger"), **changes})
@@ -64,14 +66,16 @@ def test_malformed_ledger_of_a_neighbour_is_passed_over(stores, tmp_path, change
 @pytest.mark.parametrize(
     "attempt", [{}, {"device_kind": "cpu"}, {"device_kind": "cpu", "seconds": "x"}]
 )
-def test_malformed_attempt_of_a_neighbour_is_passed_over(stores, tmp_path, attempt):
+def test_malformed_attempt_of_a_neighbour_is_passed_over(tmp_path, attempt):
+    stores = begin(tmp_path, 2)
     finish(stores[0], "compact")
     weights = weights_info("compact").sha256
     stores[1].commit("attempts/infer-0", {**attempt, "weights_sha256": weights})
     assert known_rates(str(tmp_path), "compact").sources == ("000.zarr",)
 
 
-def test_drives_on_the_device_that_is_asked_for_are_found_among_others(stores, tmp_path):
+def test_drives_on_the_device_that_is_asked_for_are_found_among_others(tmp_path):
+    stores = begin(tmp_path, 101)
     for store in stores:
         finish(store, "compact", "NVIDIA H100")
     finish(stores[100], "compact")
