@@ -1,6 +1,7 @@
 """Repair: what is damaged is declared unfinished, and never anything else."""
 
 import json
+from itertools import product
 
 import fsspec
 import numpy as np
@@ -127,17 +128,20 @@ def change_attributes(store: ReconstructionStore, **changes: object) -> None:
         json.dump(node, file)
 
 
+# How an object is damaged is the same on S3; one that is gone is told in another way.
 @pytest.mark.parametrize(
-    "damage",
+    ("output_url", "damage"),
     [
-        lambda store: change_attributes(store, creation="another"),
-        lambda store: change_attributes(store, creation=None),
-        lambda store: change_attributes(store, start=1),
-        lambda store: change_attributes(store, stop=10**30),
-        lambda store: change_attributes(store, chunk_frames=10**30),
-        lambda store: overwrite(store, "segments/0000/zarr.json"),
-        lambda store: store._folder.delete("segments/0000/zarr.json"),
+        ("local", lambda store: change_attributes(store, creation="another")),
+        ("local", lambda store: change_attributes(store, creation=None)),
+        ("local", lambda store: change_attributes(store, start=1)),
+        ("local", lambda store: change_attributes(store, stop=10**30)),
+        ("local", lambda store: change_attributes(store, chunk_frames=10**30)),
+        ("local", lambda store: overwrite(store, "segments/0000/zarr.json")),
+        ("local", lambda store: store._folder.delete("segments/0000/zarr.json")),
+        ("s3", lambda store: store._folder.delete("segments/0000/zarr.json")),
     ],
+    indirect=["output_url"],
 )
 def test_segment_whose_group_is_damaged_is_named_kept_by_gc_and_made_anew(store, damage):
     damage(store)
@@ -153,8 +157,14 @@ def test_segment_whose_group_is_damaged_is_named_kept_by_gc_and_made_anew(store,
     assert store.read(SEGMENT, "depth", 0, 46).shape == (46, 48, 64)
 
 
-@pytest.mark.parametrize("name", ["frame", "state/frame"])
-@pytest.mark.parametrize("content", ["zeros", "damaged", "gone"])
+@pytest.mark.parametrize(
+    ("output_url", "name", "content"),
+    [
+        *product(["local"], ["frame", "state/frame"], ["zeros", "damaged", "gone"]),
+        ("s3", "state/frame", "gone"),
+    ],
+    indirect=["output_url"],
+)
 def test_segment_whose_coordinates_are_damaged_is_named_and_removed(store, name, content):
     path = f"segments/0000/{name}"
     if content == "zeros":
