@@ -1,6 +1,8 @@
 """A drive of known geometry: a straight corridor, and a network that is never wrong."""
 
+import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,6 +52,12 @@ class Corridor:
     config: ReconstructionConfig
     scales: tuple[float, ...]  # metres per unit of each segment
 
+    def copy(self, folder: Path) -> "Corridor":
+        """The same drive in a store of its own, in the state in which this one is now."""
+        url = str(folder / "out" / "corridor.zarr")
+        shutil.copytree(self.url, url)
+        return replace(self, url=url)
+
     def infer_perfectly(self) -> None:
         """Write and commit what a network without error would: each segment in its own frame."""
         store = ReconstructionStore.open(self.url)
@@ -89,13 +97,26 @@ class Corridor:
         }
 
 
-@pytest.fixture
-def corridor_drive(tmp_path) -> Corridor:
+def plan_corridor(folder: Path) -> Corridor:
     """Forty frames of the corridor in two segments, the second in other units."""
-    video = tmp_path / "corridor.mp4"
+    video = folder / "corridor.mp4"
     write_video(video, [corridor(i * STEP_M)[1] for i in range(40)])
     config = ReconstructionConfig(plan=PlanConfig(24, 8, 8), infer=InferConfig("untrained"))
-    url = str(tmp_path / "out" / "corridor.zarr")
+    url = str(folder / "out" / "corridor.zarr")
     probe_stage.fn(str(video), "corridor", url)
     plan_stage.fn(url, config)
     return Corridor(url, config, (1.0, 1.25))
+
+
+@pytest.fixture
+def corridor_drive(tmp_path) -> Corridor:
+    """A drive of the test's own, planned."""
+    return plan_corridor(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def inferred_corridor(tmp_path_factory) -> Corridor:
+    """A drive that a perfect network has inferred; tests copy it."""
+    drive = plan_corridor(tmp_path_factory.mktemp("corridor"))
+    drive.infer_perfectly()
+    return drive

@@ -27,18 +27,35 @@ def fuse_drive(drive) -> ReconstructionStore:
     return ReconstructionStore.open(drive.url)
 
 
-@pytest.fixture
-def aligned(corridor_drive):
-    corridor_drive.infer_perfectly()
-    infer = corridor_drive.config.infer
-    align_stage.fn(corridor_drive.url, AlignConfig(scale_prior_sigma=100.0), infer)
-    return corridor_drive
+@pytest.fixture(scope="module")
+def aligned_once(inferred_corridor, tmp_path_factory):
+    """For all tests of this file, which copy it."""
+    drive = inferred_corridor.copy(tmp_path_factory.mktemp("aligned"))
+    align_stage.fn(drive.url, AlignConfig(scale_prior_sigma=100.0), drive.config.infer)
+    return drive
+
+
+@pytest.fixture(scope="module")
+def fused_once(aligned_once, tmp_path_factory):
+    """For all tests of this file, which copy it."""
+    drive = aligned_once.copy(tmp_path_factory.mktemp("fused"))
+    fuse_drive(drive)
+    return drive
 
 
 @pytest.fixture
-def fused(aligned):
+def aligned(aligned_once, tmp_path):
+    return aligned_once.copy(tmp_path)
+
+
+@pytest.fixture
+def fused(fused_once, tmp_path):
+    return fused_once.copy(tmp_path)
+
+
+def mesh_and_unit(drive):
     """The mesh of the corridor and the metres of its world per metre."""
-    store = fuse_drive(aligned)
+    store = ReconstructionStore.open(drive.url)
     return read_ply(store.get_file("fusion/mesh.ply")), store.read_trajectory()["scale"][0]
 
 
@@ -53,7 +70,7 @@ def small_tiles(monkeypatch):
 
 
 def test_fuse_puts_the_walls_where_they_are_without_a_step_at_the_seam(fused):
-    mesh, unit = fused
+    mesh, unit = mesh_and_unit(fused)
     x, y, z = (mesh.vertices / unit).T
     to_wall = np.minimum(abs(abs(x) - 2.0), abs(abs(y) - 1.5))
     assert np.quantile(to_wall, 0.95) < VOXEL_M
@@ -65,7 +82,7 @@ def test_fuse_puts_the_walls_where_they_are_without_a_step_at_the_seam(fused):
 
 
 def test_fuse_keeps_the_colours_of_the_walls(fused):
-    mesh, unit = fused
+    mesh, unit = mesh_and_unit(fused)
     x, y, _ = (mesh.vertices / unit).T
     left = mesh.colors[(x < -1.9) & (abs(y) < 1.0)].astype(float).mean(axis=0)
     right = mesh.colors[(x > 1.9) & (abs(y) < 1.0)].astype(float).mean(axis=0)
@@ -73,17 +90,17 @@ def test_fuse_keeps_the_colours_of_the_walls(fused):
     assert right[1] > 120 > 100 > right[0]
 
 
-def test_fuse_commits_and_is_not_done_again(corridor_drive, fused):
-    store = ReconstructionStore.open(corridor_drive.url)
-    before = store.commits("fuse")
-    assert fuse_drive(corridor_drive).commits("fuse") == before
+def test_fuse_commits_and_is_not_done_again(fused):
+    before = ReconstructionStore.open(fused.url).commits("fuse")
+    assert before.keys() == {"fuse/0000", "fuse/merged"}
+    assert fuse_drive(fused).commits("fuse") == before
 
 
-def test_many_tiles_give_the_mesh_of_one(aligned, fused, monkeypatch, small_tiles):
-    one, _ = fused
-    store = ReconstructionStore.open(aligned.url)
+def test_many_tiles_give_the_mesh_of_one(fused, small_tiles):
+    one, _ = mesh_and_unit(fused)
+    store = ReconstructionStore.open(fused.url)
     store.drop_commits("tiles")
-    store = fuse_drive(aligned)
+    store = fuse_drive(fused)
     assert store.read_commit("tiles")["batches"] > 3
     many = read_ply(store.get_file("fusion/mesh.ply"))
     assert write_ply(weld(many)) == write_ply(weld(one))
@@ -113,17 +130,17 @@ def frames_fused(store: ReconstructionStore) -> int:
     return max(stop for tile in tiles for _, stop in tile["frames"])
 
 
-def test_frames_from_where_the_one_before_was_are_not_fused(aligned):
-    store = fuse_drive(aligned)
+def test_frames_from_where_the_one_before_was_are_not_fused(fused):
+    store = ReconstructionStore.open(fused.url)
     every = replace(CONFIG, view_change=0.0)
-    plan_tiles_stage.fn(aligned.url, every)
+    plan_tiles_stage.fn(fused.url, every)
     assert frames_fused(store) == 40
     # Half of the median depth is many times the 0.15 m from frame to frame.
     seldom = replace(CONFIG, view_change=0.5)
-    assert plan_tiles_stage.fn(aligned.url, seldom) == 1
+    assert plan_tiles_stage.fn(fused.url, seldom) == 1
     assert 3 <= frames_fused(store) <= 6
-    fuse_tiles_stage.fn(aligned.url, 0, seldom, aligned.config.infer)
-    merge_tiles_stage.fn(aligned.url, seldom)
+    fuse_tiles_stage.fn(fused.url, 0, seldom, fused.config.infer)
+    merge_tiles_stage.fn(fused.url, seldom)
     assert len(read_ply(store.get_file("fusion/mesh.ply")).triangles) > 1000
 
 
@@ -198,8 +215,8 @@ def test_batch_is_fused_of_depth_of_one_network_only(aligned):
 @pytest.mark.parametrize(
     ("name", "commit"), [("mesh.ply", "fuse/merged"), ("preview.glb", "fuse/merged"), ("", "0000")]
 )
-def test_damaged_mesh_is_named_and_made_anew(aligned, fused, name, commit):
-    store = ReconstructionStore.open(aligned.url)
+def test_damaged_mesh_is_named_and_made_anew(fused, name, commit):
+    store = ReconstructionStore.open(fused.url)
     assert store.verify() == []
     name = f"fusion/{name}" if name else store.list_files("fusion/tiles")[0]
     sound = store.get_file(name)
@@ -209,18 +226,18 @@ def test_damaged_mesh_is_named_and_made_anew(aligned, fused, name, commit):
         file.write(bytes(broken))
     assert store.verify() == [name]
     assert [dropped.rpartition(commit)[2] for dropped in store.repair()] == [""]
-    fuse_drive(aligned)
+    fuse_drive(fused)
     assert store.verify() == []
     assert store.get_file(name) == sound
 
 
-def test_mesh_too_large_for_viewers_gets_no_glb(aligned, fused, monkeypatch):
-    mesh, _ = fused
-    store = ReconstructionStore.open(aligned.url)
+def test_mesh_too_large_for_viewers_gets_no_glb(fused, monkeypatch):
+    mesh, _ = mesh_and_unit(fused)
+    store = ReconstructionStore.open(fused.url)
     ply = store.get_file("fusion/mesh.ply")
     store.drop_commits("tiles")
     monkeypatch.setattr(fuse, "LARGEST_GLB_TRIANGLES", len(mesh.triangles) - 1)
-    fuse_drive(aligned)
+    fuse_drive(fused)
     written = [name for name in store.list_files("fusion/") if "/tiles/" not in name]
     assert written == ["fusion/mesh.ply", "fusion/preview.glb", "fusion/preview.ply"]
     assert store.get_file("fusion/mesh.ply") == ply

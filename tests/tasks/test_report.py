@@ -2,6 +2,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -30,16 +31,37 @@ def fuse_drive(drive, config=FUSE) -> ReconstructionStore:
     return ReconstructionStore.open(drive.url)
 
 
-@pytest.fixture
-def aligned(corridor_drive):
-    corridor_drive.infer_perfectly()
-    align_stage.fn(corridor_drive.url, AlignConfig(), corridor_drive.config.infer)
-    return corridor_drive
+@pytest.fixture(scope="module")
+def aligned_once(inferred_corridor, tmp_path_factory):
+    """For all tests of this file, which copy it."""
+    drive = inferred_corridor.copy(tmp_path_factory.mktemp("aligned"))
+    align_stage.fn(drive.url, AlignConfig(), drive.config.infer)
+    return drive
+
+
+@pytest.fixture(scope="module")
+def fused_once(aligned_once, tmp_path_factory):
+    """For all tests of this file, which copy it."""
+    drive = aligned_once.copy(tmp_path_factory.mktemp("fused"))
+    fuse_drive(drive)
+    return drive
 
 
 @pytest.fixture
-def fused(aligned):
-    return fuse_drive(aligned)
+def aligned(aligned_once, tmp_path):
+    return aligned_once.copy(tmp_path)
+
+
+@pytest.fixture
+def fused(fused_once, tmp_path) -> ReconstructionStore:
+    return ReconstructionStore.open(fused_once.copy(tmp_path).url)
+
+
+@pytest.fixture
+def recording(inferred_corridor, tmp_path) -> Path:
+    """A copy of the recording, of the test's own."""
+    source = ReconstructionStore.open(inferred_corridor.url).attributes["drive"]["location"]
+    return Path(shutil.copy(source, tmp_path))
 
 
 def page_of(store: ReconstructionStore) -> str:
@@ -99,22 +121,22 @@ def test_new_trajectory_makes_a_new_report_even_of_the_same_mesh(fused):
     assert fused.read_commit("report")["commit_id"] != before
 
 
-def test_report_shows_frames_of_the_recording_that_is_named_only(fused, tmp_path):
+def test_report_shows_frames_of_the_recording_that_is_named_only(fused, recording):
     page = page_of(fused)
     assert page.count('alt="frame"') == 0
     assert page.count('alt="depth"') == 6
     assert "Frames of the recording are not shown" in Reader(page).text
-    report_stage.fn(fused.url, str(tmp_path / "corridor.mp4"))
+    report_stage.fn(fused.url, str(recording))
     page = fused.get_file("report/report.html").decode()
     assert page.count('alt="frame"') == 6
     assert "Frames of the recording are not shown" not in Reader(page).text
 
 
-def test_report_opens_nothing_but_the_recording_whatever_a_store_names(fused, tmp_path):
+def test_report_opens_nothing_but_the_recording_whatever_a_store_names(fused, recording, tmp_path):
     drive = fused.attributes["drive"]
     (tmp_path / "mine").mkdir()
-    mine = shutil.copy(tmp_path / "corridor.mp4", tmp_path / "mine" / "corridor.mp4")
-    private = shutil.move(tmp_path / "corridor.mp4", tmp_path / "private.mp4")
+    mine = shutil.copy(recording, tmp_path / "mine" / "corridor.mp4")
+    private = shutil.move(recording, tmp_path / "private.mp4")
 
     def name(location: str, clip: str) -> None:
         clips = [{**drive["clips"][0], "location": clip}]
