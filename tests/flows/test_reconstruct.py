@@ -1,6 +1,8 @@
+import io
 import json
+import logging
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +32,42 @@ CONFIG = ReconstructionConfig(
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
-def infer_commits(url: str) -> dict[str, str]:
-    """What identifies every inferred chunk; another run of it would be another commit."""
-    commits = ReconstructionStore.open(url).commits("infer")
+@dataclass(frozen=True)
+class Finished:
+    """A drive that was reconstructed once for all tests of this file, which leave it as it is."""
+
+    video: Path
+    url: str
+    video_before: bytes
+    requests: str  # that were made of the Prefect server
+
+    def copy(self, folder: Path) -> str:
+        """Output of a test's own below `folder`, in which the drive is finished."""
+        output = folder / "out"
+        shutil.copytree(Path(self.url).parent, output)
+        return str(output)
+
+
+@pytest.fixture(scope="module")
+def finished(prefect_server, tmp_path_factory) -> Finished:
+    """Thirty small frames, and their drive."""
+    folder = tmp_path_factory.mktemp("finished")
+    video = write_video(folder / "squares.mp4", moving_squares(30))
+    before, log, said = video.read_bytes(), logging.getLogger("httpx"), io.StringIO()
+    handler, level = logging.StreamHandler(said), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        url = reconstruct_drive(str(video), str(folder / "out"), CONFIG)
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
+    return Finished(video, url, before, said.getvalue())
+
+
+def commit_ids(url: str, stage: str = "") -> dict[str, str]:
+    """What identifies every commit; what is done again has another."""
+    commits = ReconstructionStore.open(url).commits(stage)
     return {name: record["commit_id"] for name, record in commits.items()}
 
 
@@ -54,14 +89,12 @@ def assert_equal_bytes(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> No
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def test_drive_becomes_poses_depth_states_and_a_report(video, tmp_path, caplog):
-    with caplog.at_level("INFO", "httpx"):
-        url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
-    assert url == str(tmp_path / "out" / "squares.zarr")
+def test_drive_becomes_poses_depth_states_and_a_report(finished):
+    assert finished.url == str(finished.video.parent / "out" / "squares.zarr")
     # Of the Prefect server no slots are asked: on SQLite that costs 2 s, and it may be away.
-    assert "/artifacts/" in caplog.text
-    assert "/concurrency_limits/" not in caplog.text
-    store = ReconstructionStore.open(url)
+    assert "/artifacts/" in finished.requests
+    assert "/concurrency_limits/" not in finished.requests
+    store = ReconstructionStore.open(finished.url)
     trajectory = store.read_trajectory()
     assert trajectory["cam_to_world"].shape == (30, 4, 4)
     assert np.isfinite(trajectory["cam_to_world"]).all()
@@ -77,56 +110,49 @@ def test_drive_becomes_poses_depth_states_and_a_report(video, tmp_path, caplog):
     assert store.verify() == []
 
 
-def test_second_run_of_a_finished_drive_computes_nothing(video, tmp_path):
-    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
-    before = {n: r["commit_id"] for n, r in ReconstructionStore.open(url).commits().items()}
-    reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
-    after = {n: r["commit_id"] for n, r in ReconstructionStore.open(url).commits().items()}
-    assert after == before
+def test_second_run_of_a_finished_drive_computes_nothing(finished, tmp_path):
+    url = reconstruct_drive(str(finished.video), finished.copy(tmp_path), CONFIG)
+    assert url == str(tmp_path / "out" / "squares.zarr")
+    assert commit_ids(url) == commit_ids(finished.url)
 
 
-def test_new_calibration_redoes_alignment_and_not_inference(video, tmp_path):
-    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
-    inferred = infer_commits(url)
-    aligned = ReconstructionStore.open(url).read_commit("align")
-    reconstruct_drive(
-        str(video), str(tmp_path / "out"), replace(CONFIG, align=AlignConfig(focal_px=50.0))
-    )
-    assert infer_commits(url) == inferred
+def test_new_calibration_redoes_alignment_and_not_inference(finished, tmp_path):
+    calibrated = replace(CONFIG, align=AlignConfig(focal_px=50.0))
+    url = reconstruct_drive(str(finished.video), finished.copy(tmp_path), calibrated)
+    assert commit_ids(url, "infer") == commit_ids(finished.url, "infer")
+    aligned = ReconstructionStore.open(finished.url).read_commit("align")
     assert ReconstructionStore.open(url).read_commit("align")["key"] != aligned["key"]
 
 
-def test_interrupted_drive_resumes_and_ends_with_the_same_bytes(video, tmp_path):
-    whole = reconstruct_drive(str(video), str(tmp_path / "whole"), CONFIG)
-    url = reconstruct_drive(str(video), str(tmp_path / "cut"), CONFIG)
+def test_interrupted_drive_resumes_and_ends_with_the_same_bytes(finished, tmp_path):
+    output = finished.copy(tmp_path)
+    url = f"{output}/squares.zarr"
     store = ReconstructionStore.open(url)
     # What a kill in the middle leaves: later chunks of two segments never committed.
     for name in ("infer/0001/0001", "infer/0001/0002", "infer/0002", "align", "fuse", "report"):
         store.drop_commits(name)
-    kept = infer_commits(url)
-    reconstruct_drive(str(video), str(tmp_path / "cut"), CONFIG)
-    resumed = infer_commits(url)
+    kept = commit_ids(url, "infer")
+    reconstruct_drive(str(finished.video), output, CONFIG)
+    resumed = commit_ids(url, "infer")
     assert {name: resumed[name] for name in kept} == kept
-    assert_equal_bytes(stored(url), stored(whole))
+    assert_equal_bytes(stored(url), stored(finished.url))
 
 
-def test_lanes_change_the_result_by_rounding_only(video, tmp_path):
-    together = reconstruct_drive(str(video), str(tmp_path / "a"), CONFIG)
+def test_lanes_change_the_result_by_rounding_only(finished, tmp_path):
     one = replace(CONFIG, infer=replace(CONFIG.infer, lanes=1))
-    alone = reconstruct_drive(str(video), str(tmp_path / "b"), one)
-    ours, theirs = stored(together), stored(alone)
+    alone = reconstruct_drive(str(finished.video), str(tmp_path / "out"), one)
+    ours, theirs = stored(finished.url), stored(alone)
     for name in (n for n in ours if n.endswith("cam_to_seg")):
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4)
 
 
-def test_clips_of_a_folder_are_one_drive_with_the_frames_of_the_whole(tmp_path):
+def test_clips_of_a_folder_are_one_drive_with_the_frames_of_the_whole(finished, tmp_path):
     frames = moving_squares(30)
-    whole = write_video(tmp_path / "whole.mp4", frames)
     clips = tmp_path / "clips"
     clips.mkdir()
     for i in range(3):
         write_video(clips / f"clip{i}.mp4", frames[10 * i : 10 * i + 10])
-    a = ReconstructionStore.open(reconstruct_drive(str(whole), str(tmp_path / "out"), CONFIG))
+    a = ReconstructionStore.open(finished.url)
     b = ReconstructionStore.open(reconstruct_drive(str(clips), str(tmp_path / "out"), CONFIG))
     assert a.attributes["plan"] == b.attributes["plan"]
     np.testing.assert_allclose(a.read_frames()["timestamp"], b.read_frames()["timestamp"])
@@ -183,33 +209,34 @@ def test_drive_that_cannot_be_read_at_its_end_stops_no_other(tmp_path, monkeypat
     assert tuesday.read_commit("report") is not None
 
 
-def test_drive_on_s3_equals_the_drive_on_disk(video, tmp_path, seaweed):
-    local = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
-    remote = reconstruct_drive(str(video), f"{seaweed.url}/{tmp_path.name}", CONFIG)
+def test_drive_on_s3_equals_the_drive_on_disk(finished, tmp_path, seaweed):
+    remote = reconstruct_drive(str(finished.video), f"{seaweed.url}/{tmp_path.name}", CONFIG)
     assert remote.startswith("s3://")
-    assert_equal_bytes(stored(local), stored(remote))
-    names = ReconstructionStore.open(local).list_files()
+    assert_equal_bytes(stored(finished.url), stored(remote))
+    names = ReconstructionStore.open(finished.url).list_files()
     assert ReconstructionStore.open(remote).list_files() == names
 
 
-def test_inputs_are_not_touched_and_only_the_output_is_written(video, tmp_path):
-    before = video.read_bytes()
-    reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
-    assert video.read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", video.name]
-    assert sorted(p.name for p in Path(tmp_path / "out").iterdir()) == ["squares.zarr"]
+def test_inputs_are_not_touched_and_only_the_output_is_written(finished):
+    video, folder = finished.video, finished.video.parent
+    assert video.read_bytes() == finished.video_before
+    assert sorted(p.name for p in folder.iterdir()) == ["out", video.name]
+    assert [p.name for p in (folder / "out").iterdir()] == ["squares.zarr"]
 
 
-def test_another_drive_of_the_same_name_is_refused_and_leaves_the_first_as_it_is(video, tmp_path):
-    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
-    before = ReconstructionStore.open(url).commits()
+def test_another_drive_of_the_same_name_is_refused_and_leaves_the_first_as_it_is(
+    finished, tmp_path
+):
+    output = finished.copy(tmp_path)
+    store = ReconstructionStore.open(f"{output}/squares.zarr")
+    before = store.commits()
     other = write_video(tmp_path / "other.mp4", moving_squares(6))
     with pytest.raises(AnotherDrive, match="holds the drive at"):
-        reconstruct_drive(str(other), str(tmp_path / "out"), CONFIG, "squares")
+        reconstruct_drive(str(other), output, CONFIG, "squares")
     wrong = replace(CONFIG, infer=replace(CONFIG.infer, rule="no-such-rule"))
     with pytest.raises(ValueError, match="no-such-rule"):
-        reconstruct_drive(str(video), str(tmp_path / "out"), wrong)
-    assert ReconstructionStore.open(url).commits() == before
+        reconstruct_drive(str(finished.video), output, wrong)
+    assert store.commits() == before
 
 
 def test_overlap_too_large_for_the_weights_is_said_before_anything_is_decoded(video, tmp_path):
