@@ -1,7 +1,8 @@
 """A disk or server that holds recordings and goes away is no fault of the recordings."""
 
 import errno
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -55,11 +56,25 @@ def make_images(folder: Path) -> None:
         Image.fromarray(frame).save(folder / f"{number}.png")
 
 
-def make_large_clip(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def large_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Noise: more than is read ahead of a remote file."""
     noise = np.random.default_rng(0).integers(0, 256, (56, 320, 320, 3), np.uint8)
-    path = write_video(folder / "1.mp4", list(noise))
+    path = write_video(tmp_path_factory.mktemp("large") / "1.mp4", list(noise))
     assert path.stat().st_size > 9 * 2**20
+    return path
+
+
+@pytest.fixture
+def trip(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder of what the test's parameter names."""
+    folder = tmp_path / "trip"
+    folder.mkdir()
+    if request.param == "large clip":
+        shutil.copy(request.getfixturevalue("large_clip"), folder)
+    else:
+        {"clips": make_clips, "images": make_images}[request.param](folder)
+    return folder
 
 
 @pytest.fixture
@@ -70,13 +85,9 @@ def web(tmp_path: Path) -> Iterator[WebServer]:
         yield server
 
 
-@pytest.mark.parametrize("make", [make_clips, make_images, make_large_clip])
-def test_server_that_dies_between_frames_is_one_line(
-    tmp_path, mortal_seaweed: SeaweedProcess, make: Callable[[Path], None]
-):
-    (tmp_path / "trip").mkdir()
-    make(tmp_path / "trip")
-    url = upload(tmp_path / "trip", f"{mortal_seaweed.access.url}/trip")
+@pytest.mark.parametrize("trip", ["clips", "images", "large clip"], indirect=True)
+def test_server_that_dies_between_frames_is_one_line(trip, mortal_seaweed: SeaweedProcess):
+    url = upload(trip, f"{mortal_seaweed.access.url}/trip")
     record, table = probe_drive(url)
     frames = read_frames(record, table, 0, record.frames)
     next(frames)
@@ -141,8 +152,8 @@ def test_web_server_in_trouble_is_no_missing_file(web: WebServer, status):
         assert isinstance(told.value, StoreRefused) == (status in (401, 403))
 
 
-def test_web_server_that_fails_between_frames_is_unavailable(web: WebServer):
-    make_large_clip(web.folder)
+def test_web_server_that_fails_between_frames_is_unavailable(web: WebServer, large_clip: Path):
+    shutil.copy(large_clip, web.folder)
     url = f"{web.url}/1.mp4"
     record, table = probe_drive(url)
     frames = read_frames(record, table, 0, record.frames)
