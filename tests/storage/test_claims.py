@@ -113,8 +113,16 @@ def all_claims(store: ReconstructionStore) -> None:
             claim.check()
 
 
+# All of them wait in the same way, for seconds.
 @pytest.mark.parametrize(
-    "act", [all_claims, ReconstructionStore.repair, lambda store: store.delete_garbage(0.0)]
+    ("output_url", "act"),
+    [
+        ("local", all_claims),
+        ("local", ReconstructionStore.repair),
+        ("local", lambda store: store.delete_garbage(0.0)),
+        ("s3", all_claims),
+    ],
+    indirect=["output_url"],
 )
 def test_all_claims_of_a_lost_machine_are_waited_for_at_the_same_time(store, monkeypatch, act):
     monkeypatch.setattr(claims, "LEASE_S", 3.0)
