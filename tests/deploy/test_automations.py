@@ -61,26 +61,33 @@ def test_runs_of_our_flows_are_watched_and_no_others(automation):
     assert not is_watched("nightly-report")
 
 
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
     """A server on PostgreSQL, without workers."""
     with running_postgres() as database, ExitStack() as stack:
-        found = LocalFleet(tmp_path, database, {})
+        found = LocalFleet(tmp_path_factory.mktemp("fleet"), database, {})
         stack.callback(found.stop)
         found.start_server()
         yield found
 
 
-def pool_with_runs(fleet: LocalFleet, slots: int, runs: int) -> list[str]:
-    """Ids of runs that wait in the pool `gpu`."""
-    fleet.ask("work_pools/", {"name": "gpu", "type": "process", "concurrency_limit": slots})
-    return runs_of(fleet, "infer-segments", runs)
+@pytest.fixture
+def fleet(server: LocalFleet) -> Iterator[LocalFleet]:
+    """The server, on which a test has a pool of its own and no automation but its own."""
+    yield server
+    server.prefect("--no-prompt", "automation", "delete", "--all")
 
 
-def runs_of(fleet: LocalFleet, flow_name: str, runs: int) -> list[str]:
-    """Ids of runs of a flow that wait in the pool `gpu`."""
+def pool_with_runs(fleet: LocalFleet, pool: str, slots: int, runs: int) -> list[str]:
+    """Ids of runs that wait in a new pool."""
+    fleet.ask("work_pools/", {"name": pool, "type": "process", "concurrency_limit": slots})
+    return runs_of(fleet, pool, "infer-segments", runs)
+
+
+def runs_of(fleet: LocalFleet, pool: str, flow_name: str, runs: int) -> list[str]:
+    """Ids of runs of a flow that wait in a pool."""
     flow = fleet.ask("flows/", {"name": flow_name})["id"]
-    asked = {"name": "fleet", "flow_id": flow, "work_pool_name": "gpu"}
+    asked = {"name": pool, "flow_id": flow, "work_pool_name": pool}
     deployment = fleet.ask("deployments/", asked)["id"]
     scheduled = {"state": {"type": "SCHEDULED"}}
     path = f"deployments/{deployment}/create_flow_run"
@@ -118,9 +125,9 @@ def move(fleet: LocalFleet, run: str) -> None:
     give_sign_of_life(fleet, run, event=LEFT)
 
 
-def handed_out(fleet: LocalFleet) -> list[str]:
+def handed_out(fleet: LocalFleet, pool: str) -> list[str]:
     """Runs that a worker of the pool would get now."""
-    found = fleet.ask("work_pools/gpu/get_scheduled_flow_runs", {})
+    found = fleet.ask(f"work_pools/{pool}/get_scheduled_flow_runs", {})
     return [entry["flow_run"]["id"] for entry in found]
 
 
@@ -134,8 +141,10 @@ def automate(fleet: LocalFleet, folder: Path, name: str, within_s: float = 10) -
     time.sleep(5)  # until the server heeds it
 
 
-def crashed_runs(fleet: LocalFleet) -> set[str]:
-    return {run["id"] for run in fleet.flow_runs() if run["state_type"] == "CRASHED"}
+def crashed_runs(fleet: LocalFleet, pool: str) -> set[str]:
+    """Runs of the pool that count as crashed."""
+    found = fleet.ask("flow_runs/filter", {"work_pools": {"name": {"any_": [pool]}}})
+    return {run["id"] for run in found if run["state_type"] == "CRASHED"}
 
 
 @pytest.mark.slow
@@ -143,8 +152,8 @@ def test_a_run_that_falls_silent_is_lost_and_one_that_moves_or_of_another_flow_i
     fleet, tmp_path
 ):
     automate(fleet, tmp_path, "lost-runs")
-    ours, moved, killed_at_once = pool_with_runs(fleet, slots=4, runs=3)
-    (other,) = runs_of(fleet, "nightly-report", 1)
+    ours, moved, killed_at_once = pool_with_runs(fleet, "silent", slots=4, runs=3)
+    (other,) = runs_of(fleet, "silent", "nightly-report", 1)
     set_state(fleet, moved, "RUNNING", "Running")
     move(fleet, moved)
     for run, flow_name in ((other, "nightly-report"), (ours, "infer-segments")):
@@ -152,17 +161,17 @@ def test_a_run_that_falls_silent_is_lost_and_one_that_moves_or_of_another_flow_i
         give_sign_of_life(fleet, run, flow_name)
     set_state(fleet, killed_at_once, "RUNNING", "Running")
     until = time.monotonic() + 120
-    while not crashed_runs(fleet) >= {ours, killed_at_once} and time.monotonic() < until:
+    while not crashed_runs(fleet, "silent") >= {ours, killed_at_once} and time.monotonic() < until:
         time.sleep(1)
     time.sleep(5)  # the others' time began and ended first
-    assert crashed_runs(fleet) == {ours, killed_at_once}
+    assert crashed_runs(fleet, "silent") == {ours, killed_at_once}
 
 
 @pytest.mark.slow
 def test_a_run_that_is_lost_before_its_first_heartbeat_gives_its_slot_back(fleet, tmp_path):
     automate(fleet, tmp_path, "lost-before-the-start")
-    *started, waiting = pool_with_runs(fleet, slots=6, runs=6)
-    others = runs_of(fleet, "nightly-report", 1)
+    *started, waiting = pool_with_runs(fleet, "before", slots=6, runs=6)
+    others = runs_of(fleet, "before", "nightly-report", 1)
     for run in (*started, *others):
         set_state(fleet, run, "PENDING", "Pending")
     _, handed_over, on_kubernetes, moved, alive = started
@@ -171,16 +180,16 @@ def test_a_run_that_is_lost_before_its_first_heartbeat_gives_its_slot_back(fleet
     for run in (moved, alive):
         set_state(fleet, run, "RUNNING", "Running")
     move(fleet, moved)
-    assert handed_out(fleet) == []
+    assert handed_out(fleet, "before") == []
     lost = set(started) - {alive}
     ended: set[str] = set()
     until = time.monotonic() + 180
     while time.monotonic() < until:
         give_sign_of_life(fleet, alive)
-        crashed = crashed_runs(fleet)
+        crashed = crashed_runs(fleet, "before")
         if crashed >= lost and not ended >= lost:
             until = time.monotonic() + 15  # the one that lives has its time, too
-            assert handed_out(fleet) == [waiting]
+            assert handed_out(fleet, "before") == [waiting]
         ended = crashed
         time.sleep(1)
     assert ended == lost
@@ -189,7 +198,9 @@ def test_a_run_that_is_lost_before_its_first_heartbeat_gives_its_slot_back(fleet
 @pytest.mark.slow
 def test_a_run_whose_worker_is_lost_while_it_hands_it_over_gives_its_slot_back(fleet, tmp_path):
     automate(fleet, tmp_path, "lost-while-submitted", within_s=40)  # the others must get on in it
-    taken, handed_over, on_kubernetes, running, waiting = pool_with_runs(fleet, slots=4, runs=5)
+    taken, handed_over, on_kubernetes, running, waiting = pool_with_runs(
+        fleet, "submitted", slots=4, runs=5
+    )
     for run in (taken, handed_over, on_kubernetes, running):
         set_state(fleet, run, "PENDING", "Pending")
     time.sleep(2)  # the server handles two events at once
@@ -199,8 +210,8 @@ def test_a_run_whose_worker_is_lost_while_it_hands_it_over_gives_its_slot_back(f
     set_state(fleet, on_kubernetes, "PENDING", "InfrastructurePending")
     set_state(fleet, running, "RUNNING", "Running")
     until = time.monotonic() + 240
-    while crashed_runs(fleet) != {taken, handed_over} and time.monotonic() < until:
+    while crashed_runs(fleet, "submitted") != {taken, handed_over} and time.monotonic() < until:
         time.sleep(1)
     time.sleep(30)  # the others have had as long
-    assert crashed_runs(fleet) == {taken, handed_over}
-    assert handed_out(fleet) == [waiting]
+    assert crashed_runs(fleet, "submitted") == {taken, handed_over}
+    assert handed_out(fleet, "submitted") == [waiting]
