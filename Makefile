@@ -52,10 +52,11 @@ test: setup
 # One of its servers is on SQLite, which answers late or not at all beside other tests.
 OPERATOR := tests/deploy/test_operator_lines.py
 
-# What takes longer and guards a promise: kills, real recordings, memory.
+# What takes longer and guards a promise: kills, real recordings, memory. The order is that of
+# tests/conftest.py.
 test-slow: setup
 	deploy/install-system-packages.sh deploy/apt-packages-fleet.txt
-	$(PYTEST) -m 'slow and not gpu' --timeout 1200 --ignore $(OPERATOR)
+	$(PYTEST) --no-loadscope-reorder -m 'slow and not gpu' --timeout 1200 --ignore $(OPERATOR)
 	$(BIN)/pytest -q -m slow --timeout 1200 $(OPERATOR)
 
 check: setup

@@ -15,7 +15,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from s3fs import S3FileSystem
 from seaweed import Seaweed, SeaweedProcess, running_seaweed
 
+# Take minutes each. Without this, two processes would begin them last, as they hold few tests.
+BEGUN_FIRST = (
+    "test_kills.py",
+    "test_s3_faults.py",
+    "test_races.py",
+    "test_automations.py",
+    "test_fleet.py",
+)
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of `BEGUN_FIRST` before all others, in that order of files."""
+    order = {name: number for number, name in enumerate(BEGUN_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A process that is told to end keeps what it has computed (killed ones: test_campaigns.py)."""
+"""A process that is told to end keeps what it has computed (killed: campaigns/test_kills.py)."""
 
 import os
 import signal
