@@ -141,7 +141,7 @@ def infer_stage(url: str, indices: Sequence[int], config: InferConfig) -> int:
         )
     segments = [plan.segments[i] for i in indices]
     keys = segment_keys(store, plan, segments, config, info)
-    if _all_done(store, plan, segments, keys):
+    if all(is_segment_done(store, plan, s, keys[s.index]) for s in segments):
         return 0
     note(device_kind=device_kind(resolve_device(config)), weights_sha256=info.sha256)
     model, info = _cached_model(
@@ -235,26 +235,9 @@ def _infer_in_lanes(work: Work, segments: Sequence[Segment], stop: threading.Eve
             lanes = settle_for_fewer(store, config, info, lanes)
 
 
-def _all_done(
-    store: ReconstructionStore, plan: Plan, segments: Sequence[Segment], keys: dict[int, str]
-) -> bool:
-    return all(is_segment_done(store, plan, s, keys[s.index]) for s in segments)
-
-
 def is_segment_done(store: ReconstructionStore, plan: Plan, segment: Segment, key: str) -> bool:
     """Whether every chunk of the segment is committed under `key`."""
     return all(store.is_chunk_done(segment, c, key) for c in segment.chunks(plan.chunk_frames))
-
-
-def _drop_stale(store: ReconstructionStore, plan: Plan, segment: Segment, key: str) -> None:
-    """Take back chunks of other weights, rule, frames or plan: they are not progress."""
-    current = {chunk_commit(segment.index, c.index) for c in segment.chunks(plan.chunk_frames)}
-    records = store.commits(segment_claim(segment.index))
-    for name in store.commit_names(segment_claim(segment.index)):
-        # A listing may be older than the one before: what only one has is asked for by name.
-        record = records.get(name) or store.read_commit(name) or {}
-        if name not in current or record.get("key") != key:
-            store.drop_commits(name)
 
 
 def infer_groups(work: Work, groups: Sequence[Sequence[Segment]], stop: threading.Event) -> int:
@@ -355,8 +338,16 @@ class LaneRun:
                 )
 
     def _drop_stale(self, segment: Segment) -> None:
-        work = self._work
-        _drop_stale(work.store, work.drive.plan, segment, work.keys[segment.index])
+        """Take back chunks of other weights, rule, frames or plan: they are not progress."""
+        store, key = self._work.store, self._work.keys[segment.index]
+        chunks = segment.chunks(self._work.drive.plan.chunk_frames)
+        current = {chunk_commit(segment.index, chunk.index) for chunk in chunks}
+        records = store.commits(segment_claim(segment.index))
+        for name in store.commit_names(segment_claim(segment.index)):
+            # A listing may be older than the one before: what only one has is asked for by name.
+            record = records.get(name) or store.read_commit(name) or {}
+            if name not in current or record.get("key") != key:
+                store.drop_commits(name)
 
     def close(self) -> None:
         """Give the claims up."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, field
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -29,7 +29,7 @@ class Prices:
     """Of a machine that runs the other stages."""
     per_gb_month: Price = 0.0
     """Of 10^9 bytes stored for a month."""
-    months_stored: Price = field(default=1.0)
+    months_stored: Price = 1.0
     """Months of storage that count to the cost of a drive."""
 
     def to_json(self) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def warnings(store: ReconstructionStore) -> list[str]:
         )
     align = store.read_commit("align") or {}
     notes += _missing_warnings(store, align.get("missing", ()))
-    notes += _alignment_warnings(align, len(align["seams"]))
+    notes += _alignment_warnings(align)
     notes.append(
         "Metres are the network's estimate: nothing outside the video (GNSS, a known "
         "trajectory) fixes the scale."
@@ -155,13 +155,13 @@ def _missing_warnings(store: ReconstructionStore, missing: Sequence[int]) -> lis
     return notes
 
 
-def _alignment_warnings(align: dict[str, Any], seams: int) -> list[str]:
+def _alignment_warnings(align: dict[str, Any]) -> list[str]:
     notes = []
     residuals = [s["residual"] for s in align["seams"] if s["residual"] is not None]
     bad = sum(residual > LARGE_SEAM_RESIDUAL for residual in residuals)
     if bad:
         notes.append(
-            f"At {bad} of {seams} seams neighbouring segments disagree by more than "
+            f"At {bad} of {len(align['seams'])} seams neighbouring segments disagree by more than "
             f"{LARGE_SEAM_RESIDUAL:.0%} of the depth: expect steps in the mesh and drift."
         )
     if any(s["method"] == "poses" for s in align["seams"]):

@@ -236,7 +236,7 @@ def is_uniform(confidence: NDArray[Any]) -> bool:
 
 
 def png(image: NDArray[np.uint8], width: int | None = None) -> bytes:
-    """RGB [H, W, 3] as PNG, enlarged to `width` pixels without smoothing if smaller."""
+    """RGB [H, W, 3] as PNG, resized to `width` pixels, bicubic, if that is given."""
     picture = Image.fromarray(np.ascontiguousarray(image))
     if width is not None:
         size = (width, round(width * picture.height / picture.width))
@@ -265,4 +265,4 @@ def trajectory_png(trajectory: Arrays, part: int) -> bytes:
 
 def strip_png(columns: Sequence[Sequence[NDArray[np.uint8]]]) -> bytes:
     """All cells of a strip in one picture: frames in columns."""
-    return png(np.concatenate([np.concatenate(list(cells)) for cells in columns], axis=1), None)
+    return png(np.concatenate([np.concatenate(list(cells)) for cells in columns], axis=1))
