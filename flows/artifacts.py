@@ -26,7 +26,7 @@ def artifact_key(*words: str) -> str:
 
 
 @contextmanager
-def progress_of(what: str, steps: int) -> Iterator[Callable[[], None]]:
+def progress_bar(what: str, steps: int) -> Iterator[Callable[[], None]]:
     """A progress bar in the UI while the block runs; it is given what moves the bar by a step."""
     done = 0
     bar = cast(UUID, create_progress_artifact(progress=0.0, description=what))

@@ -12,7 +12,7 @@ from typing import Any
 from prefect import flow
 from prefect.exceptions import TerminationSignal
 
-from flows.artifacts import progress_of
+from flows.artifacts import progress_bar
 from flows.children import Child, ChildrenLost, Spread, run_children, work_key
 from flows.leaving import told_when_left
 from flows.telemetry import observed
@@ -85,7 +85,7 @@ def infer_drive(
         infer_elsewhere(url, name, groups, config)
         return
     earlier, failures = give_up_deadly(url), []
-    with progress_of(f"inference of {name}", len(groups)) as advance:
+    with progress_bar(f"inference of {name}", len(groups)) as advance:
         for group in groups:
             failures += infer_group(url, group, config)
             if failures and not ReconstructionStore.open(url).commit_names("infer"):
@@ -123,7 +123,7 @@ def infer_elsewhere(
     runs = bundle(read_plan(store), groups, config.frames_per_run)
     children = [child(run, False) for run in runs if left.intersection(run)]
     children += [child((i,), True) for i in earlier]
-    with progress_of(f"inference of {name}", len(children)) as advance:
+    with progress_bar(f"inference of {name}", len(children)) as advance:
         run_children(DEPLOYMENT, url, children, on_end=lambda _: advance())
     give_up_deadly(url)
     lost = [c for c in children if c.error]

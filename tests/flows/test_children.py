@@ -38,7 +38,7 @@ def asked(monkeypatch):
     for module in (fuse_tiles, infer_segments):
         monkeypatch.setattr(module, "run_children", note)
     # Prefect takes artifacts of its flows only.
-    monkeypatch.setattr(infer_segments, "progress_of", lambda *what: nullcontext(lambda: None))
+    monkeypatch.setattr(infer_segments, "progress_bar", lambda *what: nullcontext(lambda: None))
     return found
 
 
