@@ -549,7 +549,8 @@ class ReconstructionStore:
         for name in named:
             if name not in self._pending:
                 raise ValueError(
-                    f"{name} has no data to commit; call write_chunk on the same store object first"
+                    f"{name} has no data to commit; write the chunk through the same store object "
+                    "first"
                 )
         for segment, _, _ in chunks:
             self._check_claim(segment)

@@ -135,7 +135,10 @@ def overlap_views(frames: int, reset_interval: int | None) -> OverlapViews:
         reset_interval: frames between resets; None never resets.
     """
     if frames < 0 or (reset_interval is not None and reset_interval < 1):
-        raise ValueError(f"{frames} frames with a reset every {reset_interval}: cannot be")
+        raise ValueError(
+            f"{frames} frames with a reset every {reset_interval}; expected 0 or more frames, and "
+            "1 or more between resets"
+        )
     index = np.arange(frames, dtype=np.int32)
     resets = np.zeros(frames, bool) if reset_interval is None else (index + 1) % reset_interval == 0
     views = np.repeat(index, 1 + resets)

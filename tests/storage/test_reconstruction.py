@@ -178,7 +178,7 @@ def test_commit_of_a_chunk_records_digests_of_what_was_stored(store):
 
 
 def test_commit_of_a_chunk_needs_its_data(store):
-    with pytest.raises(ValueError, match="write_chunk"):
+    with pytest.raises(ValueError, match="write the chunk through the same store object"):
         store.commit_chunk(SEGMENT, CHUNKS[0], {"key": "key"})
 
 
