@@ -295,6 +295,24 @@ def test_inspect_verify_names_damaged_data(run, store, tmp_path):
     assert state["chunks_done"] == state["chunks"] - 1
 
 
+def test_gc_lists_what_killed_runs_left_and_removes_it_only_when_told(run, store, tmp_path):
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(store, copy)
+    left = copy / "fusion/tiles/left.ply"
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_bytes(b"superseded")
+    any_age = ("--older-than-hours", "0")
+    for options, listed, stays in (
+        (any_age, True, True),
+        (("--delete",), False, True),  # it is not a day old
+        (("--delete", *any_age), True, False),
+    ):
+        code, out, _ = run("gc", copy, *options)
+        assert (code, "fusion/tiles/left.ply" in out) == (0, listed)
+        assert left.exists() == stays
+    assert run("inspect", copy, "--verify")[0] == 0
+
+
 def test_report_is_left_alone_while_a_run_is_at_work_on_the_drive(run, store):
     opened = ReconstructionStore.open(store)
     before = opened.commits()
