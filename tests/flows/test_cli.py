@@ -1,6 +1,9 @@
+import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -9,15 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import trimesh
+import torch
 from PIL import Image
 from recordings import moving_squares, write_video
 
 from flows.cli import main
 from storage.reconstruction import ReconstructionStore
+from ttt3r.config import TINY
 from ttt3r.metrics import read_kitti_indexed, read_tum
+from ttt3r.model import Model
+from ttt3r.weights import WeightsInfo, save_weights
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
 
 
 @pytest.fixture
@@ -60,11 +67,10 @@ def assert_one_line(code: int, err: str, *words: str) -> None:
 def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
-    for command in (
-        "probe", "plan", "reconstruct", "demo", "status", "inspect", "export", "report", "evaluate",
-        "verify", "weights", "train", "serve",
-    ):  # fmt: skip
-        assert command in out
+    shown = re.findall(r"(?:^|`)ttt3r ([a-z]+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert {"repair", "gc", "weights"} < set(shown)
+    for command in (*shown, "demo", "report", "verify", "train"):
+        assert re.search(rf"^\W*{command} ", out, re.MULTILINE), command
 
 
 def test_version_is_that_of_the_package(run):
@@ -94,6 +100,20 @@ def test_missing_and_unreadable_videos_are_one_line_errors(run, tmp_path):
     code, _, err = run("reconstruct", tmp_path / "no", "--output", tmp_path / "o", *untrained)
     assert_one_line(code, err)
     assert not (tmp_path / "o").exists()
+
+
+def test_segment_that_is_set_aside_gives_exit_code_3(run, prefect_server, tmp_path):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(22))
+    call = ("reconstruct", video, "--output", tmp_path / "out", "--weights", "untrained")
+    call += ("--segment-frames", 12, "--overlap-frames", 2, "--chunk-frames", 6, "--voxel-m", 0.1)
+    assert run(*call)[0] == 0
+    url = tmp_path / "out" / "squares.zarr"
+    ReconstructionStore.open(url).drop_commits("infer/0001/0001")
+    state = url / "segments/0001/state/tokens/c.0.0.0"  # from which the segment is to go on
+    state.write_bytes(state.read_bytes()[:100])
+    code, _, err = run(*call)
+    assert code == 3
+    assert "1 segments were set aside" in err
 
 
 def test_failed_drive_is_one_line_and_exit_code_1_and_its_store_says_why(
@@ -190,6 +210,21 @@ def test_interruption_is_said_and_has_its_exit_code(run, monkeypatch):
     code, _, err = run("probe", "x")
     assert (code, len(err.splitlines())) == (130, 1)
     assert "interrupted; run the same command again" in err
+
+
+def test_closed_terminal_ends_a_command_like_sigterm():
+    code = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests themselves run under
+import tasks.probe
+from flows import cli
+tasks.probe.probe_until_stopped = lambda video: os.kill(os.getpid(), signal.SIGHUP)
+sys.argv = ["ttt3r", "probe", "x"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (128 + signal.SIGTERM, 1)
+    assert "run the same command again to go on where it stopped" in done.stderr
 
 
 def test_help_says_what_options_are_by_default(run):
@@ -340,6 +375,28 @@ def test_export_writes_trajectories_that_read_back(run, store, tmp_path):
     np.testing.assert_allclose(poses, read_kitti_indexed(tmp_path / "k.txt")[1], atol=1e-6)
 
 
+def test_export_writes_the_part_that_is_asked_for(run, tmp_path):
+    url = tmp_path / "drive.zarr"
+    made = ReconstructionStore.create(url, {})
+    number = np.arange(5)
+    made.write_frames(number / 4, number * 0, number, np.zeros(5, np.uint8))
+    made.commit("probe", {"key": "key"})
+    cam_to_world = np.tile(np.eye(4), (5, 1, 1))
+    cam_to_world[:, 0, 3] = number
+    made.write_trajectory(
+        {"cam_to_world": cam_to_world, "part": np.array([0, 0, -1, 1, 1], np.int32)}
+    )
+    made.commit("align", {"key": "key"})
+    target = tmp_path / "t.txt"
+    for part, frames in (("0", [0, 1]), ("1", [3, 4])):
+        assert run("export", url, "--format", "tum", "--to", target, "--part", part)[0] == 0
+        timestamps, poses = read_tum(target)
+        assert timestamps.tolist() == [frame / 4 for frame in frames]
+        assert poses[:, 0, 3].tolist() == frames
+    code, _, err = run("export", url, "--format", "tum", "--to", target, "--part", "2")
+    assert_one_line(code, err, "there is no trajectory part 2", "it has 2, from 0")
+
+
 def test_export_without_a_target_is_named_after_the_store_whatever_the_store_says(
     run, store, tmp_path, monkeypatch
 ):
@@ -395,14 +452,6 @@ def test_every_command_refuses_credentials_and_repeats_none(run, command):
     assert "canary" not in (out + err).lower()
 
 
-def test_export_of_a_mesh_is_readable_or_says_that_it_is_empty(run, store, tmp_path):
-    code, _, err = run("export", store, "--format", "ply", "--to", tmp_path / "m.ply")
-    if code:
-        assert_one_line(code, err, "empty mesh")
-    else:
-        assert len(trimesh.load(tmp_path / "m.ply").faces) > 0
-
-
 def test_evaluate_against_itself_has_no_error_and_against_another_scale_only_without_sim3(
     run, store, tmp_path
 ):
@@ -424,6 +473,15 @@ def test_evaluate_against_itself_has_no_error_and_against_another_scale_only_wit
     figures = json.loads(out)
     assert figures["ate_sim3_m"] < 0.01 * figures["ate_none_m"]
     assert figures["scale"] == pytest.approx(2, rel=1e-3)
+
+
+def test_evaluate_reads_what_export_writes_as_tum(run, store, tmp_path):
+    truth = tmp_path / "t.txt"
+    run("export", store, "--format", "tum", "--to", truth)
+    code, out, _ = run("evaluate", store, "--ground-truth", truth, "--format", "tum", "--json")
+    figures = json.loads(out)
+    assert (code, figures["frames"]) == (0, 30)
+    assert figures["ate_none_m"] == pytest.approx(0, abs=1e-6)
 
 
 def test_evaluate_names_what_is_wrong_with_the_ground_truth(run, store, tmp_path):
@@ -465,3 +523,51 @@ def test_weights_list_and_show_name_the_licence(run):
     code, out, _ = run("weights", "show", "untrained")
     assert code == 0
     assert json.loads(out)["trained"] is False
+
+
+def test_result_says_whose_weights_made_it_and_that_metres_are_an_estimate(run, store):
+    opened = ReconstructionStore.open(store)
+    assert opened.attributes["weights"]["licence"] == "Apache-2.0"
+    page = opened.get_file("report/report.html").decode()
+    said = re.sub(r"<[^>]*>|\s+", " ", page.replace("&#39;", "'"))
+    assert re.search(r"licence of the weights\s+Apache-2\.0", said)
+    assert "Metres are the network's estimate" in said
+
+
+def test_weights_are_fetched_and_verified_if_they_are_the_ones_asked_for(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    source = tmp_path / "tiny.safetensors"
+    save_weights(source, Model(TINY), WeightsInfo("tiny", TINY, "", "CC0", "test", 20, True))
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    url = source.as_uri()
+    code, _, err = run("weights", "fetch", url, "--sha256", "0" * 64)
+    assert_one_line(code, err.lstrip(), "not the file that was asked for")  # below the bar
+    cache = tmp_path / "home" / ".cache" / "ttt3r"
+    assert not list(cache.rglob("*.safetensors"))
+    code, out, _ = run("weights", "fetch", url, "--sha256", digest)
+    fetched = Path(out.strip())
+    assert code == 0
+    assert fetched.is_relative_to(cache)
+    assert fetched.read_bytes() == source.read_bytes()
+    code, out, _ = run("weights", "verify", fetched)
+    assert (code, out.strip().endswith("as recorded")) == (0, True)
+    damaged = bytearray(fetched.read_bytes())
+    damaged[-1] ^= 1
+    fetched.write_bytes(damaged)
+    assert run("weights", "verify", fetched)[0] == 2
+
+
+def test_checkpoint_is_imported_with_the_licence_and_name_that_are_given(run, tmp_path):
+    checkpoint = tmp_path / "released.pth"
+    torch.save({"args": None, "model": Model(TINY).state_dict(), "epoch": 1}, checkpoint)
+    heads = (TINY.enc_num_heads, TINY.dec_num_heads, TINY.state_dec_num_heads)
+    given = ("--name", "mine", "--licence", "CC0", "--image-size", TINY.image_size)
+    code, out, err = run("weights", "import", checkpoint, *given, "--heads", *heads)
+    assert (code, err) == (0, "")
+    target = tmp_path / "released.safetensors"
+    assert out.splitlines()[:2] == [str(target), "CC0"]
+    shown = json.loads(run("weights", "show", target)[1])
+    assert (shown["name"], shown["licence"]) == ("mine", "CC0")
+    assert run("weights", "verify", target)[0] == 0

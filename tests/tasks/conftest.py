@@ -97,10 +97,14 @@ class Corridor:
         }
 
 
-def plan_corridor(folder: Path) -> Corridor:
-    """Forty frames of the corridor in two segments, the second in other units."""
+def plan_corridor(folder: Path, pixels: int = 1) -> Corridor:
+    """Forty frames of the corridor in two segments, the second in other units.
+
+    The recording has `pixels` x `pixels` pixels for every one of the network's input.
+    """
     video = folder / "corridor.mp4"
-    write_video(video, [corridor(i * STEP_M)[1] for i in range(40)])
+    pictures = (corridor(i * STEP_M)[1] for i in range(40))
+    write_video(video, [np.repeat(np.repeat(p, pixels, 0), pixels, 1) for p in pictures])
     config = ReconstructionConfig(plan=PlanConfig(24, 8, 8), infer=InferConfig("untrained"))
     url = str(folder / "out" / "corridor.zarr")
     probe_stage.fn(str(video), "corridor", url)
@@ -109,9 +113,15 @@ def plan_corridor(folder: Path) -> Corridor:
 
 
 @pytest.fixture
-def corridor_drive(tmp_path) -> Corridor:
-    """A drive of the test's own, planned."""
+def corridor_drive(tmp_path: Path) -> Corridor:
+    """A planned drive of the test's own, recorded in the network's own size."""
     return plan_corridor(tmp_path)
+
+
+@pytest.fixture
+def large_corridor_drive(tmp_path: Path) -> Corridor:
+    """The same, recorded in twice the network's size."""
+    return plan_corridor(tmp_path, pixels=2)
 
 
 @pytest.fixture(scope="module")

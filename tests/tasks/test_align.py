@@ -41,6 +41,16 @@ def test_align_takes_a_given_focal_length(corridor_drive):
     assert store.read_commit("align")["focal_source"] == "given"
 
 
+def test_align_takes_and_gives_focal_lengths_in_pixels_of_the_recording(large_corridor_drive):
+    large_corridor_drive.infer_perfectly()
+    trajectory = align(large_corridor_drive, AlignConfig(focal_px=88.0)).read_trajectory()
+    of_depth = [[44, 0, 40], [0, 44, 28], [0, 0, 1]]  # 80 x 56 pixels
+    np.testing.assert_allclose(trajectory["intrinsics"], of_depth)
+    # Twice as large: pixel 0 of the depth lies between pixels 0 and 1 of the recording.
+    of_recording = [[88, 0, 80.5], [0, 88, 56.5], [0, 0, 1]]
+    np.testing.assert_allclose(trajectory["intrinsics_source"], of_recording)
+
+
 def test_align_refuses_segments_that_are_not_inferred(corridor_drive):
     with pytest.raises(ChunkMissing):
         align(corridor_drive)
