@@ -3,11 +3,14 @@
 `deploy/check_image.py` carries it out; that takes minutes and root, and is run by hand.
 """
 
+import json
 import re
 import subprocess
 import sysconfig
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dockerfile_parse import DockerfileParser
 
@@ -65,12 +68,26 @@ def test_versions_are_those_of_the_lock():
     assert f"TORCH ?= {torch}\n" in makefile
 
 
+def settings(document: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values at all depths of a JSON document."""
+    if isinstance(document, dict):
+        yield from document.items()
+    for part in document.values() if isinstance(document, dict) else document:
+        if isinstance(part, dict | list):
+            yield from settings(part)
+
+
 def test_pools_run_the_image_as_its_own_user_where_it_writes():
     user = steps("USER")[-1]
     environment = " ".join(steps("ENV"))
     assert user == "10001:10001"
     assert "HOME=/cache" in environment
     for name in ("kubernetes-cpu", "kubernetes-gpu", "docker-cpu", "docker-gpu"):
-        text = (ROOT / "deploy" / "pools" / f"{name}.json").read_text()
-        assert "10001" in text
-        assert "/cache" in text
+        pool = json.loads((ROOT / "deploy" / "pools" / f"{name}.json").read_text())
+        users = [value for key, value in settings(pool) if key in ("user", "runAsUser")]
+        groups = [value for key, value in settings(pool) if key in ("runAsGroup", "fsGroup")]
+        if name.startswith("docker"):
+            assert (users, groups) == ([user], [])
+        else:
+            assert (users, groups) == ([10001], [10001] * 2)
+        assert "/cache" in json.dumps(pool)
