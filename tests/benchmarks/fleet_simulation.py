@@ -46,11 +46,6 @@ class Drive:
         """Inference in all."""
         return sum(self.group_s)
 
-    @property
-    def cpu_s(self) -> float:
-        """The other stages in all."""
-        return self.probe_s + self.align_s + sum(self.fuse_s)
-
 
 @dataclass(frozen=True)
 class Fleet:

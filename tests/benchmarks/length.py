@@ -49,7 +49,6 @@ _CHUNK = 16  # frames at once
 _SUPERSAMPLE = 2  # squared rays a pixel
 _TRIES = 100  # sequences among which those that come far enough are looked for
 _DEPTH_EVERY = 5  # frames whose depth is measured
-_FIGURES = ("ate", "rpe_t", "rpe_r", "abs_rel", "delta_125")
 
 
 @dataclass

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_segment import SEGMENT, SHAPE
 
 from storage.errors import ChunkMissing, StoreRefused
 from storage.reconstruction import ReconstructionStore
-from storage.records import Segment
 
 ROOT = Path(__file__).resolve().parents[2]
-SEGMENT = Segment(index=0, start=0, stop=46, part=0)
 CHUNKS = SEGMENT.chunks(4)  # the last has two frames
-SHAPE = {"height": 48, "width": 64, "embed": 8, "state_tokens": (96, 64), "pose_memory": (16, 128)}
 
 # Writes every STEP-th chunk from FIRST on that is not done yet; all values follow from its frames.
 WORKER = """

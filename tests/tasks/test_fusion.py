@@ -39,7 +39,7 @@ from tasks.meshes import Mesh, write_ply
 H, W, FOCAL = 72, 96, 60.0
 K = np.array([[FOCAL, 0, 47.5], [0, FOCAL, 35.5], [0, 0, 1]])
 ROOM = (np.array([-3.0, -2.0, -2.5]), np.array([3.0, 1.0, 2.5]))
-RED, BLUE, GREY, WHITE = [200, 30, 20], [20, 30, 200], [90, 90, 90], [240, 240, 240]
+RED, BLUE = [200, 30, 20], [20, 30, 200]
 
 
 class Scene:
