@@ -38,7 +38,6 @@ class Finished:
 
     video: Path
     url: str
-    video_before: bytes
     requests: str  # that were made of the Prefect server
 
     def copy(self, folder: Path) -> str:
@@ -53,7 +52,7 @@ def finished(prefect_server, tmp_path_factory) -> Finished:
     """Thirty small frames, and their drive."""
     folder = tmp_path_factory.mktemp("finished")
     video = write_video(folder / "squares.mp4", moving_squares(30))
-    before, log, said = video.read_bytes(), logging.getLogger("httpx"), io.StringIO()
+    log, said = logging.getLogger("httpx"), io.StringIO()
     handler, level = logging.StreamHandler(said), log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -62,7 +61,7 @@ def finished(prefect_server, tmp_path_factory) -> Finished:
     finally:
         log.setLevel(level)
         log.removeHandler(handler)
-    return Finished(video, url, before, said.getvalue())
+    return Finished(video, url, said.getvalue())
 
 
 def commit_ids(url: str, stage: str = "") -> dict[str, str]:
@@ -172,7 +171,7 @@ def test_collection_finishes_every_drive_and_records_the_one_that_fails(tmp_path
     errors = {drive["name"]: drive["error"] for drive in summary["drives"]}
     assert errors["monday"] is None
     assert errors["tuesday"] is None
-    assert "broken" in errors["broken"]
+    assert "not a video" in errors["broken"]
     broken = ReconstructionStore.open(tmp_path / "out" / "broken.zarr")
     assert "UnreadableVideo" in broken.read_commit("failed")["error"]
     monday = ReconstructionStore.open(tmp_path / "out" / "monday.zarr")
@@ -217,11 +216,20 @@ def test_drive_on_s3_equals_the_drive_on_disk(finished, tmp_path, seaweed):
     assert ReconstructionStore.open(remote).list_files() == names
 
 
-def test_inputs_are_not_touched_and_only_the_output_is_written(finished):
-    video, folder = finished.video, finished.video.parent
-    assert video.read_bytes() == finished.video_before
-    assert sorted(p.name for p in folder.iterdir()) == ["out", video.name]
-    assert [p.name for p in (folder / "out").iterdir()] == ["squares.zarr"]
+def test_inputs_are_not_touched_and_only_the_output_is_written(video, tmp_path, monkeypatch):
+    for name in ("home", "cwd", "tmp"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr("tempfile.tempdir", None)  # as read from TMPDIR once
+    monkeypatch.chdir(tmp_path / "cwd")
+    before = video.read_bytes()
+    reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    assert video.read_bytes() == before
+    elsewhere = [p for p in tmp_path.rglob("*") if not p.is_relative_to(tmp_path / "out")]
+    found = sorted(str(p.relative_to(tmp_path)) for p in elsewhere)
+    assert found == ["cwd", "home", video.name, "tmp"]
+    assert sorted(p.name for p in Path(tmp_path / "out").iterdir()) == ["squares.zarr"]
 
 
 def test_another_drive_of_the_same_name_is_refused_and_leaves_the_first_as_it_is(
