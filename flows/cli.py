@@ -551,7 +551,8 @@ def run_reconstruction(
 
 def refuse_store(output: str) -> None:
     """ValueError where an output is a drive's reconstruction, which would hold another one."""
-    from storage.reconstruction import ReconstructionStore, StoreError
+    from storage.errors import StoreError
+    from storage.reconstruction import ReconstructionStore
 
     with suppress(StoreError):
         ReconstructionStore.attributes_at(output)

@@ -19,9 +19,9 @@ from flows.reconstruct_drive import check_config, reconstruct_drive, record_fail
 from flows.telemetry import observed
 from storage.credentials import refuse_credentials
 from storage.drives import DriveLocation, hold_name, list_drives, store_url
-from storage.errors import Claimed, StoreError
+from storage.errors import Claimed, StoreError, StoreMissing
 from storage.objects import open_folder
-from storage.reconstruction import ReconstructionStore, StoreMissing
+from storage.reconstruction import ReconstructionStore
 from storage.wording import on_one_line, reason_of
 from tasks import metrics
 from tasks.attempts import ATTEMPTS

@@ -17,7 +17,8 @@ from flows.telemetry import observed
 from storage.claims import Claim
 from storage.credentials import refuse_credentials
 from storage.drives import store_url
-from storage.reconstruction import Claimed, ClaimLost, ReconstructionStore, StoreError
+from storage.errors import Claimed, ClaimLost, StoreError
+from storage.reconstruction import ReconstructionStore
 from storage.video import UnreadableVideo, drive_name
 from storage.wording import reason_of
 from tasks import metrics

@@ -28,7 +28,8 @@ from typing import Any
 
 from storage.errors import Claimed, ClaimLost, CommitExists, DataDamaged, GivenUp
 from storage.layout import CLAIMS
-from storage.objects import Folder, check_name, in_parallel, is_name, redacted
+from storage.objects import Folder, check_name, in_parallel, is_name
+from storage.wording import redacted
 
 RENEW_S = 15.0
 LEASE_S = 90.0

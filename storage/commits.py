@@ -14,7 +14,8 @@ import numpy as np
 from storage.bounds import MOST_RECORDS_BYTES
 from storage.errors import CommitExists, DataDamaged
 from storage.layout import COMMITS
-from storage.objects import Folder, check_name, in_batches, is_name, redacted
+from storage.objects import Folder, check_name, in_batches, is_name
+from storage.wording import redacted
 
 logger = logging.getLogger(__name__)
 

@@ -33,16 +33,11 @@ from storage.encoding import (
 )
 from storage.errors import (
     ChunkMissing,
-    Claimed,
-    ClaimLost,
     CommitExists,
     DataDamaged,
     NotAStore,
-    StoreError,
     StoreMissing,
-    StoreRefused,
     StoreTooNew,
-    StoreUnavailable,
 )
 from storage.garbage import Referenced, find_garbage
 from storage.layout import ArraySpec, by_name, chunk_commit, segment_claim, segment_name
@@ -54,24 +49,9 @@ from storage.objects import (
     explaining,
     in_parallel,
     open_folder,
-    redacted,
 )
 from storage.records import MOST_FRAMES, NOWHERE, Chunk, Segment
-
-__all__ = [
-    "ChunkMissing",
-    "ClaimLost",
-    "Claimed",
-    "CommitExists",
-    "DataDamaged",
-    "NotAStore",
-    "ReconstructionStore",
-    "StoreError",
-    "StoreMissing",
-    "StoreRefused",
-    "StoreTooNew",
-    "StoreUnavailable",
-]
+from storage.wording import redacted
 
 SEGMENT_SPECS = by_name(layout.SEGMENT_ARRAYS)
 STATE_SPECS = by_name(layout.STATE_ARRAYS)

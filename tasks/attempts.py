@@ -17,7 +17,8 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from storage.reconstruction import ReconstructionStore, StoreError
+from storage.errors import StoreError
+from storage.reconstruction import ReconstructionStore
 from tasks import metrics
 from tasks.memory import return_freed_memory
 

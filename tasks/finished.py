@@ -11,7 +11,8 @@ import hashlib
 import logging
 from typing import Any
 
-from storage.reconstruction import ReconstructionStore, StoreError
+from storage.errors import StoreError
+from storage.reconstruction import ReconstructionStore
 from tasks import align, fuse, infer, plan, probe, report
 from tasks.attempts import ATTEMPTS
 from tasks.config import ReconstructionConfig

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from storage.errors import ChunkMissing
 from storage.layout import GATE_QUANTILES, chunk_commit, segment_claim
-from storage.objects import in_parallel, redacted
+from storage.objects import in_parallel
 from storage.reconstruction import EncodedChunk, ReconstructionStore
 from storage.records import Chunk, Plan, Segment
+from storage.wording import redacted
 from tasks import metrics
 from tasks.attempts import attempt_id, counted, note
 from tasks.config import AnotherConfiguration, InferConfig, UnfitMachine

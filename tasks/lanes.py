@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from storage.reconstruction import CommitExists, ReconstructionStore
+from storage.errors import CommitExists
+from storage.reconstruction import ReconstructionStore
 from tasks.config import InferConfig
 from tasks.frames import DriveInput
 from tasks.keys import require_key, stage_key

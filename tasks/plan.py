@@ -9,9 +9,9 @@ from itertools import pairwise
 
 from prefect import task
 
-from storage.objects import redacted
 from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord, Plan, Segment
+from storage.wording import redacted
 from tasks.attempts import attempt_id, counted
 from tasks.config import AnotherConfiguration, InferConfig, PlanConfig, ReconstructionConfig
 from tasks.keys import drop_later, find_key, require_key, stage_key

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 
 from storage.bounds import ILLEGIBLE
 from storage.drives import DriveLocation, store_url
-from storage.errors import StoreRefused
+from storage.errors import StoreError, StoreRefused
 from storage.glance import glance_at
 from storage.media import UnreadableVideo
-from storage.reconstruction import ReconstructionStore, StoreError
+from storage.reconstruction import ReconstructionStore
 from storage.records import Clip, DriveRecord, Plan
 from tasks.align import align_key
 from tasks.attempts import ATTEMPTS

@@ -16,10 +16,11 @@ from prefect import task
 from storage.drives import drive_files
 from storage.errors import GivenUp, StoreError, StoreUnavailable
 from storage.media import file_name, is_file, is_there
-from storage.objects import explaining, redacted
+from storage.objects import explaining
 from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord, FrameTable
 from storage.video import probe_drive
+from storage.wording import redacted
 from tasks.attempts import attempt_id, counted
 from tasks.interruption import run_until_stopped
 from tasks.keys import drop_later, find_key, stage_key

@@ -15,9 +15,9 @@ from markupsafe import Markup
 from prefect import task
 
 from storage.drives import drive_files
-from storage.objects import redacted
 from storage.reconstruction import ReconstructionStore
 from storage.records import NOWHERE
+from storage.wording import redacted
 from tasks import report_figures as figures
 from tasks.attempts import attempt_id, counted
 from tasks.frames import DriveInput, Image

@@ -50,7 +50,7 @@ from campaigns.small_runs import (
 from fault_proxy import FaultPlan, running_proxy
 from seaweed import SeaweedProcess
 
-from storage.reconstruction import StoreError
+from storage.errors import StoreError
 from tasks.config import ReconstructionConfig
 from tasks.summary import progress
 

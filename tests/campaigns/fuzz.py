@@ -57,16 +57,17 @@ from storage.bounds import check_array
 from storage.commits import Commits
 from storage.drives import drive_name
 from storage.encoding import StoredRows, whole_array
-from storage.errors import Claimed, DataDamaged
+from storage.errors import Claimed, DataDamaged, NotAStore, StoreTooNew
 from storage.glance import glance_at
 from storage.images import ORIENTATION, is_picture, scan_images
 from storage.layout import FRAME_ARRAYS, SEGMENT_ARRAYS, by_name
 from storage.media import UnreadableVideo, natural_key
-from storage.objects import MOST_DOCUMENT_BYTES, LocalFolder, check_name, open_folder, redacted
-from storage.reconstruction import UNDECODABLE, NotAStore, ReconstructionStore, StoreTooNew
+from storage.objects import MOST_DOCUMENT_BYTES, LocalFolder, check_name, open_folder
+from storage.reconstruction import UNDECODABLE, ReconstructionStore
 from storage.records import DriveRecord, Plan, Segment
 from storage.shards import shard_reader, unpack
 from storage.video import probe_drive, read_frames
+from storage.wording import redacted
 from ttt3r.checkpoint_import import model_tensors
 from ttt3r.download import without_secrets
 from ttt3r.fetch import cached_path, plain_url

@@ -32,8 +32,9 @@ from recordings import moving_squares, write_video
 from seaweed import free_ports
 
 from storage import layout
+from storage.errors import ChunkMissing, StoreMissing
 from storage.objects import open_folder
-from storage.reconstruction import ChunkMissing, ReconstructionStore, StoreMissing
+from storage.reconstruction import ReconstructionStore
 from storage.records import Plan
 from tasks.config import FuseConfig, InferConfig, PlanConfig, ReconstructionConfig
 from ttt3r.config import TINY

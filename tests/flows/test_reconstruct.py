@@ -11,8 +11,8 @@ from recordings import moving_squares, write_video
 
 from flows.reconstruct_collection import CollectionIncomplete, reconstruct_collection
 from flows.reconstruct_drive import reconstruct_drive
-from storage.errors import StoreUnavailable
-from storage.reconstruction import ReconstructionStore, StoreRefused
+from storage.errors import StoreRefused, StoreUnavailable
+from storage.reconstruction import ReconstructionStore
 from tasks.config import (
     AlignConfig,
     FuseConfig,

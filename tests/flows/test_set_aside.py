@@ -17,8 +17,8 @@ from seaweed import SeaweedProcess
 
 from flows.infer_segments import infer_segments
 from flows.reconstruct_drive import reconstruct_drive, report_stage
-from storage.errors import DataDamaged, StoreUnavailable
-from storage.reconstruction import Claimed, ReconstructionStore
+from storage.errors import Claimed, DataDamaged, StoreUnavailable
+from storage.reconstruction import ReconstructionStore
 from tasks.config import (
     AnotherConfiguration,
     FuseConfig,

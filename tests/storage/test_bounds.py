@@ -17,8 +17,8 @@ from numcodecs.blosc import Blosc
 from numcodecs.pcodec import PCodec
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
-from storage.errors import StoreError
-from storage.reconstruction import ChunkMissing, DataDamaged, NotAStore, ReconstructionStore
+from storage.errors import ChunkMissing, DataDamaged, NotAStore, StoreError
+from storage.reconstruction import ReconstructionStore
 from storage.records import MOST_FRAMES, Plan, Segment
 
 FIRST = SEGMENT.chunks(8)[0]

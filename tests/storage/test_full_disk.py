@@ -10,7 +10,8 @@ import pytest
 from recordings import moving_squares, write_video
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
-from storage.reconstruction import ReconstructionStore, StoreRefused, StoreUnavailable
+from storage.errors import StoreRefused, StoreUnavailable
+from storage.reconstruction import ReconstructionStore
 
 
 class SmallDisk:

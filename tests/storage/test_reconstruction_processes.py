@@ -142,7 +142,8 @@ def test_create_says_when_the_bucket_is_missing(seaweed):
 def test_create_says_in_one_line_without_secrets_when_s3_refuses(seaweed, changes, expected):
     settings = {**os.environ, **seaweed.environment, "HOME": os.devnull, **changes}
     code = (
-        "from storage.reconstruction import ReconstructionStore, StoreError\n"
+        "from storage.errors import StoreError\n"
+        "from storage.reconstruction import ReconstructionStore\n"
         "try: ReconstructionStore.create('s3://drives/x.zarr', {})\n"
         "except StoreError as error: print(error)"
     )

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from storage.reconstruction import ChunkMissing, ReconstructionStore
+from storage.errors import ChunkMissing
+from storage.reconstruction import ReconstructionStore
 from tasks.align import align_stage, build_trajectory
 from tasks.config import AlignConfig
 
