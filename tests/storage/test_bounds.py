@@ -513,7 +513,6 @@ def test_nothing_is_written_or_removed_through_a_link_out_of_a_store(full, tmp_p
     ("link", "look"),
     [
         ("fusion", lambda s: s.list_files("fusion/")),
-        ("fusion", lambda s: s.describe()),
         ("commits", lambda s: s.commit_names()),
         ("commits", lambda s: s.verify()),
     ],
