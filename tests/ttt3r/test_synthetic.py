@@ -221,6 +221,18 @@ def test_motion_scales_the_steps(world):
     assert 0.2 < steps[1] / steps[2] < 0.35
 
 
+def test_turn_scales_what_a_hand_turns_and_not_the_way_it_goes():
+    calm, usual = (
+        render("rooms", range(16), 3, 6, 8, turn=turn).T_world_cam for turn in (0.25, 1.0)
+    )
+    assert torch.equal(calm[..., :3, 3], usual[..., :3, 3])
+    turned = [
+        (path[:, 1:, :3, :3] - path[:, :-1, :3, :3]).flatten(-2).norm(dim=-1).mean()
+        for path in (calm, usual)
+    ]
+    assert 0.2 < turned[0] / turned[1] < 0.35
+
+
 def test_traffic_moves_and_parked_cars_do_not():
     streets = Streets(Dice(range(30)), 1.0)
     cars = streets.moving(0, 2)

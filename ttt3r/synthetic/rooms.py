@@ -43,8 +43,8 @@ class Rooms:
 
     distance = 1e9
 
-    def __init__(self, dice: Dice, motion: float) -> None:
-        self._dice, self._motion = dice, motion
+    def __init__(self, dice: Dice, motion: float, turn: float = 1.0) -> None:
+        self._dice, self._motion, self._turn = dice, motion, turn
         self._half = torch.stack(
             [dice.uniform("room x", 1.7, 5.0), dice.uniform("room z", 1.7, 5.0)], dim=-1
         )
@@ -206,7 +206,7 @@ class Rooms:
         dice = self._dice
         clock = torch.arange(start, stop, device=dice.device, dtype=torch.float64) * self._motion
         step = dice.log_uniform("step", 0.02, 0.17)
-        turn = dice.log_uniform("turn", 0.008, 0.09)
+        turn = dice.log_uniform("turn", 0.008, 0.09) * self._turn
         place = [
             self._clear[:, k, None]
             * 0.7

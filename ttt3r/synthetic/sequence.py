@@ -46,7 +46,10 @@ class World(Protocol):
 
 _PIXELS_AT_ONCE = (1 << 21, 1 << 24)  # rays of a slice on a CPU; on a GPU, which waits for launches
 
-_WORLDS: dict[str, Callable[[Dice, float], World]] = {"streets": Streets, "rooms": Rooms}
+_WORLDS: dict[str, Callable[[Dice, float, float], World]] = {
+    "streets": lambda dice, motion, turn: Streets(dice, motion),
+    "rooms": Rooms,
+}
 
 
 def render(
@@ -58,6 +61,7 @@ def render(
     *,
     device: torch.device | str = "cpu",
     motion: float = 1.0,
+    turn: float = 1.0,
     clean: bool = False,
     supersample: int = 1,
 ) -> Sequences:
@@ -65,7 +69,7 @@ def render(
     pieces = list(
         render_chunks(
             world, seeds, frames, height, width,
-            device=device, motion=motion, clean=clean, supersample=supersample,
+            device=device, motion=motion, turn=turn, clean=clean, supersample=supersample,
         )
     )  # fmt: skip
     return _concatenate(pieces)
@@ -80,8 +84,8 @@ def camera_path(
     motion: float = 1.0,
 ) -> Tensor:
     """T_world_cam [B, T, 4, 4] that `render` would give, without rendering anything."""
-    _check(world, frames, 1, 1, motion, 1)
-    return _WORLDS[world](Dice(seeds, device), motion).poses(0, frames)[0]
+    _check(world, frames, 1, 1, motion, 1.0, 1)
+    return _WORLDS[world](Dice(seeds, device), motion, 1.0).poses(0, frames)[0]
 
 
 def render_chunks(
@@ -93,6 +97,7 @@ def render_chunks(
     *,
     device: torch.device | str = "cpu",
     motion: float = 1.0,
+    turn: float = 1.0,
     clean: bool = False,
     supersample: int = 1,
     chunk_frames: int | None = None,
@@ -106,6 +111,7 @@ def render_chunks(
         world: "streets" (a drive at 10 Hz) or "rooms" (a hand-held camera indoors).
         seeds: one sequence each; from HELD_OUT_SEED on they are reserved for evaluation.
         motion: scales speeds and turns; 0 stands still, 1 is life.
+        turn: scales turns once more, in rooms; in streets the road tells how a car turns.
         clean: no sensor noise, blur, vignette, drift or tint: equal surfaces, equal colours.
         supersample: colours are the mean of this many squared rays a pixel; depth is always
             that of the pixel's centre.
@@ -114,9 +120,9 @@ def render_chunks(
     Raises:
         ValueError: for an unknown world, or sizes and counts below 1.
     """
-    _check(world, frames, height, width, motion, supersample)
+    _check(world, frames, height, width, motion, turn, supersample)
     dice = Dice(seeds, device)
-    scene = _WORLDS[world](dice, motion)
+    scene = _WORLDS[world](dice, motion, turn)
     film = Film(dice, clean=clean)
     intrinsics = draw_intrinsics(dice, height, width)
     if chunk_frames is None:
@@ -128,14 +134,20 @@ def render_chunks(
 
 
 def _check(
-    world: str, frames: int, height: int, width: int, motion: float, supersample: int
+    world: str,
+    frames: int,
+    height: int,
+    width: int,
+    motion: float,
+    turn: float,
+    supersample: int,
 ) -> None:
     if world not in _WORLDS:
         raise ValueError(f"unknown world {world!r}; choose one of {sorted(_WORLDS)}")
-    if min(frames, height, width, supersample) < 1 or motion < 0:
+    if min(frames, height, width, supersample) < 1 or min(motion, turn) < 0:
         raise ValueError(
-            "frames, height, width and supersample must be at least 1 and motion at least 0; "
-            f"found {frames}, {height}, {width}, {supersample} and {motion}"
+            "frames, height, width and supersample must be at least 1, motion and turn at least 0; "
+            f"found {frames}, {height}, {width}, {supersample}, {motion} and {turn}"
         )
 
 
