@@ -77,6 +77,16 @@ def test_targets_are_relative_to_the_first_camera():
     torch.testing.assert_close(targets.pointmap_world[0, 1, 1, 2], torch.tensor([0.0, 0.0, 6.0]))
 
 
+def test_targets_turned_stay_where_they_are():
+    targets = two_frame_targets()
+    quarter = torch.tensor([[0.0, 0, 1], [0, 1, 0], [-1, 0, 0]])  # to the right
+    turned = targets.turned(torch.stack([torch.eye(3), quarter])[None])
+    torch.testing.assert_close(turned.T_seg_cam[..., :3, 3], targets.T_seg_cam[..., :3, 3])
+    torch.testing.assert_close(turned.T_seg_cam[0, 1, :3, :3], quarter)
+    torch.testing.assert_close(turned.pointmap_world[0, 1, 1, 2], torch.tensor([4.0, 0.0, 2.0]))
+    assert turned.pointmap_cam is targets.pointmap_cam
+
+
 def test_targets_put_the_sky_and_what_is_very_far_at_one_distance():
     depth = torch.tensor([5.0, torch.inf, 500.0, 30.0]).view(1, 1, 1, 4)
     valid = torch.tensor([True, False, True, True]).view(1, 1, 1, 4)
@@ -173,8 +183,8 @@ def test_total_loss_asks_for_the_outputs_it_needs():
         total_loss(found, two_frame_targets(), LossWeights())
 
 
-def test_gate_loss_looks_at_the_mean_only():
-    logits = torch.tensor([[[-3.0, 1.3], [-0.85, -0.85]]])
+def test_gate_loss_looks_at_the_mean_only_and_not_at_the_first_frame():
+    logits = torch.tensor([[[7.0, 9.0], [-3.0, 1.3], [-0.85, -0.85]]])
     assert float(gate_loss(logits, -0.85)) == pytest.approx(0.0, abs=1e-6)
 
 
@@ -396,6 +406,23 @@ def test_training_continues_from_exported_weights(tmp_path):
     assert len(losses_of(tmp_path / "more")) == 1
 
 
+def test_rotations_kept_begin_without_an_error_and_outlast_an_interruption(tmp_path):
+    train(SETTINGS, tmp_path / "run", device="cpu", stop_after=2)
+    export(tmp_path / "run", tmp_path / "small.safetensors", name="small")
+    kept = replace(SETTINGS, keep_rotations=True)
+    for name, settings in (("kept", kept), ("true", SETTINGS)):
+        train(settings, tmp_path / name, tmp_path / "small.safetensors", device="cpu", stop_after=4)
+    first = {
+        name: json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])
+        for name in ("kept", "true")
+    }
+    assert first["kept"]["rotation"] < 1e-3 < first["true"]["rotation"]
+    assert first["kept"]["translation"] == first["true"]["translation"]
+    train(kept, tmp_path / "cut", tmp_path / "small.safetensors", device="cpu", stop_after=2)
+    train(kept, tmp_path / "cut", tmp_path / "cut", device="cpu", stop_after=4)
+    assert losses_of(tmp_path / "cut") == pytest.approx(losses_of(tmp_path / "kept"), rel=1e-6)
+
+
 def test_training_refuses_a_folder_without_a_state(tmp_path):
     with pytest.raises(ValueError, match=r"state\.pt"):
         train(SETTINGS, tmp_path / "run", tmp_path)
@@ -571,6 +598,7 @@ def test_command_refines_trained_weights_and_begins_afresh_without(tmp_path):
     small = command.choose_settings(options(*refine, 1))
     rates = (small.lr / REFINE.lr, small.matrix_lr / REFINE.matrix_lr)
     assert rates == pytest.approx((0.25, 0.25)), "small batches are noisy"
+    assert (small.keep_rotations, chosen.keep_rotations) == (True, False)
     assert small.curriculum == REFINE.curriculum
     wider = command.choose_settings(options(*refine, 16, "--widen", 2))
     assert wider == replace(chosen, model=widened(chosen.model, 2))

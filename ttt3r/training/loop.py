@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from ttt3r.geometry import camera_pose_to_matrix
 from ttt3r.model import Model
 from ttt3r.recording import Recordings
 from ttt3r.training.ahead import Ahead
@@ -163,6 +164,7 @@ class _Run:
         self.step, self.frames, self.started = 0, 0, time.monotonic()
         self.seconds_before = 0.0
         self.origin = ""  # what is said of the weights that training started from
+        self.teacher: Model | None = None  # those weights, where rotations are learnt from them
         self._ahead = Ahead(self._draw, self.device)
         self._recordings = Recordings("training steps", _SHAPES_RECORDED)
         self._names: dict[Hashable, tuple[str, ...]] = {}  # of the loss' parts
@@ -233,6 +235,9 @@ class _Run:
             return _Drawn(images, (T,), is_lesson=True, rule="cut3r")
         batch = draw_batch(step, stage, **where)
         truth = Targets.build(batch.depth, batch.valid, batch.T_world_cam, batch.intrinsics)
+        if self.teacher is not None and batch.images.shape[1] > 1:
+            R = _rotations_said(self.teacher, batch.images, stage.rule(step))
+            truth = truth.turned(R)
         parts = tuple(getattr(truth, field.name) for field in fields(Targets))
         return _Drawn(batch.images, parts, is_lesson=False, rule=stage.rule(step))
 
@@ -319,6 +324,7 @@ class _Run:
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "settings": asdict(self.settings),
             "origin": self.origin,
+            "teacher": self.teacher.state_dict() if self.teacher else None,
             "step": self.step,
             "frames": self.frames,
             "seconds": self.seconds_before + time.monotonic() - self.started,
@@ -340,6 +346,8 @@ class _Run:
             optimiser.load_state_dict(state)
         self.step, self.frames = record["step"], record["frames"]
         self.seconds_before, self.origin = record["seconds"], record["origin"]
+        if record.get("teacher"):
+            self._learn_from(record["teacher"])
 
     def _start_from(self, path: Path) -> None:
         from ttt3r.weights import load_model
@@ -352,3 +360,16 @@ class _Run:
         self.model.load_state_dict(model.state_dict())
         self.averaged.load_state_dict(model.state_dict())
         self.origin = info.notes if times == 1 else f"widened {times} times: {info.notes}"
+        if self.settings.keep_rotations:
+            self._learn_from(model.state_dict())
+
+    def _learn_from(self, weights: Mapping[str, Tensor]) -> None:
+        self.teacher = Model(self.settings.model).to(self.device)
+        self.teacher.load_state_dict(weights)
+
+
+def _rotations_said(teacher: Model, images: Tensor, rule: str) -> Tensor:
+    """What `teacher` says of images [L, T, 3, H, W]: rotations [L, T, 3, 3]."""
+    with torch.inference_mode():
+        found, _ = teacher.run(images, rule=rule, outputs=frozenset())
+    return camera_pose_to_matrix(found.camera_pose)[..., :3, :3].clone()

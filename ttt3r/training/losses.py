@@ -7,7 +7,7 @@ metres. Without this the pose gets no gradient worth having until the depth is l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,9 +54,15 @@ class Targets:
             0, depth.shape[:2]
         )
         T_seg_cam = torch.linalg.inv(T_world_cam[:, :1].double()) @ T_world_cam.double()
-        T_seg_cam = T_seg_cam.float()
-        turned = torch.einsum("ltij,lthwj->lthwi", T_seg_cam[..., :3, :3], cam)
-        return cls(cam, turned + T_seg_cam[:, :, None, None, :3, 3], near, T_seg_cam)
+        return cls(cam, cam, near, T_seg_cam.float()).turned(T_seg_cam[..., :3, :3].float())
+
+    def turned(self, R_seg_cam: Tensor) -> Targets:
+        """The same views from the same places with other rotations [L, T, 3, 3]."""
+        T_seg_cam = self.T_seg_cam.clone()
+        T_seg_cam[..., :3, :3] = R_seg_cam
+        turned = torch.einsum("ltij,lthwj->lthwi", R_seg_cam, self.pointmap_cam)
+        world = turned + T_seg_cam[:, :, None, None, :3, 3]
+        return replace(self, pointmap_world=world, T_seg_cam=T_seg_cam)
 
 
 @dataclass(frozen=True)
@@ -112,11 +118,10 @@ def total_loss(
     if found.pointmap_cam is None or found.trace is None:
         raise ValueError(f"the loss needs predictions with the outputs {sorted(weights.outputs)}")
     parts = {
-        "cam": point_loss(
-            found.pointmap_cam, found.confidence, targets.pointmap_cam, targets.valid
-        ),
-        "gate": gate_loss(found.trace.gate_logits, weights.gate_logit),
+        "cam": point_loss(found.pointmap_cam, found.confidence, targets.pointmap_cam, targets.valid)
     }
+    if weights.gate > 0:
+        parts["gate"] = gate_loss(found.trace.gate_logits, weights.gate_logit)
     if weights.depth > 0:
         parts["depth"] = depth_loss(found.pointmap_cam, targets.pointmap_cam, targets.valid)
     if weights.needs_poses:
@@ -252,10 +257,12 @@ def wide_loss(T: Tensor, truth: Tensor, least_step: Tensor) -> Tensor:
 def gate_loss(logits: Tensor, wanted: float) -> Tensor:
     """Squared distance of each frame's mean gate logit [L, T, S] from `wanted`.
 
+    The first frame has no part in it: it overwrites the state, whatever its logits are.
+
     Full overwriting (the rule that is trained) leaves the gate's mean free: softmax does not
     see a constant. The penalty settles that constant and nothing else.
     """
-    return (logits.mean(dim=-1) - wanted).square().mean()
+    return (logits[:, 1:].mean(dim=-1) - wanted).square().mean()
 
 
 def _norm(x: Tensor) -> Tensor:

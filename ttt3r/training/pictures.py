@@ -39,10 +39,17 @@ def draw_curves(log: str | Path, path: str | Path) -> None:
             axes[0].plot([r["seen"] for r in rows_with], losses, label=name)
     axes[0].set(title="losses (smoothed)", xlabel="frames seen")
     axes[0].legend(fontsize=7)
+    lines = sorted({(r["validation"], r["rule"]) for r in checks})
     for axis, name in zip(axes[1:], _CHECKS, strict=True):
-        for world in ("rooms", "streets"):
-            chosen = [r for r in checks if r["validation"] == world]
-            axis.plot([r["seen"] for r in chosen], [r[name] for r in chosen], label=world)
+        for world, rule in lines:
+            chosen = [r for r in checks if (r["validation"], r["rule"]) == (world, rule)]
+            axis.plot(
+                [r["seen"] for r in chosen],
+                [r[name] for r in chosen],
+                color={"rooms": "C0", "streets": "C1"}[world],
+                linestyle="-" if rule == "cut3r" else "--",
+                label=f"{world}, {rule}",
+            )
         axis.set(title=f"held out: {name}", xlabel="frames seen")
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=90)

@@ -35,6 +35,7 @@ class TrainSettings:
     average: float = 0.99  # weights that are validated and exported: moving average
     validate_every: int = 100
     save_every_s: float = 120.0
+    keep_rotations: bool = False  # learn rotations from what the first weights say of them
     half: bool = False  # bfloat16 autocast: half as many kernels again, for matrices this small
 
     @classmethod
@@ -58,7 +59,16 @@ REFINE = TrainSettings(
     warm_up=50,
     cool_down=0.85,
     validate_every=400,
-    loss=LossWeights(cam=1, depth=5, translation=1.5, rotation=1.5, steps=1.5, wide=2.5),
+    loss=LossWeights(
+        cam=1,
+        depth=5,
+        translation=1.5,
+        rotation=1.5,
+        steps=1.5,
+        wide=2.5,
+        gate=0.1,
+        gate_logit=-1.7,
+    ),
 )
 
 
