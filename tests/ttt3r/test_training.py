@@ -308,6 +308,19 @@ def test_stage_shows_single_pictures_and_shares_the_other_steps_between_the_rule
     assert shapes == [(16, 1), (16, 1)]
 
 
+def test_rooms_of_a_stage_turn_as_it_says():
+    usual, calm = (
+        draw_batch(3, replace(PAIRS, lanes=8, rooms=1.0, rooms_turn=(turn, turn)), patch=8)
+        for turn in (1.0, 0.25)
+    )
+    turned = [
+        (batch.T_world_cam[:, 1] - batch.T_world_cam[:, 0])[..., :3, :3].norm()
+        for batch in (usual, calm)
+    ]
+    assert 0.2 < turned[1] / turned[0] < 0.35
+    assert torch.equal(calm.T_world_cam[..., :3, 3], usual.T_world_cam[..., :3, 3])
+
+
 def test_supersampled_batches_show_the_same_scene_with_less_noise():
     rough, smooth = (
         draw_batch(0, replace(PAIRS, lanes=16, rooms=0.0, supersample=rays), patch=8)
@@ -409,8 +422,10 @@ def test_training_continues_from_exported_weights(tmp_path):
 def test_rotations_kept_begin_without_an_error_and_outlast_an_interruption(tmp_path):
     train(SETTINGS, tmp_path / "run", device="cpu", stop_after=2)
     export(tmp_path / "run", tmp_path / "small.safetensors", name="small")
-    kept = replace(SETTINGS, keep_rotations=True)
-    for name, settings in (("kept", kept), ("true", SETTINGS)):
+    # Which rule it is shows from the third frame on.
+    true = replace(SETTINGS, curriculum=(replace(LONGER, gated=1.0),))
+    kept = replace(true, keep_rotations=True)
+    for name, settings in (("kept", kept), ("true", true)):
         train(settings, tmp_path / name, tmp_path / "small.safetensors", device="cpu", stop_after=4)
     first = {
         name: json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])
@@ -421,6 +436,10 @@ def test_rotations_kept_begin_without_an_error_and_outlast_an_interruption(tmp_p
     train(kept, tmp_path / "cut", tmp_path / "small.safetensors", device="cpu", stop_after=2)
     train(kept, tmp_path / "cut", tmp_path / "cut", device="cpu", stop_after=4)
     assert losses_of(tmp_path / "cut") == pytest.approx(losses_of(tmp_path / "kept"), rel=1e-6)
+    with pytest.raises(ValueError, match="learns true rotations"):
+        train(kept, tmp_path / "true", tmp_path / "true", device="cpu")
+    with pytest.raises(ValueError, match="keep_rotations is for trained weights"):
+        train(kept, tmp_path / "new", device="cpu")
 
 
 def test_training_refuses_a_folder_without_a_state(tmp_path):

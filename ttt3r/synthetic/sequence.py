@@ -82,10 +82,11 @@ def camera_path(
     *,
     device: torch.device | str = "cpu",
     motion: float = 1.0,
+    turn: float = 1.0,
 ) -> Tensor:
     """T_world_cam [B, T, 4, 4] that `render` would give, without rendering anything."""
-    _check(world, frames, 1, 1, motion, 1.0, 1)
-    return _WORLDS[world](Dice(seeds, device), motion, 1.0).poses(0, frames)[0]
+    _check(world, frames, 1, 1, motion, turn, 1)
+    return _WORLDS[world](Dice(seeds, device), motion, turn).poses(0, frames)[0]
 
 
 def render_chunks(

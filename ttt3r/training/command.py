@@ -64,8 +64,8 @@ def choose_settings(options: argparse.Namespace) -> TrainSettings:
     settings = TrainSettings()
     batch = options.batch or (_GPU_BATCH if options.device == "cuda" else 1)
     if options.resume is not None:
-        # Noisier gradients bear lower rates, and rotations in streets are so small that noise
-        # drowns them: what the weights say of them already has none.
+        # Noisier gradients bear lower rates, and rotations are so small that noise drowns them:
+        # what the weights say of them already has none.
         calm = min(1.0, batch / _GPU_BATCH) ** 0.5
         found = weights_info(options.resume).config
         expected = widened(settings.model, times_as_wide(found, settings.model))

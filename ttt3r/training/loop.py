@@ -54,8 +54,8 @@ def train(
     """Train until `settings.total_steps`; return the model with averaged weights.
 
     Writes to `out_dir`: `state.pt` (all that resuming needs) and `log.jsonl` (one object per
-    step or validation; with frames/s, the share of the time spent rendering, and on a GPU its
-    busy share and its memory).
+    step or validation; with frames/s, the share of the time spent rendering and asking for the
+    rotations to keep, and on a GPU its busy share and its memory).
 
     Args:
         settings: what to do.
@@ -70,11 +70,14 @@ def train(
             the steps are. Such a run cannot be repeated to the bit.
 
     Raises:
-        ValueError: `out_dir` holds another run; nothing to resume, or of another network.
+        ValueError: `out_dir` holds another run; nothing to resume, or of another network;
+            rotations are to be kept that nothing says.
     """
     folder = Path(out_dir)
     if (folder / STATE_FILE).exists() and not _is_same(resume, folder):
         raise ValueError(f"{folder} holds a run; resume that one, or choose another folder")
+    if settings.keep_rotations and resume is None:
+        raise ValueError("keep_rotations is for trained weights; found none to resume from")
     run = _Run(settings, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if resume is not None:
         run.resume(Path(resume))
@@ -239,7 +242,9 @@ class _Run:
             R = _rotations_said(self.teacher, batch.images, stage.rule(step))
             truth = truth.turned(R)
         parts = tuple(getattr(truth, field.name) for field in fields(Targets))
-        return _Drawn(batch.images, parts, is_lesson=False, rule=stage.rule(step))
+        # A single picture looks the same under every rule.
+        rule = "cut3r" if stage.is_still(step) else stage.rule(step)
+        return _Drawn(batch.images, parts, is_lesson=False, rule=rule)
 
     def _differentiate(self, drawn: _Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts; gradients are in the parameters."""
@@ -346,7 +351,9 @@ class _Run:
             optimiser.load_state_dict(state)
         self.step, self.frames = record["step"], record["frames"]
         self.seconds_before, self.origin = record["seconds"], record["origin"]
-        if record.get("teacher"):
+        if self.settings.keep_rotations:
+            if not record.get("teacher"):
+                raise ValueError(f"{place} learns true rotations: go on without keep_rotations")
             self._learn_from(record["teacher"])
 
     def _start_from(self, path: Path) -> None:
@@ -370,6 +377,6 @@ class _Run:
 
 def _rotations_said(teacher: Model, images: Tensor, rule: str) -> Tensor:
     """What `teacher` says of images [L, T, 3, H, W]: rotations [L, T, 3, 3]."""
-    with torch.inference_mode():
+    with torch.no_grad():
         found, _ = teacher.run(images, rule=rule, outputs=frozenset())
-    return camera_pose_to_matrix(found.camera_pose)[..., :3, :3].clone()
+    return camera_pose_to_matrix(found.camera_pose)[..., :3, :3]

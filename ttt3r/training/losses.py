@@ -57,7 +57,10 @@ class Targets:
         return cls(cam, cam, near, T_seg_cam.float()).turned(T_seg_cam[..., :3, :3].float())
 
     def turned(self, R_seg_cam: Tensor) -> Targets:
-        """The same views from the same places with other rotations [L, T, 3, 3]."""
+        """The same views from the same places with other rotations [L, T, 3, 3], the first too.
+
+        Losses of rotation are then against these, not the truth.
+        """
         T_seg_cam = self.T_seg_cam.clone()
         T_seg_cam[..., :3, :3] = R_seg_cam
         turned = torch.einsum("ltij,lthwj->lthwi", R_seg_cam, self.pointmap_cam)
@@ -259,8 +262,8 @@ def gate_loss(logits: Tensor, wanted: float) -> Tensor:
 
     The first frame has no part in it: it overwrites the state, whatever its logits are.
 
-    Full overwriting (the rule that is trained) leaves the gate's mean free: softmax does not
-    see a constant. The penalty settles that constant and nothing else.
+    Full overwriting leaves the gate's mean free, as softmax does not see a constant: the penalty
+    settles that constant and nothing else. Under `ttt3r` it pulls at the rate of the update.
     """
     return (logits[:, 1:].mean(dim=-1) - wanted).square().mean()
 

@@ -51,6 +51,7 @@ def draw_curves(log: str | Path, path: str | Path) -> None:
                 label=f"{world}, {rule}",
             )
         axis.set(title=f"held out: {name}", xlabel="frames seen")
+        axis.locator_params(axis="x", nbins=4)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=90)
     plt.close(figure)
