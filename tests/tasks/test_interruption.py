@@ -15,6 +15,7 @@ from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord
 from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
 from tasks.infer import infer_stage
+from tasks.interruption import run_until_stopped
 from tasks.plan import plan_stage
 from tasks.probe import probe_stage
 
@@ -54,6 +55,30 @@ class InterruptedFile:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.5)
         return self._file.read(min(size, 2048))
+
+
+class Ended(BaseException):
+    """What a handler that is not Prefect's raises."""
+
+
+def test_work_ends_in_order_whatever_a_handler_raises():
+    def end(number: int, frame: object) -> None:
+        raise Ended
+
+    heard = []
+
+    def work(stop: threading.Event) -> None:
+        time.sleep(0.2)  # the main thread waits by now
+        os.kill(os.getpid(), signal.SIGTERM)
+        heard.append(stop.wait(30))
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with pytest.raises(Ended):
+            run_until_stopped(work)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [True]
 
 
 def test_recording_that_is_probed_does_not_end_where_the_interruption_comes(
