@@ -61,7 +61,8 @@ class Ended(BaseException):
     """What a handler that is not Prefect's raises."""
 
 
-def test_work_ends_in_order_whatever_a_handler_raises():
+@pytest.mark.parametrize("receiver", ["the main thread", "the work's thread"])
+def test_work_ends_in_order_whatever_a_handler_raises(receiver):
     def end(number: int, frame: object) -> None:
         raise Ended
 
@@ -69,7 +70,10 @@ def test_work_ends_in_order_whatever_a_handler_raises():
 
     def work(stop: threading.Event) -> None:
         time.sleep(0.2)  # the main thread waits by now
-        os.kill(os.getpid(), signal.SIGTERM)
+        to = (
+            threading.main_thread() if receiver == "the main thread" else threading.current_thread()
+        )
+        signal.pthread_kill(to.ident, signal.SIGTERM)
         heard.append(stop.wait(30))
 
     before = signal.signal(signal.SIGTERM, end)
