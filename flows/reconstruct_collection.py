@@ -20,7 +20,7 @@ from flows.telemetry import observed
 from storage.credentials import refuse_credentials
 from storage.drives import DriveLocation, hold_name, list_drives, store_url
 from storage.errors import Claimed, StoreError, StoreMissing
-from storage.objects import open_folder
+from storage.folders import open_folder
 from storage.reconstruction import ReconstructionStore
 from storage.wording import on_one_line, reason_of
 from tasks import metrics

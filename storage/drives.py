@@ -26,6 +26,7 @@ from storage.errors import (
     StoreRefused,
     StoreTooNew,
 )
+from storage.failures import explaining, is_expired
 from storage.images import is_picture
 from storage.media import (
     IMAGE_SUFFIXES,
@@ -42,8 +43,8 @@ from storage.media import (
     url_path,
     videos_among,
 )
-from storage.objects import REMOTE_OPTIONS, explaining, is_expired
 from storage.reconstruction import ReconstructionStore
+from storage.remote_folder import REMOTE_OPTIONS
 
 log = logging.getLogger(__name__)
 

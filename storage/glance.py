@@ -11,9 +11,9 @@ from av.error import FFmpegError
 from av.video.stream import VideoStream
 
 from storage.drives import drive_files
+from storage.failures import explaining
 from storage.images import ASSUMED_HZ, BAD_IMAGE, open_image
 from storage.media import UnreadableVideo, is_file, open_video, require
-from storage.objects import explaining
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from storage.objects import failure_behind
+from storage.failures import failure_behind
 
 log = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from storage.clip_scan import (
     scan_clip,
 )
 from storage.drives import drive_files, drive_name
+from storage.failures import explaining
 from storage.findings import describe_clip, describe_scenes
 from storage.images import ASSUMED_HZ, scan_images
 from storage.media import (
@@ -34,7 +35,6 @@ from storage.media import (
     require,
     size_of,
 )
-from storage.objects import explaining
 from storage.records import (
     DUPLICATE,
     KEYFRAME,

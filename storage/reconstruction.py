@@ -39,17 +39,11 @@ from storage.errors import (
     StoreMissing,
     StoreTooNew,
 )
+from storage.failures import explaining
+from storage.folders import open_folder
 from storage.garbage import Referenced, find_garbage
 from storage.layout import ArraySpec, by_name, chunk_commit, segment_claim, segment_name
-from storage.objects import (
-    MOST_DOCUMENT_BYTES,
-    MOST_FILE_BYTES,
-    Folder,
-    check_name,
-    explaining,
-    in_parallel,
-    open_folder,
-)
+from storage.objects import MOST_DOCUMENT_BYTES, MOST_FILE_BYTES, Folder, check_name, in_parallel
 from storage.records import MOST_FRAMES, NOWHERE, Chunk, Segment
 from storage.wording import redacted
 

@@ -21,6 +21,7 @@ from PIL import Image
 from storage.decord_windows import DecordFailure, decode_window, read_windows, window_target
 from storage.drives import DriveLocation, drive_name, is_collection, list_drives
 from storage.errors import GivenUp
+from storage.failures import explaining
 from storage.images import read_images
 from storage.media import (
     ALL_THREADS,
@@ -32,7 +33,6 @@ from storage.media import (
     open_video,
     upright_size,
 )
-from storage.objects import explaining
 from storage.probe import probe_drive, probe_video
 from storage.records import DUPLICATE, KEYFRAME, DriveRecord, FrameTable
 

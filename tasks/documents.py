@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fsspec
 
-from storage.objects import explaining
+from storage.failures import explaining
 
 
 def read_document(location: str, most: int) -> bytes:

@@ -15,8 +15,8 @@ from prefect import task
 
 from storage.drives import drive_files
 from storage.errors import GivenUp, StoreError, StoreUnavailable
+from storage.failures import explaining
 from storage.media import file_name, is_file, is_there
-from storage.objects import explaining
 from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord, FrameTable
 from storage.video import probe_drive

@@ -25,7 +25,7 @@ from storage.errors import (
     StoreTooNew,
     StoreUnavailable,
 )
-from storage.objects import is_expired
+from storage.failures import is_expired
 from tasks import metrics
 from tasks.config import AnotherConfiguration, UnfitMachine
 

@@ -10,11 +10,12 @@ import numpy as np
 
 from storage.drives import store_name, store_url, stores_in
 from storage.errors import StoreError
+from storage.failures import explaining
 from storage.layout import chunk_numbers
 from storage.media import is_there
-from storage.objects import REMOTE_OPTIONS, explaining
 from storage.reconstruction import ReconstructionStore
 from storage.records import NOWHERE
+from storage.remote_folder import REMOTE_OPTIONS
 from tasks.keys import STAGES
 from tasks.planned import list_aside, read_plan, read_record
 

@@ -8,7 +8,7 @@ import pytest
 from fault_proxy import SPELLS, Fault, FaultPlan, running_proxy
 
 from storage.errors import StoreRefused, StoreUnavailable
-from storage.objects import open_folder
+from storage.folders import open_folder
 
 DATA = bytes(range(256)) * 100
 PART = 5 * 2**20  # bytes of a part, the fewest that S3 takes

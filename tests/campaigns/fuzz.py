@@ -58,11 +58,13 @@ from storage.commits import Commits
 from storage.drives import drive_name
 from storage.encoding import StoredRows, whole_array
 from storage.errors import Claimed, DataDamaged, NotAStore, StoreTooNew
+from storage.folders import open_folder
 from storage.glance import glance_at
 from storage.images import ORIENTATION, is_picture, scan_images
 from storage.layout import FRAME_ARRAYS, SEGMENT_ARRAYS, by_name
+from storage.local_folder import LocalFolder
 from storage.media import UnreadableVideo, natural_key
-from storage.objects import MOST_DOCUMENT_BYTES, LocalFolder, check_name, open_folder
+from storage.objects import MOST_DOCUMENT_BYTES, check_name
 from storage.reconstruction import UNDECODABLE, ReconstructionStore
 from storage.records import DriveRecord, Plan, Segment
 from storage.shards import shard_reader, unpack

@@ -56,7 +56,8 @@ from campaigns.small_runs import (
 )
 from seaweed import SeaweedProcess
 
-from storage.objects import Folder, open_folder
+from storage.folders import open_folder
+from storage.objects import Folder
 from storage.reconstruction import ReconstructionStore
 
 # Where the kill shall hit, and how often; inference is what costs.

@@ -53,7 +53,8 @@ from seaweed import running_seaweed
 from storage import claims
 from storage.commits import Commits
 from storage.layout import SEGMENT_ARRAYS
-from storage.objects import Folder, LocalFolder
+from storage.local_folder import LocalFolder
+from storage.objects import Folder
 from storage.reconstruction import ReconstructionStore
 from tasks import infer
 from tasks.config import ReconstructionConfig

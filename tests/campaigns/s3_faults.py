@@ -49,7 +49,7 @@ from campaigns.small_runs import (
 from fault_proxy import DEFAULT_WEIGHTS, SPELLS, Fault, FaultPlan, FaultProxy, running_proxy
 from seaweed import running_seaweed
 
-from storage.objects import open_folder
+from storage.folders import open_folder
 from storage.reconstruction import ReconstructionStore
 
 LONGEST_RUN_S = 900.0

@@ -33,7 +33,7 @@ from seaweed import free_ports
 
 from storage import layout
 from storage.errors import ChunkMissing, StoreMissing
-from storage.objects import open_folder
+from storage.folders import open_folder
 from storage.reconstruction import ReconstructionStore
 from storage.records import Plan
 from tasks.config import FuseConfig, InferConfig, PlanConfig, ReconstructionConfig

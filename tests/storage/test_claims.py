@@ -13,7 +13,7 @@ from small_segment import SEGMENT, SHAPE, chunk_arrays
 
 from storage import claims
 from storage.errors import ChunkMissing, Claimed, ClaimLost, CommitExists, DataDamaged, GivenUp
-from storage.objects import open_folder
+from storage.folders import open_folder
 from storage.reconstruction import ReconstructionStore
 
 ROOT = Path(__file__).resolve().parents[2]

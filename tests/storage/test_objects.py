@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from storage.errors import StoreRefused, StoreUnavailable
-from storage.objects import Folder, open_folder
+from storage.folders import open_folder
+from storage.objects import Folder
 
 
 @pytest.fixture

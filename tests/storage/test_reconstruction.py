@@ -23,7 +23,7 @@ from storage.errors import (
     StoreTooNew,
     StoreUnavailable,
 )
-from storage.objects import open_folder
+from storage.folders import open_folder
 from storage.reconstruction import ReconstructionStore
 from storage.records import Chunk, Segment
 

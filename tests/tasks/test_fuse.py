@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from storage.errors import ChunkMissing, Claimed, DataDamaged
-from storage.objects import LocalFolder
+from storage.local_folder import LocalFolder
 from storage.reconstruction import ReconstructionStore
 from tasks import fuse
 from tasks.align import align_stage
