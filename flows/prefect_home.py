@@ -1,5 +1,5 @@
-"""The Prefect server that a process starts for itself: its history may be forgotten, and nobody
-watches it.
+"""Prefect where the user has set up none: its home in the cache, and the server that a process
+starts for itself. The history of that one may be forgotten, and nobody watches it.
 
 What is finished is recorded in the drives' stores; a run needs nothing of earlier runs' history.
 """
@@ -10,7 +10,7 @@ import fcntl
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,28 @@ from types import SimpleNamespace
 MOST_BYTES = 500_000_000  # of the database; a drive takes some 0.4 MB
 LOCK = "ttt3r.lock"  # held, shared, by every process whose server uses the folder
 DATABASE = ("prefect.db", "prefect.db-wal", "prefect.db-shm")
+
+
+def prefect_cache() -> Path:
+    """Home of Prefect where the user has none."""
+    return Path.home() / ".cache" / "ttt3r" / "prefect"
+
+
+def quiet_prefect() -> None:
+    """Keep Prefect's home in the cache directory and its log off the terminal.
+
+    Whoever has set up Prefect already, keeps his server, profile and logging.
+    """
+    home = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect"))
+    if not home.exists():
+        os.environ.setdefault("PREFECT_HOME", str(prefect_cache()))
+        with suppress(OSError):  # Prefect says what is wrong when it is needed
+            Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    # The first start of its own server sets up a database: slow on a busy machine.
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")
 
 
 def use_home(home: Path, most_bytes: int = MOST_BYTES) -> int:
@@ -53,6 +75,13 @@ def shelter_server() -> None:
 
     apart = {"Popen": partial(subprocess.Popen, process_group=0)}
     vars(server)["subprocess"] = SimpleNamespace(**(vars(subprocess) | apart))
+
+
+def nobody_watches() -> bool:
+    """Whether runs are on a server of our own, in our home: it has no automations."""
+    set_up = ("API_URL", "API_DATABASE_CONNECTION_URL", "FLOWS_HEARTBEAT_FREQUENCY")
+    is_ours = os.environ.get("PREFECT_HOME") == str(prefect_cache())
+    return is_ours and not any(f"PREFECT_{name}" in os.environ for name in set_up)
 
 
 @contextmanager

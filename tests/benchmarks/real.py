@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flows.cli import quiet_prefect
+from flows.prefect_home import quiet_prefect
 from tasks.config import InferConfig, ReconstructionConfig
 from tasks.evaluate import evaluate_store
 from ttt3r.metrics import evaluate_trajectory, read_tum

@@ -265,9 +265,16 @@ def test_a_schedule_that_cannot_work_is_refused_before_anything_is_served(run):
 def test_serve_waits_for_a_server_and_says_where_it_looked(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/api"
-    code = "import sys; from flows import cli; cli.SERVER_START_S = 3; sys.argv[1:] = ['serve']"
+    code = """
+import sys
+from flows.cli import main
+from flows.commands import serve
+serve.SERVER_START_S = 3
+sys.argv[1:] = ["serve"]
+main()
+"""
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}; cli.main()"],
+        [sys.executable, "-c", code],
         env={**os.environ, "PREFECT_API_URL": url, "PREFECT_HOME": str(tmp_path)},
         capture_output=True,
         text=True,

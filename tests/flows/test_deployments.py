@@ -14,7 +14,8 @@ from prefect.flows import load_flow_from_entrypoint
 from recordings import moving_squares, write_video
 
 from flows import fuse_tiles, infer_segments, reconstruct_collection
-from flows.cli import local_deployments, main
+from flows.cli import main
+from flows.commands.serve import local_deployments
 from storage.records import Plan, Segment
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-from flows.cli import nobody_watches, prefect_cache
-from flows.prefect_home import DATABASE, unwatched, use_home
+from flows.prefect_home import DATABASE, nobody_watches, prefect_cache, unwatched, use_home
 
 HOLD = "import sys, time; from pathlib import Path; from flows.prefect_home import use_home; "
 
@@ -111,7 +110,7 @@ def test_own_server_listens_on_loopback_only(tmp_path):
         "HOME": str(tmp_path),
     }
     code = """if True:
-        from flows.cli import quiet_prefect
+        from flows.prefect_home import quiet_prefect
         quiet_prefect()
         from prefect import flow
         @flow
