@@ -19,6 +19,7 @@ from typing import Any
 from local_fleet import REPOSITORY, LocalFleet, commits_of_all, running_fleet, wait_for_work
 from seaweed import Seaweed, running_seaweed
 
+from storage import upkeep
 from storage.reconstruction import ReconstructionStore
 from tasks.summary import list_stores, progress
 
@@ -83,7 +84,8 @@ def print_drives(output: str) -> bool:
         print(
             f"{row['drive']:<28} {row['stage']:<8} {chunks:>11}  {aside:<10} {row['error'] or ''}"
         )
-    damaged = [n for url in list_stores(output) for n in ReconstructionStore.open(url).verify()]
+    stores = map(ReconstructionStore.open, list_stores(output))
+    damaged = [name for store in stores for name in upkeep.verify(store)]
     print(f"read back and compared with their digests: {len(damaged)} damaged", flush=True)
     return not damaged and all(row["stage"] == "done" or row["error"] for row in rows)
 

@@ -114,6 +114,12 @@ def _lengths(values: Any) -> list[int]:
     return lengths
 
 
+def is_range(frames: Any) -> bool:
+    """Whether it is [start, stop], of frames that a drive may have."""
+    is_pair = isinstance(frames, list) and [type(n) for n in frames] == [int, int]
+    return is_pair and 0 <= frames[0] < frames[1] <= MOST_FRAMES
+
+
 def check_whole(path: str, array: Array[Any]) -> None:
     """Refuse an array that does not fit into memory as a whole.
 

@@ -34,6 +34,15 @@ def group_document(attributes: Mapping[str, Any]) -> bytes:
     return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
 
 
+def attributes_in(document: bytes | None) -> dict[str, Any]:
+    """Attributes in the zarr.json of a group; none where it is not there or not one."""
+    try:
+        found = json.loads(document or b"{}")["attributes"]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _new_array(
     store: MemoryStore, path: str, spec: ArraySpec, rows: int, sizes: Mapping[str, int]
 ) -> Array[Any]:

@@ -20,7 +20,7 @@ exact.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ import numpy as np
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from storage.codecs import PCODEC_SETTINGS, BoundedPCodec
+from storage.objects import check_name
 from storage.records import DAMAGED, DUPLICATE, KEYFRAME
 
 SCHEMA = "ttt3r-reconstruction"
@@ -278,6 +279,23 @@ def shard_at(name: str) -> tuple[str, str] | None:
     return (found[1], found[2] or found[3]) if found else None
 
 
+def check_file_name(name: str) -> str:
+    """Return `name` if a file may be stored under it, else raise ValueError."""
+    if check_name(name).split("/")[0] not in FILE_FOLDERS or "/" not in name:
+        raise ValueError(f"{name!r} is not under one of the folders {FILE_FOLDERS}")
+    if name.endswith("zarr.json"):
+        raise ValueError(f"{name!r} is a name that Zarr uses; choose another")
+    return name
+
+
+def is_file_name(name: str) -> bool:
+    """Whether `check_file_name` takes it."""
+    try:
+        return bool(check_file_name(name))
+    except ValueError:
+        return False
+
+
 def segment_name(index: int) -> str:
     """Group of a segment inside the store."""
     return f"{SEGMENTS}/{index:04d}"
@@ -302,6 +320,11 @@ def chunk_numbers(commit: str) -> tuple[int, int] | None:
     return numbers if found and chunk_commit(*numbers) == commit else None
 
 
+def is_chunk_commit(commit: str) -> bool:
+    """Whether a commit is, or pretends to be, that of a chunk."""
+    return commit.startswith("infer/")
+
+
 def segment_claim(index: int) -> str:
     """Name of the claim of who infers a segment; the commits of its chunks lie below it."""
     return f"infer/{index:04d}"
@@ -310,6 +333,17 @@ def segment_claim(index: int) -> str:
 def frames_per_read(chunk_frames: int) -> int:
     """Frames in one inner chunk: the largest divisor of the shard up to FRAMES_PER_READ."""
     return max(n for n in range(1, FRAMES_PER_READ + 1) if chunk_frames % n == 0)
+
+
+def check_names(
+    given: Iterable[str], known: Mapping[str, ArraySpec], required: Collection[str] = ()
+) -> None:
+    """Raise ValueError where a given array is not known, or a required one not given."""
+    unknown, missing = sorted(set(given) - set(known)), sorted(set(required) - set(given))
+    if unknown or missing:
+        raise ValueError(
+            f"arrays unknown: {unknown}, missing: {missing}; expected names are {sorted(known)}"
+        )
 
 
 def dimension_sizes(specs: Iterable[ArraySpec], arrays: Mapping[str, np.ndarray]) -> dict[str, int]:

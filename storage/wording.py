@@ -36,6 +36,11 @@ def reason_of(error: BaseException) -> str:
     return on_one_line(f"{type(error).__name__}: {error}")
 
 
+def how_to_mend(url: str) -> str:
+    """What to do about damaged data of the store, for the end of a message."""
+    return f"run `ttt3r repair {redacted(url)}`, then `ttt3r reconstruct` again"
+
+
 class PlainRecord(logging.LogRecord):
     """What a log is told, with lines of this software as `shown`."""
 

@@ -60,13 +60,14 @@ def inspect(
     ] = False,
 ) -> None:
     """Say what is stored, what is finished and how good it is."""
+    from storage import upkeep
     from storage.reconstruction import ReconstructionStore
     from tasks.summary import summarise
 
     store = ReconstructionStore.open(url)
-    damaged = store.verify() if verify else None
+    damaged = upkeep.verify(store) if verify else None
     if as_json:
-        print_json({**store.describe(), "figures": summarise(store), "damaged": damaged})
+        print_json({**upkeep.describe(store), "figures": summarise(store), "damaged": damaged})
     else:
         print_figures(summarise(store))
     if damaged:
@@ -77,9 +78,10 @@ def inspect(
 @app.command()
 def repair(url: StoreUrl) -> None:
     """Declare damaged data unfinished; the next `ttt3r reconstruct` computes it again."""
+    from storage import upkeep
     from storage.reconstruction import ReconstructionStore
 
-    dropped = ReconstructionStore.open(url).repair()
+    dropped = upkeep.repair(ReconstructionStore.open(url))
     for name in dropped:
         say(name)
     say(f"{len(dropped)} damaged commits and segments dropped", err=True)
@@ -97,11 +99,11 @@ def gc(
 
     With --delete nothing is removed while any run is at work on the drive.
     """
+    from storage import upkeep
     from storage.reconstruction import ReconstructionStore
 
-    store = ReconstructionStore.open(url)
-    act = store.delete_garbage if delete else store.garbage
-    found = act(older_than_hours * 3600)
+    act = upkeep.delete_garbage if delete else upkeep.list_garbage
+    found = act(ReconstructionStore.open(url), older_than_hours * 3600)
     for name, size in found.items():
         say(f"{size:>12}  {name}")
     done = "removed" if delete else "can be removed (--delete)"

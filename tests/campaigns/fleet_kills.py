@@ -45,6 +45,7 @@ from campaigns.small_runs import (
 from local_fleet import LocalFleet, claims_under, running_fleet, tree_of
 from seaweed import SeaweedProcess
 
+from storage import upkeep
 from storage.reconstruction import ReconstructionStore
 from tasks.summary import list_stores, progress
 
@@ -252,7 +253,8 @@ class Campaign:
             for name in sorted(objects.keys() | self._objects.keys()):
                 if objects.get(name) != self._objects.get(name):
                     found.faults.append(f"{url}: {name} differs from the undisturbed run")
-            found.faults += [f"{url}: damaged: {n}" for n in ReconstructionStore.open(url).verify()]
+            damaged = upkeep.verify(ReconstructionStore.open(url))
+            found.faults += [f"{url}: damaged: {name}" for name in damaged]
 
 
 def main() -> int:

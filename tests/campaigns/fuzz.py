@@ -52,7 +52,8 @@ from zarr.storage import MemoryStore, StorePath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from storage import claims
+from storage import claims, upkeep
+from storage.arrays import UNDECODABLE
 from storage.bounds import check_array
 from storage.commits import Commits
 from storage.drives import drive_name
@@ -65,7 +66,7 @@ from storage.layout import FRAME_ARRAYS, SEGMENT_ARRAYS, by_name
 from storage.local_folder import LocalFolder
 from storage.media import UnreadableVideo, natural_key
 from storage.objects import MOST_DOCUMENT_BYTES, check_name
-from storage.reconstruction import UNDECODABLE, ReconstructionStore
+from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord, Plan, Segment
 from storage.shards import shard_reader, unpack
 from storage.video import probe_drive, read_frames
@@ -428,11 +429,12 @@ class _StoreCase:
         if not self._place(name, content):
             return None
         store = ReconstructionStore(_NamedFolder(self._root, str(self._root)))
-        found = store.describe(), store.garbage(0), store.verify(), store.repair()
-        left = store.verify()
+        found = upkeep.describe(store), upkeep.list_garbage(store, 0), upkeep.verify(store)
+        dropped = upkeep.repair(store)
+        left = upkeep.verify(store)
         if left:
             raise AssertionError(f"still damaged after the repair: {left}")
-        return found
+        return *found, dropped
 
     def _restore(self) -> None:
         for path in self._added:

@@ -56,6 +56,7 @@ from campaigns.small_runs import (
 )
 from seaweed import SeaweedProcess
 
+from storage import upkeep
 from storage.folders import open_folder
 from storage.objects import Folder
 from storage.reconstruction import ReconstructionStore
@@ -252,7 +253,7 @@ class Campaign:
         outcome.faults += _changed(kept, commit_objects(url), f"after {outcome.kills[-1]}")
 
     def _judge_undamaged(self, url: str, outcome: Outcome) -> None:
-        if commit_objects(url) and (damaged := ReconstructionStore.open(url).verify()):
+        if commit_objects(url) and (damaged := upkeep.verify(ReconstructionStore.open(url))):
             outcome.faults.append(f"after {outcome.kills[-1]}: damaged: {damaged}")
 
     def _finish(self, name: str, outcome: Outcome) -> None:

@@ -50,7 +50,7 @@ from campaigns.small_runs import (
 )
 from seaweed import running_seaweed
 
-from storage import claims
+from storage import claims, upkeep
 from storage.commits import Commits
 from storage.layout import SEGMENT_ARRAYS
 from storage.local_folder import LocalFolder
@@ -278,7 +278,7 @@ class Track:
             wrong = [a for a in arrays if found.get(a) != owner[a]]
             if wrong:
                 outcome.faults.append(f"{name} of the {record['host']} worker: not its {wrong}")
-        outcome.faults += [f"damaged: {name}" for name in store.verify()]
+        outcome.faults += [f"damaged: {name}" for name in upkeep.verify(store)]
 
     def _finish(self, outcome: Outcome, url: str, number: int) -> None:
         store, result = ReconstructionStore.open(url), self._folder / f"{self._where}-{number}-last"

@@ -49,6 +49,7 @@ from campaigns.small_runs import (
 from fault_proxy import DEFAULT_WEIGHTS, SPELLS, Fault, FaultPlan, FaultProxy, running_proxy
 from seaweed import running_seaweed
 
+from storage import upkeep
 from storage.folders import open_folder
 from storage.reconstruction import ReconstructionStore
 
@@ -151,7 +152,8 @@ class Campaign:
         for name in sorted(names):
             if found.get(name) != self.reference.get(name):
                 outcome.wrong.append(f"{name} {'differs' if name in found else 'is missing'}")
-        outcome.wrong += [f"damaged: {name}" for name in ReconstructionStore.open(url).verify()]
+        damaged = upkeep.verify(ReconstructionStore.open(url))
+        outcome.wrong += [f"damaged: {name}" for name in damaged]
 
 
 def committed_chunks(url: str) -> dict[str, bytes]:

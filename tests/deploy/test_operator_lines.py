@@ -18,6 +18,7 @@ import pytest
 from local_fleet import REPOSITORY, LocalFleet, kill_tree, running_postgres
 from recordings import moving_squares, write_video
 
+from storage import upkeep
 from storage.reconstruction import ReconstructionStore
 from tasks.summary import progress
 
@@ -154,7 +155,7 @@ def test_fleet_from_an_empty_machine(database, operator, server, data):
     for name in ("drive1", "drive2"):
         url = f"{data}/reconstructions/{name}.zarr"
         assert progress(url)["stage"] == "done"
-        assert ReconstructionStore.open(url).verify() == []
+        assert upkeep.verify(ReconstructionStore.open(url)) == []
 
     (run_id,) = run_ids(operator.type(here + drive))
     assert run_id in operator.type(here + others.replace("cancel ID", f"cancel {run_id}"))

@@ -14,6 +14,7 @@ from local_fleet import LocalFleet, Work, claims_under, commits_of_all, running_
 from recordings import moving_squares, write_video
 from seaweed import Seaweed
 
+from storage import upkeep
 from storage.reconstruction import ReconstructionStore
 from tasks.planned import read_plan
 from tasks.summary import progress
@@ -82,7 +83,7 @@ def test_lost_node_and_killed_server_cost_nothing_that_was_finished(fleet, logs,
     for name in ("first", "second"):
         url = f"{output}/{name}.zarr"
         assert progress(url)["stage"] == "done"
-        assert ReconstructionStore.open(url).verify() == []
+        assert upkeep.verify(ReconstructionStore.open(url)) == []
     # Each work was finished by one run; that of the lost node by its second one.
     runs = fleet.flow_runs("infer-segments")
     done = Counter(work_of(run) for run in runs if run["state_type"] == "COMPLETED")

@@ -22,6 +22,7 @@ from recordings import moving_squares, write_video
 
 from flows.infer_segments import infer_segments
 from flows.leaving import LEFT
+from storage import upkeep
 from storage.reconstruction import ReconstructionStore
 from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
 from tasks.plan import plan_stage
@@ -65,7 +66,7 @@ def test_sigterm_commits_the_chunk_in_progress_and_the_run_goes_on_from_there(tm
     rounds = {lane: sum(name.split("/")[1] == lane for name in kept) for lane in lanes}
     assert len(set(rounds.values())) == 1  # of all lanes: no chunk was computed and not kept
     assert len(kept) < sum(len(s.chunks(4)) for s in read_plan(store).segments)
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
     runs = flow_runs(str(video))
     assert [run.state.type.value for run in runs] == ["CRASHED"]
     assert start(video, tmp_path / "out").wait() == 0
@@ -135,7 +136,7 @@ def test_sigterm_to_a_pod_commits_the_chunk_in_progress_and_schedules_the_run_ag
     resumed = chunk_commits(Path(url))
     assert {name: resumed[name] for name in kept} == kept
     assert len(resumed) == sum(len(s.chunks(4)) for s in read_plan(store_at(url)).segments)
-    assert store_at(url).verify() == []
+    assert upkeep.verify(store_at(url)) == []
 
 
 def execute(run: FlowRun) -> subprocess.Popen[bytes]:

@@ -11,6 +11,7 @@ from recordings import moving_squares, write_video
 
 from flows.reconstruct_collection import CollectionIncomplete, reconstruct_collection
 from flows.reconstruct_drive import reconstruct_drive
+from storage import upkeep
 from storage.errors import StoreRefused, StoreUnavailable
 from storage.reconstruction import ReconstructionStore
 from tasks.config import (
@@ -106,7 +107,7 @@ def test_drive_becomes_poses_depth_states_and_a_report(finished):
     assert "UNTRAINED" in page
     assert 'alt="frame"' in page
     assert "<script src=" not in page  # self-contained
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
 
 
 def test_second_run_of_a_finished_drive_computes_nothing(finished, tmp_path):

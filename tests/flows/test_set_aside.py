@@ -17,6 +17,7 @@ from seaweed import SeaweedProcess
 
 from flows.infer_segments import infer_segments
 from flows.reconstruct_drive import reconstruct_drive, report_stage
+from storage import upkeep
 from storage.errors import Claimed, DataDamaged, StoreUnavailable
 from storage.reconstruction import ReconstructionStore
 from tasks.config import (
@@ -79,12 +80,12 @@ def test_segment_that_fails_is_set_aside_and_tried_again_by_the_next_run(tmp_pat
     np.testing.assert_allclose(ours[:, :3, 3], factor * theirs[:, :3, 3], atol=1e-12)
     page = store.get_file("report/report.html").decode()
     assert "Segment 2 (frames 16 to 27) was set aside" in page
-    store.repair()
+    upkeep.repair(store)
     reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
     assert read_aside(store) == {}
     after = store.read_trajectory()
     np.testing.assert_allclose(after["cam_to_world"], before["cam_to_world"], atol=1e-3)
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
 
 
 def test_failure_of_every_segment_is_the_failure_of_the_drive(tmp_path):

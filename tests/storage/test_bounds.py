@@ -17,6 +17,7 @@ from numcodecs.blosc import Blosc
 from numcodecs.pcodec import PCodec
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
+from storage import upkeep
 from storage.errors import ChunkMissing, DataDamaged, NotAStore, StoreError
 from storage.reconstruction import ReconstructionStore
 from storage.records import MOST_FRAMES, Plan, Segment
@@ -66,10 +67,10 @@ def test_records_of_gigabytes_are_not_read(store):
 @pytest.mark.parametrize(
     "act",
     [
-        lambda store: store.verify(),
-        lambda store: store.describe(),
-        lambda store: store.garbage(0),
-        lambda store: store.repair(),
+        upkeep.verify,
+        upkeep.describe,
+        lambda store: upkeep.list_garbage(store, 0),
+        upkeep.repair,
         lambda store: store.commits("large"),
     ],
 )
@@ -132,7 +133,7 @@ def test_records_larger_than_memory_together_are_refused(store):
     with pytest.raises(DataDamaged, match=r"72 commits have 2310 MiB, more than .* any drive; run"):
         store.commits()
     with pytest.raises(DataDamaged, match="any drive"):
-        store.garbage(0)
+        upkeep.list_garbage(store, 0)
 
 
 def test_array_with_metadata_of_megabytes_is_refused(store):
@@ -175,7 +176,7 @@ def test_array_of_another_layout_is_refused(store, change, said):
     document.write_text(json.dumps({**json.loads(document.read_text()), **change}))
     with pytest.raises(DataDamaged, match=said):
         store.read(SEGMENT, "depth", 0, 8)
-    assert store.verify() == [f"{DEPTH} chunk 0", f"{DEPTH}/zarr.json"]
+    assert upkeep.verify(store) == [f"{DEPTH} chunk 0", f"{DEPTH}/zarr.json"]
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "null", "[" * 100_000, '{"shape": {}}', "\x00"])
@@ -321,7 +322,7 @@ def full(store):
     files = {"fusion/mesh.ply": store.put_file("fusion/mesh.ply", b"mesh")}
     store.commit("fuse/merged", {"key": "k", "files": files})
     store.update_attributes({"plan": {"segments": [{"index": 0}]}})
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
     return store
 
 
@@ -357,11 +358,11 @@ def change(store: ReconstructionStore, name: str, **changes: object) -> None:
 )
 def test_malformed_commit_is_named_and_mended(full, commit, changes):
     change(full, f"commits/{commit}.json", **changes)
-    full.describe()
-    full.garbage(0)
-    assert full.verify() == [f"commits/{commit}.json"]
-    assert full.repair() == [commit]
-    assert full.verify() == []
+    upkeep.describe(full)
+    upkeep.list_garbage(full, 0)
+    assert upkeep.verify(full) == [f"commits/{commit}.json"]
+    assert upkeep.repair(full) == [commit]
+    assert upkeep.verify(full) == []
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "[" * 100_000, "{}", "large"])
@@ -369,27 +370,27 @@ def test_commit_that_is_no_record_is_named_and_mended(full, content):
     path_of(full, "commits/align.json").write_text(content)
     if content == "large":
         grow(path_of(full, "commits/align.json"))
-    full.describe()
-    full.garbage(0)
-    assert full.verify() == ["commits/align.json"]
-    assert full.repair() == ["align"]
+    upkeep.describe(full)
+    upkeep.list_garbage(full, 0)
+    assert upkeep.verify(full) == ["commits/align.json"]
+    assert upkeep.repair(full) == ["align"]
 
 
 def test_file_that_is_a_folder_or_below_a_file_is_named(full):
     names = ("fusion", "fusion/mesh.ply/a.ply")
     change(full, "commits/fuse/merged.json", files={n: "00" for n in names[1:]})
-    assert full.verify() == ["fusion/mesh.ply/a.ply"]
+    assert upkeep.verify(full) == ["fusion/mesh.ply/a.ply"]
     path_of(full, "fusion/tiles").mkdir()
     change(full, "commits/fuse/merged.json", files={"fusion/tiles": "00"})
-    assert full.verify() == ["fusion/tiles"]
+    assert upkeep.verify(full) == ["fusion/tiles"]
 
 
 def test_names_that_are_none_of_ours_count_for_nothing(full):
     for name in ("commits/a\nb.json", "commits/infer/a\\b.json", "claims/a\nb/000001.json"):
         change(full, name, key="k")
-    assert full.verify() == full.repair() == []
-    assert full.garbage(0) == full.delete_garbage(0) == {}
-    full.describe()
+    assert upkeep.verify(full) == upkeep.repair(full) == []
+    assert upkeep.list_garbage(full, 0) == upkeep.delete_garbage(full, 0) == {}
+    upkeep.describe(full)
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "", "nonsense", "large"])
@@ -398,10 +399,10 @@ def test_malformed_metadata_do_not_stop_the_four_commands(full, group, content):
     path_of(full, f"{group}/zarr.json").write_text(content)
     if content == "large":
         grow(path_of(full, f"{group}/zarr.json"))
-    full.describe()
-    full.garbage(0)
-    full.repair()
-    assert full.verify() == []
+    upkeep.describe(full)
+    upkeep.list_garbage(full, 0)
+    upkeep.repair(full)
+    assert upkeep.verify(full) == []
 
 
 @pytest.mark.parametrize("attributes", [{"start": "x"}, {"sizes": [1]}, {"chunk_frames": 0}])
@@ -409,7 +410,7 @@ def test_segment_with_malformed_attributes_does_not_exist(full, attributes):
     path = path_of(full, "segments/0000/zarr.json")
     node = json.loads(path.read_text())
     path.write_text(json.dumps({**node, "attributes": {**node["attributes"], **attributes}}))
-    assert full.describe()["segments"] == {}
+    assert upkeep.describe(full)["segments"] == {}
     with pytest.raises(ChunkMissing, match="does not exist yet"):
         full.read(SEGMENT, "depth", 0, 8)
 
@@ -418,7 +419,7 @@ def test_segment_with_malformed_attributes_does_not_exist(full, attributes):
 def test_segments_are_kept_where_the_plan_cannot_be_read(full, plan):
     full.create_segment(Segment(1, 40, 46, 0), 8, **SHAPE)
     full.update_attributes({"plan": plan})
-    assert full.garbage(0) == {}
+    assert upkeep.list_garbage(full, 0) == {}
 
 
 def test_root_without_a_version_is_refused(full):
@@ -482,21 +483,21 @@ OTHER_FRAMES = [np.zeros(9, t) for t in ("f8", "i4", "i4", "u1")]
         ("commits", lambda s: s.commit("plan", {"key": "k"})),
         ("commits", lambda s: s.commit("plan", {"key": "k"}, exclusive=True)),
         ("commits", lambda s: s.drop_commits("")),
-        ("commits", lambda s: s.repair()),
-        ("commits", lambda s: s.delete_garbage(0)),
+        ("commits", upkeep.repair),
+        ("commits", lambda s: upkeep.delete_garbage(s, 0)),
         ("commits/infer", lambda s: s.drop_commits("infer")),
         ("claims", lambda s: s.claim("drive").__enter__()),
-        ("claims", lambda s: s.delete_garbage(0)),
+        ("claims", lambda s: upkeep.delete_garbage(s, 0)),
         ("segments", lambda s: s.remove_segment(0)),
-        ("segments", lambda s: s.delete_garbage(0)),
+        ("segments", lambda s: upkeep.delete_garbage(s, 0)),
         ("segments/0000", lambda s: s.remove_segment(0)),
         ("segments", lambda s: s.create_segment(Segment(1, 40, 46, 0), 8, **SHAPE)),
         ("frames/clip", lambda s: s.write_frames(*OTHER_FRAMES)),
         ("frames", lambda s: s.write_frames(*OTHER_FRAMES)),
         ("trajectory", lambda s: s.write_trajectory({"scale": np.ones(2)})),
-        ("fusion", lambda s: s.delete_garbage(0)),
-        ("fusion", lambda s: s.repair()),
-        ("segments/0000", lambda s: s.repair()),
+        ("fusion", lambda s: upkeep.delete_garbage(s, 0)),
+        ("fusion", upkeep.repair),
+        ("segments/0000", upkeep.repair),
     ],
 )
 def test_nothing_is_written_or_removed_through_a_link_out_of_a_store(full, tmp_path, link, act):
@@ -514,7 +515,7 @@ def test_nothing_is_written_or_removed_through_a_link_out_of_a_store(full, tmp_p
     [
         ("fusion", lambda s: s.list_files("fusion/")),
         ("commits", lambda s: s.commit_names()),
-        ("commits", lambda s: s.verify()),
+        ("commits", upkeep.verify),
     ],
 )
 def test_nothing_is_listed_through_a_link_out_of_a_store(full, tmp_path, link, look):
@@ -543,7 +544,7 @@ def test_chunk_is_not_written_through_a_link_that_came_after_it_was_encoded(full
     [
         ("report", lambda store: store.put_file("report/report.html", b"<html>")),
         ("fusion", lambda store: store.list_files("fusion/")),
-        ("commits", lambda store: store.repair()),
+        ("commits", upkeep.repair),
         ("segments/0000", lambda store: store.remove_segment(0)),
     ],
 )
@@ -560,7 +561,7 @@ def test_links_to_a_store_and_inside_of_it_are_followed(full, tmp_path, link):
     move_behind_link(moved / link, moved / "large" / "place")
     (tmp_path / "parent").symlink_to(tmp_path)
     store = ReconstructionStore.open(tmp_path / "parent" / "drive.zarr")
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
     second = SEGMENT.chunks(8)[1]
     store.write_chunk(SEGMENT, second, chunk_arrays(second, 2.0))
     store.commit_chunk(SEGMENT, second, {"key": "k"})
@@ -570,21 +571,21 @@ def test_links_to_a_store_and_inside_of_it_are_followed(full, tmp_path, link):
     assert store.list_files() == []
     assert store.read(SEGMENT, "depth", 8, 16).max() == 2.0
     assert store.read_trajectory()["scale"].tolist() == [3.0, 3.0]
-    assert store.repair() == ["fuse/merged"]
+    assert upkeep.repair(store) == ["fuse/merged"]
 
 
 def test_committed_file_that_became_a_link_out_of_a_store_is_named_and_mended(full, tmp_path):
     path_of(full, "fusion/mesh.ply").rename(tmp_path / "mesh.ply")
     path_of(full, "fusion/mesh.ply").symlink_to(tmp_path / "mesh.ply")
-    assert full.verify() == ["fusion/mesh.ply"]
-    assert full.repair() == ["fuse/merged"]
+    assert upkeep.verify(full) == ["fusion/mesh.ply"]
+    assert upkeep.repair(full) == ["fuse/merged"]
     full.put_file("fusion/mesh.ply", b"new")
     assert (tmp_path / "mesh.ply").read_bytes() == b"mesh"
 
 
 def test_links_that_lead_nowhere_hide_nothing_beside_them(full, tmp_path):
     """A listing that is cut short would make garbage of all that it lacks."""
-    commits, garbage = full.commit_names(), full.garbage(0)
+    commits, garbage = full.commit_names(), upkeep.list_garbage(full, 0)
     assert commits
     (tmp_path / "file").write_bytes(b"")
     ends = {"loop": "{0}", "lost": "nothing", "below": f"{tmp_path}/file/below"}
@@ -593,7 +594,7 @@ def test_links_that_lead_nowhere_hide_nothing_beside_them(full, tmp_path):
         for link in links:
             path_of(full, f"{folder}/{link}").symlink_to(ends[link.split("-")[0]].format(link))
     assert set(full.commit_names()) >= set(commits)
-    added = full.garbage(0).keys() - garbage.keys()
+    added = upkeep.list_garbage(full, 0).keys() - garbage.keys()
     assert {name.rpartition("/")[2] for name in added} <= set(links)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
-from storage import claims
+from storage import claims, upkeep
 from storage.errors import ChunkMissing, Claimed, ClaimLost, CommitExists, DataDamaged, GivenUp
 from storage.folders import open_folder
 from storage.reconstruction import ReconstructionStore
@@ -102,7 +102,7 @@ def leave_claims(store: ReconstructionStore, names: list[str]) -> dict[str, byte
     """What a machine leaves that is lost: claims that nobody renews."""
     record = b'{"machine": "lost", "none of ours": NaN}'
     left = {f"claims/{name}/000001.json": record for name in names}
-    store._folder.write_many(left)
+    store.folder.write_many(left)
     return left
 
 
@@ -118,8 +118,8 @@ def all_claims(store: ReconstructionStore) -> None:
     ("output_url", "act"),
     [
         ("local", all_claims),
-        ("local", ReconstructionStore.repair),
-        ("local", lambda store: store.delete_garbage(0.0)),
+        ("local", upkeep.repair),
+        ("local", lambda store: upkeep.delete_garbage(store, 0.0)),
         ("s3", all_claims),
     ],
     indirect=["output_url"],
@@ -131,7 +131,7 @@ def test_all_claims_of_a_lost_machine_are_waited_for_at_the_same_time(store, mon
     began = time.monotonic()
     act(store)
     assert 3 < time.monotonic() - began < 11  # four at a time: 12
-    assert store._folder.sizes("claims").keys() == {"claims/zarr.json"}
+    assert store.folder.sizes("claims").keys() == {"claims/zarr.json"}
 
 
 def test_none_of_several_claims_is_kept_where_one_is_of_a_living_worker(store):
@@ -153,7 +153,7 @@ def test_waiting_for_a_lost_machine_can_be_given_up(store):
         store.claims(dict.fromkeys(NAMES, 0), given_up),
     ):
         pass
-    assert store._folder.sizes("claims").keys() == {"claims/zarr.json", *left}
+    assert store.folder.sizes("claims").keys() == {"claims/zarr.json", *left}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_claim_that_is_none_of_ours_is_taken_over(store, monkeypatch, record):
     open_folder(store.url).write("claims/drive/000001.json", record.replace(b"%d", PID))
     with store.claim("drive") as claim:
         assert claim.deaths <= 1
-    assert store.repair() == []
+    assert upkeep.repair(store) == []
 
 
 def test_no_worker_is_let_in_unseen_after_the_last_of_all_numbers(store, monkeypatch):
@@ -203,7 +203,7 @@ def test_object_that_is_not_named_like_a_claim_is_none(store, name):
     open_folder(store.url).write(f"claims/drive/{name}", b"{}")
     with store.claim("drive") as claim:
         assert claim.deaths == 0
-    assert store.repair() == []
+    assert upkeep.repair(store) == []
 
 
 def test_claim_below_another_is_no_claim_on_that(store, monkeypatch):
@@ -231,7 +231,7 @@ def test_chunk_is_not_written_after_the_claim_on_its_segment_is_lost(store):
     chunk = SEGMENT.chunks(4)[0]
     with store.claim("infer/0000"):
         store.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 1.0))
-        store._folder.delete_tree("claims/infer/0000")
+        store.folder.delete_tree("claims/infer/0000")
         with pytest.raises(ClaimLost):
             store.commit_chunk(SEGMENT, chunk, {"key": "key"})
         with pytest.raises(ClaimLost):
@@ -250,7 +250,7 @@ def test_claim_that_could_not_be_renewed_is_taken_again_unless_another_worker_ha
         claim.check()
         claim._renewed -= claims.LEASE_S
         claim._renew()  # as its thread does when the store is back
-        assert there._folder.sizes("claims/drive").keys() == {"claims/drive/000003.json"}
+        assert there.folder.sizes("claims/drive").keys() == {"claims/drive/000003.json"}
         monkeypatch.setattr(claims, "LEASE_S", 0.5)
         monkeypatch.setattr(claims, "_machine", lambda: "here")
         with store.claim("drive") as other:
@@ -289,7 +289,7 @@ def test_writer_that_stood_still_does_not_overwrite_the_chunk_of_its_successor(
     store.commit_chunk(SEGMENT, chunk, {"key": "key"})
     with pytest.raises((ClaimLost, CommitExists)):
         overtaken.write_chunk(SEGMENT, chunk, chunk_arrays(chunk, 2.0))
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
     assert store.read(SEGMENT, "depth", chunk.start, chunk.stop).max() == 1.0
 
 
@@ -300,12 +300,12 @@ def test_writer_that_stood_still_does_not_remove_the_segment_of_its_successor(st
     store.commit_chunk(SEGMENT, chunk, {"key": "key"})
     # Before it stood still there was nothing of the segment.
     overtaken._segment_layout = lambda segment: None
-    overtaken._folder.sizes = lambda prefix: {}
-    read, group = overtaken._folder.read, "segments/0000/zarr.json"
-    overtaken._folder.read = lambda name, *rest: None if name == group else read(name, *rest)
+    overtaken.folder.sizes = lambda prefix: {}
+    read, group = overtaken.folder.read, "segments/0000/zarr.json"
+    overtaken.folder.read = lambda name, *rest: None if name == group else read(name, *rest)
     with pytest.raises(CommitExists, match="another worker created segments/0000"):
         overtaken.create_segment(SEGMENT, 8, **SHAPE)
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
     assert store.is_chunk_done(SEGMENT, chunk, "key")
 
 
@@ -331,7 +331,7 @@ def test_other_commits_of_a_round_stand_where_another_worker_was_first_with_one(
         store.commit_chunks([(SEGMENT, chunk, {"key": "key"}) for chunk in chunks])
     keys = [record["key"] for record in store.commits("infer").values()]
     assert keys == ["key", "other", *["key"] * (len(chunks) - 2)]
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
 
 
 def test_claim_given_up_and_taken_anew_while_it_was_watched_is_not_taken_from_its_holder(
@@ -340,9 +340,9 @@ def test_claim_given_up_and_taken_anew_while_it_was_watched_is_not_taken_from_it
     third = ReconstructionStore.open(store.url)
     late = ReconstructionStore.open(store.url)
     with store.claim("drive") as first:
-        dead = store._folder.read(first._object)
-    store._folder.write("claims/drive/000001.json", dead)  # as a killed holder leaves it
-    seen = late._folder.write_new
+        dead = store.folder.read(first._object)
+    store.folder.write("claims/drive/000001.json", dead)  # as a killed holder leaves it
+    seen = late.folder.write_new
     held = []
 
     def slow_write(name, data):
@@ -353,7 +353,7 @@ def test_claim_given_up_and_taken_anew_while_it_was_watched_is_not_taken_from_it
         monkeypatch.undo()
         seen(name, data)
 
-    monkeypatch.setattr(late._folder, "write_new", slow_write)
+    monkeypatch.setattr(late.folder, "write_new", slow_write)
     with pytest.raises(Claimed), late.claim("drive"):
         pass
     third._claims["drive"].check()

@@ -10,6 +10,7 @@ import pytest
 from recordings import moving_squares, write_video
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
+from storage import upkeep
 from storage.errors import StoreRefused, StoreUnavailable
 from storage.reconstruction import ReconstructionStore
 
@@ -54,12 +55,12 @@ def test_full_disk_costs_no_committed_chunk(small_disk):
             write()
     assert not store.is_chunk_done(SEGMENT, second, "k")
     assert store.is_chunk_done(SEGMENT, first, "k")
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
     (small_disk.path / "other").unlink()
     store.write_chunk(SEGMENT, second, chunk_arrays(second, 2.0))
     store.commit_chunk(SEGMENT, second, {"key": "k"})
     assert store.read(SEGMENT, "cam_to_seg", 0, 16).mean() == 1.5
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
 
 
 @pytest.mark.slow
@@ -88,7 +89,7 @@ def test_run_on_a_full_disk_ends_in_one_line_and_goes_on_once_there_is_room(smal
     assert "Traceback" not in full.stderr
     kept = ReconstructionStore.open(url).commits("infer")
     assert kept
-    assert ReconstructionStore.open(url).verify() == []
+    assert upkeep.verify(ReconstructionStore.open(url)) == []
     small_disk.resize(100)
     assert run().returncode == 0
     store = ReconstructionStore.open(url)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
-from storage import reconstruction
+from storage import upkeep
 from storage.errors import Claimed, ClaimLost
 from storage.reconstruction import ReconstructionStore
 from storage.records import Segment
@@ -43,7 +43,7 @@ def store(output_url: str) -> ReconstructionStore:
 
 
 def test_finished_store_has_no_garbage(store):
-    assert store.garbage(0) == {}
+    assert upkeep.list_garbage(store, 0) == {}
 
 
 def test_only_what_no_commit_refers_to_is_listed_and_removed(store):
@@ -51,17 +51,17 @@ def test_only_what_no_commit_refers_to_is_listed_and_removed(store):
     store.create_segment(Segment(1, 40, 46, 0), 4, **SHAPE)  # a plan before had it
     store.put_file("fusion/tiles/old.ply", b"superseded")
     store.put_file("report/report.html", b"not committed")
-    found = store.garbage(0)
+    found = upkeep.list_garbage(store, 0)
     dropped = {n for n in found if n.startswith("segments/0000")}
     assert len(dropped) == 9
     assert all("/c.3" in name for name in dropped)
     others = {n for n in found if not n.startswith("segments/")}
     assert others == {"fusion/tiles/old.ply", "report/report.html"}
     assert {n.split("/")[1] for n in found if n.startswith("segments/")} == {"0000", "0001"}
-    assert store.delete_garbage(0) == found
+    assert upkeep.delete_garbage(store, 0) == found
     reopened = ReconstructionStore.open(store.url)
-    assert reopened.garbage(0) == {}
-    assert reopened.verify() == []
+    assert upkeep.list_garbage(reopened, 0) == {}
+    assert upkeep.verify(reopened) == []
     assert len(reopened.commit_names("infer")) == len(CHUNKS) - 1
     for name in ("notes.txt", "segments/0000/of_a_user/c.0", "segments/0000/depth/c.bak"):
         assert fsspec.open(f"{store.url}/{name}").open().read() == b"x"
@@ -75,8 +75,8 @@ def test_what_an_unfinished_run_just_wrote_is_no_garbage(store):
     store.drop_commits("infer/0000/0003")
     store.write_chunk(SEGMENT, CHUNKS[3], chunk_arrays(CHUNKS[3], 1.0))
     store.put_file("fusion/tiles/new.ply", b"to be committed")
-    assert store.garbage(3600) == {}
-    assert store.delete_garbage(3600) == {}
+    assert upkeep.list_garbage(store, 3600) == {}
+    assert upkeep.delete_garbage(store, 3600) == {}
 
 
 @pytest.mark.parametrize("name", ["drive", "infer/0000"])
@@ -84,18 +84,18 @@ def test_nothing_is_removed_while_a_run_is_at_work(store, name):
     store.put_file("fusion/tiles/old.ply", b"superseded")
     with store.claim(name):
         with pytest.raises(Claimed):
-            ReconstructionStore.open(store.url).delete_garbage(0)
-        assert "fusion/tiles/old.ply" in store.garbage(0)
-    assert "fusion/tiles/old.ply" in store.delete_garbage(0)
+            upkeep.delete_garbage(ReconstructionStore.open(store.url), 0)
+        assert "fusion/tiles/old.ply" in upkeep.list_garbage(store, 0)
+    assert "fusion/tiles/old.ply" in upkeep.delete_garbage(store, 0)
 
 
 def test_temporary_files_of_killed_writers_are_garbage_once_they_are_old(tmp_path: Path):
     store = ReconstructionStore.create(tmp_path / "drive.zarr", {"plan": PLAN})
     left = tmp_path / "drive.zarr" / "commits" / ".plan.json.0123.partial"
     left.write_bytes(b"half")
-    assert store.garbage(60) == {}
+    assert upkeep.list_garbage(store, 60) == {}
     os.utime(left, (time.time() - 120,) * 2)
-    assert store.delete_garbage(60) == {"commits/.plan.json.0123.partial": 4}
+    assert upkeep.delete_garbage(store, 60) == {"commits/.plan.json.0123.partial": 4}
     assert not left.exists()
 
 
@@ -103,12 +103,12 @@ def test_files_of_commits_that_do_not_list_them_are_kept(tmp_path: Path):
     store = ReconstructionStore.create(tmp_path / "drive.zarr", {"plan": PLAN})
     store.put_file("fusion/mesh.ply", b"mesh")
     store.commit("fuse/merged", {"key": "of an earlier version"})
-    assert store.garbage(0) == {}
+    assert upkeep.list_garbage(store, 0) == {}
 
 
 def test_segment_that_loses_garbage_is_claimed_meanwhile(store, monkeypatch):
     store.drop_commits("infer/0000/0003")
-    delete, refused = store._folder.delete, []
+    delete, refused = store.folder.delete, []
 
     def delete_while_an_orphan_starts(name):
         if name.startswith("segments/"):
@@ -117,8 +117,8 @@ def test_segment_that_loses_garbage_is_claimed_meanwhile(store, monkeypatch):
             refused.append(name)
         delete(name)
 
-    monkeypatch.setattr(store._folder, "delete", delete_while_an_orphan_starts)
-    assert list(store.delete_garbage(0)) == refused
+    monkeypatch.setattr(store.folder, "delete", delete_while_an_orphan_starts)
+    assert list(upkeep.delete_garbage(store, 0)) == refused
     assert len(refused) == 9
 
 
@@ -135,12 +135,12 @@ def test_chunk_that_an_orphan_finishes_before_its_segment_is_claimed_is_kept(sto
         return claims(progress)
 
     monkeypatch.setattr(store, "claims", claim_late)
-    assert store.delete_garbage(0) == {}
-    assert store.verify() == []
+    assert upkeep.delete_garbage(store, 0) == {}
+    assert upkeep.verify(store) == []
 
 
 def test_files_of_a_batch_that_begins_after_the_claims_are_kept(store, monkeypatch):
-    orphan, listing = ReconstructionStore.open(store.url), reconstruction.claimed_names
+    orphan, listing = ReconstructionStore.open(store.url), upkeep.claimed_names
     for name in ("a", "b"):
         store.put_file(f"fusion/tiles/left_{name}.ply", b"of a killed run")
     batch = orphan.claim("fuse/0000")
@@ -153,22 +153,22 @@ def test_files_of_a_batch_that_begins_after_the_claims_are_kept(store, monkeypat
             orphan.put_file(f"fusion/tiles/{name}.ply", b"to be committed")
         return found
 
-    monkeypatch.setattr(reconstruction, "claimed_names", list_and_begin)
-    assert list(store.delete_garbage(0)) == ["fusion/tiles/left_a.ply"]
+    monkeypatch.setattr(upkeep, "claimed_names", list_and_begin)
+    assert list(upkeep.delete_garbage(store, 0)) == ["fusion/tiles/left_a.ply"]
     batch.__exit__(None, None, None)
     assert {"fusion/tiles/left_b.ply", "fusion/tiles/new.ply"} < set(store.list_files("fusion/"))
 
 
 def test_nothing_more_is_removed_once_the_claim_is_lost(store, monkeypatch):
     store.drop_commits("infer/0000/0003")
-    before, delete = store.garbage(0), store._folder.delete
+    before, delete = upkeep.list_garbage(store, 0), store.folder.delete
 
     def delete_and_stand_still(name):
         delete(name)
         if name.startswith("segments/"):
-            store._folder.delete_tree("claims/infer/0000")
+            store.folder.delete_tree("claims/infer/0000")
 
-    monkeypatch.setattr(store._folder, "delete", delete_and_stand_still)
+    monkeypatch.setattr(store.folder, "delete", delete_and_stand_still)
     with pytest.raises(ClaimLost):
-        store.delete_garbage(0)
-    assert len(store.garbage(0)) == len(before) - 1
+        upkeep.delete_garbage(store, 0)
+    assert len(upkeep.list_garbage(store, 0)) == len(before) - 1

@@ -13,7 +13,8 @@ import pytest
 import xarray
 import zarr
 
-from storage import encoding, layout, reconstruction
+from storage import encoding, layout, reconstruction, upkeep
+from storage.arrays import StoredArrays
 from storage.errors import (
     ChunkMissing,
     CommitExists,
@@ -210,7 +211,7 @@ def test_single_frame_needs_few_frames_decoded(finished):
 def test_segment_created_again_keeps_what_is_finished(finished):
     create_segment(ReconstructionStore.create(finished.url, {}))
     assert finished.is_chunk_done(SEGMENT, CHUNKS[0], "key")
-    assert finished.verify() == []
+    assert upkeep.verify(finished) == []
 
 
 @pytest.mark.parametrize("change", ["shape", "range"])
@@ -267,7 +268,7 @@ def test_what_a_failed_creation_left_is_written_over_and_not_removed(output_url,
     assert removed == []
     finish(store, CHUNKS[0])
     assert store.read(SEGMENT, "depth", 10, 14).shape == (4, HEIGHT, WIDTH)
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
 
 
 # ---- commits
@@ -330,7 +331,7 @@ def test_temporary_file_of_a_killed_writer_is_ignored(tmp_path):
     assert store.commits() == {}
     assert store.read_commit("plan") is None
     (tmp_path / "drive.zarr" / "fusion" / ".mesh.ply.123.partial").write_bytes(b"pl")
-    assert store.describe()["commits"] == []
+    assert upkeep.describe(store)["commits"] == []
     assert store.list_files() == []
 
 
@@ -372,9 +373,8 @@ def test_trajectory_is_replaced_as_a_whole(store):
     store.commit("align", {"key": "new"})
     read = ReconstructionStore.open(store.url).read_trajectory()
     assert set(read) == {"cam_to_world", "scale"}
-    assert set(store.describe()["arrays"]) & {"trajectory/scale", "trajectory/confidence"} == {
-        "trajectory/scale"
-    }
+    arrays = upkeep.describe(store)["arrays"]
+    assert {"trajectory/scale", "trajectory/confidence"} & arrays.keys() == {"trajectory/scale"}
     np.testing.assert_array_equal(read["cam_to_world"], short["cam_to_world"])
     assert read["cam_to_world"].dtype == np.float64
 
@@ -401,7 +401,7 @@ def test_removals_that_come_late_take_nothing_of_the_new_trajectory(output_url, 
     np.testing.assert_array_equal(store.read_trajectory()["confidence"], np.zeros(3))
     left = [name for name in folder.sizes("trajectory") if "/c." in name]
     assert left == ["trajectory/confidence/c.0"]
-    assert "trajectory/scale" not in store.describe()["arrays"]
+    assert "trajectory/scale" not in upkeep.describe(store)["arrays"]
 
 
 def test_trajectory_that_contradicts_itself_is_refused(tmp_path):
@@ -468,7 +468,7 @@ def test_segment_begun_with_former_codecs_is_finished_with_them(store):
     for image, error in (("depth", 2**-10), ("confidence", 2**-5)):
         expected = np.concatenate([chunk_arrays(chunk)[image] for chunk in CHUNKS])
         np.testing.assert_allclose(reopened.read(SEGMENT, image, 10, 20), expected, rtol=error)
-    assert reopened.verify() == []
+    assert upkeep.verify(reopened) == []
 
 
 def test_segment_whose_objects_lie_in_folders_of_their_own_is_read_mended_and_finished(
@@ -486,16 +486,16 @@ def test_segment_whose_objects_lie_in_folders_of_their_own_is_read_mended_and_fi
             node["chunk_key_encoding"]["configuration"] = {"separator": "/"}
             folder.write(name, json.dumps(node).encode())
     reopened = ReconstructionStore.open(finished.url)
-    assert reopened.verify() == []
-    assert reopened.garbage(0) == {}
-    assert reopened.describe()["arrays"]["segments/0000/depth"]["bytes"] > 3 * HEIGHT * WIDTH
+    assert upkeep.verify(reopened) == []
+    assert upkeep.list_garbage(reopened, 0) == {}
+    assert upkeep.describe(reopened)["arrays"]["segments/0000/depth"]["bytes"] > 3 * HEIGHT * WIDTH
     folder.delete("segments/0000/depth/c/1/0/0")
     with monkeypatch.context() as patch:
         patch.setattr(encoding, "LARGEST_WHOLE_READ", 0)  # by Zarr
         with pytest.raises(DataDamaged, match="c/1/0/0 is gone"):
             reopened.read(SEGMENT, "depth", 10, 20)
-    assert reopened.repair() == ["infer/0000/0001"]
-    assert {name.split("/c/")[1][0] for name in reopened.delete_garbage(0)} == {"1"}
+    assert upkeep.repair(reopened) == ["infer/0000/0001"]
+    assert {name.split("/c/")[1][0] for name in upkeep.delete_garbage(reopened, 0)} == {"1"}
     finish(reopened, CHUNKS[1])
     expected = np.concatenate([chunk_arrays(chunk)["depth"] for chunk in CHUNKS])
     np.testing.assert_allclose(reopened.read(SEGMENT, "depth", 10, 20), expected, rtol=2**-10)
@@ -553,7 +553,7 @@ def test_files_are_removed_by_the_start_of_their_name(store):
 def test_segment_of_an_earlier_plan_is_removed_with_its_commits(finished):
     finished.remove_segment(SEGMENT.index)
     assert finished.commit_names("infer") == []
-    assert finished.describe()["segments"] == {}
+    assert upkeep.describe(finished)["segments"] == {}
     with pytest.raises(ChunkMissing, match="does not exist yet"):
         finished.read(SEGMENT, "depth", 10, 12)
 
@@ -619,7 +619,7 @@ def test_describe_counts_chunks_bytes_and_stages(store):
     finish(store, CHUNKS[0])
     store.commit("plan", {"key": "key"})
     store.put_file("report/report.html", b"12345")
-    found = store.describe()
+    found = upkeep.describe(store)
     assert found["segments"] == {
         "0000": {"frames": [10, 20], "chunks_committed": 1, "chunks_total": 3}
     }
@@ -636,7 +636,7 @@ def test_verify_names_what_is_damaged(finished):
     finished.commit("fuse", {"key": "key", "files": {"fusion/mesh.ply": digest}})
     finished.write_trajectory({"scale": np.ones(3)})
     finished.commit("align", {"key": "key"})
-    assert finished.verify() == []
+    assert upkeep.verify(finished) == []
     for name in ("segments/0000/depth/c.1.0.0", "segments/0000/state/tokens/c.2.0.0"):
         with fsspec.open(f"{finished.url}/{name}") as file:
             content = bytearray(file.read())
@@ -644,7 +644,7 @@ def test_verify_names_what_is_damaged(finished):
         write_object(f"{finished.url}/{name}", bytes(content))
     write_object(f"{finished.url}/fusion/mesh.ply", b"mess")
     expected = ["fusion/mesh.ply", "segments/0000/depth chunk 1"]
-    assert sorted(finished.verify()) == [*expected, "segments/0000/state/tokens chunk 2"]
+    assert sorted(upkeep.verify(finished)) == [*expected, "segments/0000/state/tokens chunk 2"]
     with pytest.raises(DataDamaged, match=r"depth, frames 14\.\.15; run `ttt3r repair .*`"):
         finished.read(SEGMENT, "depth", 14, 15)
     with pytest.raises(DataDamaged, match="chunk 2"):
@@ -654,7 +654,7 @@ def test_verify_names_what_is_damaged(finished):
 def test_verify_notices_a_shard_that_is_gone(finished):
     filesystem, path = fsspec.core.url_to_fs(finished.url)
     filesystem.rm_file(f"{path}/segments/0000/gate/c.0.0")
-    assert finished.verify() == ["segments/0000/gate chunk 0"]
+    assert upkeep.verify(finished) == ["segments/0000/gate chunk 0"]
 
 
 def flip_bit(url: str, position: int) -> None:
@@ -672,15 +672,15 @@ def test_repair_declares_only_the_damaged_unfinished(finished):
         record = {"key": "key", "files": {f"fusion/tiles/{batch}.ply": digest}}
         finished.commit(f"fuse/{batch}", record)
     finished.commit("fuse", {"key": "key"})
-    assert finished.repair() == []
+    assert upkeep.repair(finished) == []
     before = set(finished.commit_names())
     flip_bit(f"{finished.url}/segments/0000/depth/c.1.0.0", 100)
     flip_bit(f"{finished.url}/fusion/tiles/a.ply", 2)
-    assert finished.repair() == ["fuse/a", "infer/0000/0001"]
+    assert upkeep.repair(finished) == ["fuse/a", "infer/0000/0001"]
     assert before - set(finished.commit_names()) == {"fuse/a", "infer/0000/0001"}
     done = [finished.is_chunk_done(SEGMENT, chunk, "key") for chunk in CHUNKS]
     assert done == [True, False, True]
-    assert finished.verify() == []
+    assert upkeep.verify(finished) == []
     finish(finished, CHUNKS[1])
     np.testing.assert_allclose(
         finished.read(SEGMENT, "depth", 14, 18), chunk_arrays(CHUNKS[1])["depth"], rtol=1e-3
@@ -708,13 +708,13 @@ def test_repair_makes_a_segment_with_broken_metadata_writable_again(
     create_segment(finished)  # is there already
     with pytest.raises(DataDamaged, match=r"segments/0000/gate .*run `ttt3r repair .*drive\.zarr`"):
         finish(finished, CHUNKS[0])
-    assert finished.verify()[-1] == "segments/0000/gate/zarr.json"
-    assert finished.repair()[-1] == "segments/0000"
-    assert finished.verify() == finished.commit_names("infer") == []
+    assert upkeep.verify(finished)[-1] == "segments/0000/gate/zarr.json"
+    assert upkeep.repair(finished)[-1] == "segments/0000"
+    assert upkeep.verify(finished) == finished.commit_names("infer") == []
     create_segment(finished)
     for chunk in CHUNKS:
         finish(finished, chunk)
-    assert finished.verify() == []
+    assert upkeep.verify(finished) == []
 
 
 @pytest.mark.parametrize(
@@ -738,7 +738,7 @@ def test_chunk_is_not_written_to_an_array_that_could_not_be_read(store, change):
 def test_segment_that_is_being_made_is_not_damaged(store):
     remove_object(store, "segments/0000/zarr.json")
     break_metadata(store, None)
-    assert store.verify() == store.repair() == []
+    assert upkeep.verify(store) == upkeep.repair(store) == []
 
 
 def test_damaged_commit_of_a_stage_does_not_take_those_below_it(finished):
@@ -746,7 +746,7 @@ def test_damaged_commit_of_a_stage_does_not_take_those_below_it(finished):
     finished.commit("tiles", {"key": "key", "files": {"report/report.html": digest}})
     finished.commit("tiles/0000", {"key": "key"})
     write_object(f"{finished.url}/report/report.html", b"edit")
-    assert finished.repair() == ["tiles"]
+    assert upkeep.repair(finished) == ["tiles"]
     assert "tiles/0000" in finished.commit_names()
 
 
@@ -775,23 +775,26 @@ def test_committed_object_that_is_gone_raises_instead_of_reading_as_fill_values(
     with pytest.raises(DataDamaged, match=r"trajectory; run `ttt3r repair .*`"):
         reopened.read_trajectory()
     expected = ["segments/0000/depth", "segments/0000/gate", "segments/0000/state/tokens"]
-    assert sorted(reopened.verify()) == [*(f"{n} chunk 1" for n in expected), "trajectory/scale"]
+    assert sorted(upkeep.verify(reopened)) == [
+        *(f"{n} chunk 1" for n in expected),
+        "trajectory/scale",
+    ]
 
 
 @pytest.mark.parametrize("renewed", [False, True])
 def test_reader_of_a_segment_that_is_made_anew_meanwhile_is_told(finished, monkeypatch, renewed):
     reader = ReconstructionStore.open(finished.url)
-    look_up = reader._small_shards
+    read_rows = StoredArrays.read_rows
 
-    def look_up_late(paths, rows):
+    def read_rows_late(*arguments):
         finished.remove_segment(SEGMENT.index)
         if renewed:
             create_segment(finished)
             for chunk in CHUNKS:
                 finish(finished, chunk, "other weights")
-        return look_up(paths, rows)
+        return read_rows(*arguments)
 
-    monkeypatch.setattr(reader, "_small_shards", look_up_late)
+    monkeypatch.setattr(StoredArrays, "read_rows", read_rows_late)
     with pytest.raises(ChunkMissing, match=r"segments/0000 .*changed while being read"):
         reader.read(SEGMENT, "depth", 10, 20)
 

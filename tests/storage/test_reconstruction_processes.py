@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from small_segment import SEGMENT, SHAPE
 
+from storage import upkeep
 from storage.errors import ChunkMissing, StoreRefused
 from storage.reconstruction import ReconstructionStore
 
@@ -73,7 +74,7 @@ def assert_complete(store: ReconstructionStore) -> None:
     np.testing.assert_array_equal(depth, np.broadcast_to(depth[:, :1, :1], depth.shape))
     states = [store.read_state(SEGMENT, chunk)["tokens"][0, 0] for chunk in CHUNKS]
     assert states == [chunk.stop for chunk in CHUNKS]
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_killed_writer_leaves_nothing_that_reads_as_finished(store):
     worker.communicate()
     done = [chunk for chunk in CHUNKS if store.is_chunk_done(SEGMENT, chunk, "key")]
     assert 2 <= len(done) < len(CHUNKS)
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
     with pytest.raises(ChunkMissing, match=f"chunk {len(done)} "):
         store.read(SEGMENT, "depth", 0, 46)
     before = store.commits("infer")

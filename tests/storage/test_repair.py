@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_segment import SEGMENT, SHAPE, chunk_arrays
 
-from storage import layout
+from storage import layout, upkeep
 from storage.encoding import whole_array
 from storage.errors import Claimed, ClaimLost
 from storage.reconstruction import ReconstructionStore
@@ -44,15 +44,15 @@ def store(output_url: str) -> ReconstructionStore:
 def test_nothing_is_dropped_while_a_run_is_at_work(store, name):
     overwrite(store, f"{GATE}/c.1.0")
     with store.claim(name), pytest.raises(Claimed, match=f"'{name}' is being worked on"):
-        ReconstructionStore.open(store.url).repair()
+        upkeep.repair(ReconstructionStore.open(store.url))
     assert len(store.commit_names("infer")) == len(CHUNKS)
-    assert store.repair() == ["infer/0000/0001"]
-    assert store._folder.sizes("claims").keys() == {"claims/zarr.json"}
+    assert upkeep.repair(store) == ["infer/0000/0001"]
+    assert store.folder.sizes("claims").keys() == {"claims/zarr.json"}
 
 
 def meanwhile(store, monkeypatch, act):
     """Let another worker act once `repair` has found the damage of a chunk."""
-    find, todo = store._damage, [act]
+    find, todo = store.damage.of_commit, [act]
 
     def find_late(commit, record):
         found = find(commit, record)
@@ -60,7 +60,7 @@ def meanwhile(store, monkeypatch, act):
             todo.pop()(ReconstructionStore.open(store.url))
         return found
 
-    monkeypatch.setattr(store, "_damage", find_late)
+    monkeypatch.setattr(store.damage, "of_commit", find_late)
 
 
 def test_chunk_that_is_computed_again_while_repair_reads_is_kept(store, monkeypatch):
@@ -71,22 +71,22 @@ def test_chunk_that_is_computed_again_while_repair_reads_is_kept(store, monkeypa
 
     overwrite(store, f"{GATE}/c.1.0")
     meanwhile(store, monkeypatch, compute_again)
-    assert store.repair() == []
-    assert store.verify() == []
+    assert upkeep.repair(store) == []
+    assert upkeep.verify(store) == []
     assert store.is_chunk_done(SEGMENT, CHUNKS[1], "key")
 
 
 def test_segment_that_is_made_anew_while_repair_reads_is_kept(store, monkeypatch):
     def make_anew(orphan):
         with orphan.claim("infer/0000"):
-            orphan._folder.delete_tree("segments/0000")
+            orphan.folder.delete_tree("segments/0000")
             orphan.create_segment(SEGMENT, 16, **SHAPE)
             finish(orphan, 0)
 
     overwrite(store, f"{GATE}/zarr.json")
     meanwhile(store, monkeypatch, make_anew)
-    store.repair()
-    assert store.verify() == []
+    upkeep.repair(store)
+    assert upkeep.verify(store) == []
     assert store.is_chunk_done(SEGMENT, CHUNKS[0], "key")
 
 
@@ -97,24 +97,24 @@ def test_worker_that_begins_while_repair_reads_stops_it(store, monkeypatch, name
     overwrite(store, f"{GATE}/c.1.0")
     meanwhile(store, monkeypatch, lambda _: claim.__enter__())
     with pytest.raises(Claimed):
-        store.repair()
+        upkeep.repair(store)
     claim.__exit__(None, None, None)
     assert len(store.commit_names("infer")) == len(CHUNKS)
 
 
 def test_nothing_more_is_dropped_once_the_claim_is_lost(store, monkeypatch):
-    delete = store._folder.delete
+    delete = store.folder.delete
 
     def delete_and_stand_still(name):
         delete(name)
         if name.startswith("commits/"):
-            store._folder.delete_tree("claims/infer/0000")
+            store.folder.delete_tree("claims/infer/0000")
 
-    monkeypatch.setattr(store._folder, "delete", delete_and_stand_still)
+    monkeypatch.setattr(store.folder, "delete", delete_and_stand_still)
     for number in (0, 1):
         overwrite(store, f"{GATE}/c.{number}.0")
     with pytest.raises(ClaimLost):
-        store.repair()
+        upkeep.repair(store)
     assert len(store.commit_names("infer")) == len(CHUNKS) - 1
 
 
@@ -138,22 +138,22 @@ def change_attributes(store: ReconstructionStore, **changes: object) -> None:
         ("local", lambda store: change_attributes(store, stop=10**30)),
         ("local", lambda store: change_attributes(store, chunk_frames=10**30)),
         ("local", lambda store: overwrite(store, "segments/0000/zarr.json")),
-        ("local", lambda store: store._folder.delete("segments/0000/zarr.json")),
-        ("s3", lambda store: store._folder.delete("segments/0000/zarr.json")),
+        ("local", lambda store: store.folder.delete("segments/0000/zarr.json")),
+        ("s3", lambda store: store.folder.delete("segments/0000/zarr.json")),
     ],
     indirect=["output_url"],
 )
 def test_segment_whose_group_is_damaged_is_named_kept_by_gc_and_made_anew(store, damage):
     damage(store)
-    assert store.verify()[0] == "segments/0000/zarr.json"
-    assert store.garbage(0) == {}
+    assert upkeep.verify(store)[0] == "segments/0000/zarr.json"
+    assert upkeep.list_garbage(store, 0) == {}
     commits = [f"infer/0000/{number:04d}" for number in range(len(CHUNKS))]
-    assert store.repair()[: len(CHUNKS)] == commits
-    assert store.verify() == []
+    assert upkeep.repair(store)[: len(CHUNKS)] == commits
+    assert upkeep.verify(store) == []
     store.create_segment(SEGMENT, 16, **SHAPE)
     for number in range(len(CHUNKS)):
         finish(store, number)
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
     assert store.read(SEGMENT, "depth", 0, 46).shape == (46, 48, 64)
 
 
@@ -171,12 +171,12 @@ def test_segment_whose_coordinates_are_damaged_is_named_and_removed(store, name,
         rows = len(CHUNKS) if name == "state/frame" else SEGMENT.frames
         spec = layout.spec_at(path)
         for part, data in whole_array(path, spec, np.zeros(rows, np.int64)).items():
-            store._folder.write(part, data)
+            store.folder.write(part, data)
     elif content == "damaged":
         overwrite(store, f"{path}/c.0")
     else:
-        store._folder.delete(f"{path}/c.0")
-    assert store.verify() == [path]
-    assert store.repair() == ["segments/0000"]
-    assert store.verify() == []
+        store.folder.delete(f"{path}/c.0")
+    assert upkeep.verify(store) == [path]
+    assert upkeep.repair(store) == ["segments/0000"]
+    assert upkeep.verify(store) == []
     assert store.commit_names("infer") == []

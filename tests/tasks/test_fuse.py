@@ -4,6 +4,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from storage import upkeep
 from storage.errors import ChunkMissing, Claimed, DataDamaged
 from storage.local_folder import LocalFolder
 from storage.reconstruction import ReconstructionStore
@@ -183,9 +184,9 @@ def test_merge_takes_no_tile_of_another_plan_and_none_that_is_not_what_was_fused
     store.delete_files(tile)
     with pytest.raises(DataDamaged, match=f"{tile} of .* is gone; run `ttt3r repair {store.url}`"):
         merge_tiles_stage.fn(aligned.url, CONFIG)
-    assert store.repair() == ["fuse/0001"]
+    assert upkeep.repair(store) == ["fuse/0001"]
     fuse_drive(aligned)
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
 
 
 def test_batch_is_fused_by_one_worker_and_for_the_settings_that_it_is_planned_for(aligned):
@@ -217,17 +218,17 @@ def test_batch_is_fused_of_depth_of_one_network_only(aligned):
 )
 def test_damaged_mesh_is_named_and_made_anew(fused, name, commit):
     store = ReconstructionStore.open(fused.url)
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
     name = f"fusion/{name}" if name else store.list_files("fusion/tiles")[0]
     sound = store.get_file(name)
     broken = bytearray(sound)
     broken[len(broken) // 2] ^= 1
     with fsspec.open(store.file_url(name), "wb") as file:
         file.write(bytes(broken))
-    assert store.verify() == [name]
-    assert [dropped.rpartition(commit)[2] for dropped in store.repair()] == [""]
+    assert upkeep.verify(store) == [name]
+    assert [dropped.rpartition(commit)[2] for dropped in upkeep.repair(store)] == [""]
     fuse_drive(fused)
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
     assert store.get_file(name) == sound
 
 
@@ -241,7 +242,7 @@ def test_mesh_too_large_for_viewers_gets_no_glb(fused, monkeypatch):
     written = [name for name in store.list_files("fusion/") if "/tiles/" not in name]
     assert written == ["fusion/mesh.ply", "fusion/preview.glb", "fusion/preview.ply"]
     assert store.get_file("fusion/mesh.ply") == ply
-    assert store.verify() == []
+    assert upkeep.verify(store) == []
 
 
 @pytest.mark.parametrize(

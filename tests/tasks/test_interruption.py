@@ -108,7 +108,7 @@ def test_recording_that_is_probed_does_not_end_where_the_interruption_comes(
 
 def test_interruption_is_heard_while_the_claims_of_a_lost_machine_are_watched(planned, interrupted):
     left = "claims/infer/0003/000001.json"
-    planned._folder.write(left, b'{"machine": "lost"}')
+    planned.folder.write(left, b'{"machine": "lost"}')
     finished = [f"infer/{segment:04d}/{chunk:04d}" for segment in (0, 1) for chunk in (0, 1)]
 
     def interrupt_once_the_first_two_are_done() -> None:
@@ -123,6 +123,6 @@ def test_interruption_is_heard_while_the_claims_of_a_lost_machine_are_watched(pl
         infer_stage.fn(planned.url, range(4), CONFIG.infer)
     assert time.monotonic() - began < claims.LEASE_S / 2
     assert planned.commit_names("infer") == finished
-    assert planned._folder.sizes("claims").keys() == {"claims/zarr.json", left}
-    planned._folder.delete(left)
+    assert planned.folder.sizes("claims").keys() == {"claims/zarr.json", left}
+    planned.folder.delete(left)
     assert infer_stage.fn(planned.url, range(4), CONFIG.infer) == 16

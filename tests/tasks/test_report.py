@@ -9,6 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
+from storage import upkeep
 from storage.errors import DataDamaged
 from storage.reconstruction import ReconstructionStore
 from storage.records import Plan, Segment
@@ -162,13 +163,13 @@ def test_report_opens_nothing_but_the_recording_whatever_a_store_names(fused, re
 
 def test_damaged_report_is_named_and_made_anew(fused):
     page = page_of(fused)
-    assert fused.verify() == []
+    assert upkeep.verify(fused) == []
     with fsspec.open(fused.file_url("report/report.html"), "wb") as file:
         file.write(page.replace("metres", "furlongs").encode())
-    assert fused.verify() == ["report/report.html"]
-    assert fused.repair() == ["report"]
+    assert upkeep.verify(fused) == ["report/report.html"]
+    assert upkeep.repair(fused) == ["report"]
     assert "furlongs" not in page_of(fused)
-    assert fused.verify() == []
+    assert upkeep.verify(fused) == []
 
 
 def test_preview_that_is_gone_is_damage(fused):

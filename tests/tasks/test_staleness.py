@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from storage import upkeep
 from storage.reconstruction import ReconstructionStore
 from tasks.align import align_stage
 from tasks.config import AlignConfig, AnotherConfiguration, PlanConfig, ReconstructionConfig
@@ -94,7 +95,7 @@ def test_new_plan_removes_what_the_old_one_had(finished, corridor_drive):
     plan_stage.fn(finished.url, replace(corridor_drive.config, plan=PlanConfig(40, 8, 8)))
     assert not set(LATER) & set(finished.commit_names())
     assert [s.index for s in read_plan(finished).segments] == [0]
-    assert list(finished.describe()["segments"]) == ["0000"]
+    assert list(upkeep.describe(finished)["segments"]) == ["0000"]
 
 
 def test_new_calibration_takes_back_the_mesh(finished, corridor_drive):
