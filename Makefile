@@ -56,7 +56,7 @@ OPERATOR := tests/deploy/test_operator_lines.py
 # tests/conftest.py.
 test-slow: setup
 	deploy/install-system-packages.sh deploy/apt-packages-fleet.txt
-	$(PYTEST) --no-loadscope-reorder -m 'slow and not gpu' --timeout 1200 --ignore $(OPERATOR)
+	$(PYTEST) --no-loadscope-reorder -m 'slow and not gpu' --timeout 1200 --durations 20 --ignore $(OPERATOR)
 	$(BIN)/pytest -q -m slow --timeout 1200 $(OPERATOR)
 
 check: setup
