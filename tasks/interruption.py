@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
 
@@ -21,25 +21,35 @@ def run_until_stopped(work: Callable[[threading.Event], T]) -> T:
     runs there; its handler must stay, as it takes part in rescheduling the run. Where it is not
     in place, that of the command line raises. Here the main thread only waits, for whatever may be
     raised: `work` sees the event set, finishes what it is at, and returns; then the interruption
-    goes on. To leave sooner would free the claims of what still writes.
-
-    The system hands a signal to any thread, and Python's handler waits until the main thread runs
-    again: so it looks up every tenth of a second.
+    goes on, however many more come. To leave sooner would free the claims of what still writes.
     """
     stop = threading.Event()
     pool = ThreadPoolExecutor(1, thread_name_prefix="work")
+    future: Future[T] | None = None
     try:
         future = pool.submit(contextvars.copy_context().run, work, stop)
-        while not wait([future], _LOOK_S).done:
-            pass
+        _await(future)
         return future.result()
     except BaseException:  # one of `work` itself, too: then it has ended
-        stop.set()
-        ended = False
-        while not ended:
+        has_ended = False
+        while not has_ended:
             with suppress(BaseException):
+                stop.set()
+                if future is not None:
+                    _await(future)
                 pool.shutdown()
-                ended = True
+                has_ended = True
         raise
     finally:
         pool.shutdown()
+
+
+def _await(future: Future[T]) -> None:
+    """Wait until it is done, whatever comes of it.
+
+    A signal may reach another thread, or this one just before it waits: Python runs the handler
+    once the main thread runs again. And a `join` that is interrupted takes its thread for dead.
+    """
+    while not future.done():
+        with suppress(TimeoutError):
+            future.exception(_LOOK_S)

@@ -61,28 +61,61 @@ class Ended(BaseException):
     """What a handler that is not Prefect's raises."""
 
 
-@pytest.mark.parametrize("receiver", ["the main thread", "the work's thread"])
-def test_work_ends_in_order_whatever_a_handler_raises(receiver):
+@pytest.fixture
+def ended():
+    """SIGTERM and SIGHUP raise `Ended` in the main thread."""
+
     def end(number: int, frame: object) -> None:
         raise Ended
 
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, end) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+RECEIVERS = ("the main thread", "the work's thread")
+
+
+def receiving(receiver: str) -> int:
+    """Number of the thread that signals are sent to, as the work's thread sees it."""
+    return threading.main_thread().ident if receiver == RECEIVERS[0] else threading.get_ident()
+
+
+@pytest.mark.parametrize("receiver", RECEIVERS)
+def test_work_ends_in_order_whatever_a_handler_raises(receiver, ended):
     heard = []
 
     def work(stop: threading.Event) -> None:
         time.sleep(0.2)  # the main thread waits by now
-        to = (
-            threading.main_thread() if receiver == "the main thread" else threading.current_thread()
-        )
-        signal.pthread_kill(to.ident, signal.SIGTERM)
+        to = receiving(receiver)
+        signal.pthread_kill(to, signal.SIGTERM)
         heard.append(stop.wait(30))
 
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        with pytest.raises(Ended):
-            run_until_stopped(work)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(Ended):
+        run_until_stopped(work)
     assert heard == [True]
+
+
+@pytest.mark.parametrize("receiver", RECEIVERS)
+def test_work_ends_in_order_however_many_signals_come(receiver, ended):
+    steps = []
+
+    def work(stop: threading.Event) -> None:
+        to = receiving(receiver)
+        time.sleep(0.2)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.pthread_kill(to, number)
+        steps.append(stop.wait(30))
+        for _ in range(3):
+            signal.pthread_kill(to, signal.SIGTERM)
+            time.sleep(0.3)
+        steps.append("finished")
+
+    with pytest.raises(Ended):
+        run_until_stopped(work)
+    assert steps == [True, "finished"]
 
 
 def test_recording_that_is_probed_does_not_end_where_the_interruption_comes(
