@@ -1,5 +1,6 @@
-"""Prefect where the user has set up none: its home in the cache, and the server that a process
-starts for itself. The history of that one may be forgotten, and nobody watches it.
+"""Prefect where the user has set up none: a home in the cache, and servers of single processes.
+
+The history of such a server may be forgotten, and nobody watches it.
 
 What is finished is recorded in the drives' stores; a run needs nothing of earlier runs' history.
 """

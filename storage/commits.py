@@ -39,8 +39,8 @@ class Commits:
             self._folder.write_new(_object(name), data)
         except CommitExists as error:
             raise CommitExists(
-                f"commit {name!r} exists already in {self._folder.url}; another worker was "
-                "first, and its work stands"
+                f"commit {name!r} exists already in {redacted(self._folder.url)}; another "
+                "worker was first, and its work stands"
             ) from error
 
     def create(self, records: Mapping[str, Mapping[str, Any]]) -> list[str]:

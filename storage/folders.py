@@ -1,4 +1,4 @@
-"""The folder that a path or URL names, whichever kind it is."""
+"""The folder that a path or URL names; what folders promise is in `storage.objects`."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class LocalFolder(Folder):
         try:
             self._put(name, lambda temporary: temporary.write_bytes(data), _link)
         except FileExistsError as error:
-            raise CommitExists(f"{self.object_url(name)} exists already") from error
+            raise CommitExists(f"{redacted(self.object_url(name))} exists already") from error
 
     @explained
     def upload(self, name: str, source: Path) -> None:

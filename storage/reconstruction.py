@@ -72,8 +72,8 @@ class ReconstructionStore:
     of the store, and the creation of one segment. Depth and confidence are rounded within the
     bounds that `storage.layout` states; all else that is float32 or wider is exact.
 
-    `storage.upkeep` describes, verifies and repairs a store and removes leftovers. Stages leave
-    to it what bypasses the promises above:
+    `storage.upkeep` describes, verifies and repairs a store and removes leftovers. What bypasses
+    the promises above is for it alone:
 
     Attributes:
         folder: all objects of the store.

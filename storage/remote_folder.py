@@ -25,6 +25,7 @@ from storage.objects import (
     check_size,
     in_parallel,
 )
+from storage.wording import redacted
 
 # A listing that a connection remembers would hide what other writers add.
 REMOTE_OPTIONS: dict[str, Any] = {"use_listings_cache": False}
@@ -122,7 +123,7 @@ class RemoteFolder(Folder):
             # A put that was retried because its answer got lost meets its own object.
             if self.read(name, MOST_FILE_BYTES) == data:
                 return
-            raise CommitExists(f"{self.object_url(name)} exists already") from error
+            raise CommitExists(f"{redacted(self.object_url(name))} exists already") from error
 
     @explained
     def upload(self, name: str, source: Path) -> None:
@@ -145,7 +146,8 @@ class RemoteFolder(Folder):
                 put(*arguments, **options)
                 return
             except TimeoutError as error:
-                logger.warning("%s: a write took too long, once more: %s", self.url, error)
+                where = redacted(self.url)
+                logger.warning("%s: a write took too long, once more: %s", where, error)
             except OSError as error:
                 if code_of(error) not in WORTH_ANOTHER_PUT:
                     raise
