@@ -11,11 +11,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
-from prefect.deployments.runner import EntrypointType
 from prefect.events.filters import EventFilter, EventResourceFilter
 from prefect.settings import PREFECT_API_URL
 from recordings import moving_squares, write_video
@@ -117,11 +117,13 @@ def test_sigterm_to_a_pod_commits_the_chunk_in_progress_and_schedules_the_run_ag
     probe_stage.fn(str(video), "squares", url)
     groups = plan_stage.fn(url, ReconstructionConfig(PlanConfig(24, 6, 4), infer))
     indices = [i for group in groups for i in group]
-    deployed = infer_segments.to_deployment("pod", entrypoint_type=EntrypointType.MODULE_PATH)
-    deployed.apply()
+    deploy()
     parameters = {"url": url, "indices": indices, "config": asdict(infer)}
     run = run_deployment("infer-segments/pod", parameters=parameters, timeout=0)
-    pod = execute(run)
+    home = tmp_path / "cache"
+    home.mkdir()
+    os.mkfifo(home / "cannot be copied")  # runs take no copy of the folder that they start in
+    pod = execute(run, home)
     while len(chunk_commits(Path(url))) < 4 and pod.poll() is None:
         time.sleep(0.01)
     pod.send_signal(signal.SIGTERM)
@@ -131,7 +133,7 @@ def test_sigterm_to_a_pod_commits_the_chunk_in_progress_and_schedules_the_run_ag
     with get_client(sync_client=True) as client:
         assert client.read_flow_run(run.id).state.type.value == "SCHEDULED"
         assert told(run)[-1] == LEFT  # after the last sign of life
-        assert execute(run).wait() == 0
+        assert execute(run, home).wait() == 0
         assert client.read_flow_run(run.id).state.type.value == "COMPLETED"
     resumed = chunk_commits(Path(url))
     assert {name: resumed[name] for name in kept} == kept
@@ -139,15 +141,27 @@ def test_sigterm_to_a_pod_commits_the_chunk_in_progress_and_schedules_the_run_ag
     assert upkeep.verify(store_at(url)) == []
 
 
-def execute(run: FlowRun) -> subprocess.Popen[bytes]:
-    """What a container of the pool does, with the variable that the pools of `deploy/` set."""
+def deploy() -> None:
+    """Deploy the flow as `deploy/prefect.yaml` does, in no pool."""
+    deployments = Path(__file__).resolve().parents[2] / "deploy" / "prefect.yaml"
+    fleet = yaml.safe_load(deployments.read_text())
+    entrypoints = {d["entrypoint"] for d in fleet["deployments"]}
+    (entrypoint,) = (e for e in entrypoints if e.endswith(".infer_segments"))
+    with get_client(sync_client=True) as client:
+        flow = client.create_flow(infer_segments)
+        client.create_deployment(flow, "pod", entrypoint=entrypoint, pull_steps=fleet["pull"])
+
+
+def execute(run: FlowRun, home: Path) -> subprocess.Popen[bytes]:
+    """What a container of the pool does in its home, with variables that pools of `deploy/` set."""
     environment = {
         **os.environ,
+        "TMPDIR": str(home),
         "PREFECT_API_URL": PREFECT_API_URL.value(),
         "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": "reschedule",
     }
     command = [sys.executable, "-m", "prefect", "flow-run", "execute", str(run.id)]
-    return subprocess.Popen(command, env=environment)
+    return subprocess.Popen(command, env=environment, cwd=home)
 
 
 def told(run: FlowRun) -> list[str]:
