@@ -3,6 +3,7 @@
     ttt3r train OUT                                  afresh: some hours of CPU
     ttt3r train OUT --resume WEIGHTS.safetensors     make trained weights better
     ttt3r train OUT --resume WEIGHTS... --widen 2    in a network of twice the width
+    ttt3r train OUT --resume WEIGHTS... --depth-alone    depth in new channels, beside the poses
     ttt3r train OUT --resume OUT                     go on after an interruption
 
 OUT gets state.pt (saved every two minutes), log.jsonl, curves.png, pictures of held-out worlds, and
@@ -21,11 +22,13 @@ from pathlib import Path
 import torch
 
 from ttt3r.training.curriculum import stage_at
+from ttt3r.training.depth_channels import require_depth_channels
 from ttt3r.training.export import export
 from ttt3r.training.loop import LOG_FILE, train
 from ttt3r.training.parallel import launch, rank
 from ttt3r.training.pictures import draw_curves, draw_views
 from ttt3r.training.settings import (
+    DEPTH_ALONE,
     REFINE,
     STATE_FILE,
     TrainSettings,
@@ -68,15 +71,21 @@ def choose_settings(options: argparse.Namespace) -> TrainSettings:
         # what the weights say of them already has none.
         calm = min(1.0, batch / _GPU_BATCH) ** 0.5
         found = weights_info(options.resume).config
-        expected = widened(settings.model, times_as_wide(found, settings.model))
+        times = times_as_wide(found, settings.model)
+        expected = replace(widened(settings.model, times), enc_depth=found.enc_depth)
         require_same_network(found, expected, options.resume)
-        settings = replace(
-            REFINE,
-            model=widened(found, options.widen),
-            lr=REFINE.lr * calm,
-            matrix_lr=REFINE.matrix_lr * calm,
-            keep_rotations=batch < _GPU_BATCH,
-        )
+        if options.depth_alone:
+            if times > 1:
+                require_depth_channels(load_model(options.resume)[0].state_dict(), options.resume)
+            settings = replace(DEPTH_ALONE, model=widened(found, 2 if times == 1 else 1))
+        else:
+            settings = replace(
+                REFINE,
+                model=widened(found, options.widen),
+                lr=REFINE.lr * calm,
+                matrix_lr=REFINE.matrix_lr * calm,
+                keep_rotations=batch < _GPU_BATCH,
+            )
     if (options.out / STATE_FILE).exists():
         raise ValueError(
             f"{options.out} holds a run: go on with --resume {options.out}, or choose another "
@@ -158,6 +167,11 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--widen", type=_positive, default=1, metavar="TIMES",
         help="with --resume WEIGHTS: a network so many times as wide, which begins as good as it",
     )  # fmt: skip
+    parser.add_argument(
+        "--depth-alone", action="store_true",
+        help="with --resume WEIGHTS: new channels beside those that there are learn depth; what "
+        "is said of poses hardly changes",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, help="of data and first weights [default: 0]")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), help="[default: a GPU where there is one]"
@@ -172,8 +186,11 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     options.device = options.device or ("cuda" if has_gpu and options.workers == 1 else "cpu")
     if options.device == "cuda" and options.workers > 1:
         parser.error("--workers is for CPUs: one process uses the whole GPU")
-    if options.widen > 1 and (options.resume is None or options.resume.suffix != ".safetensors"):
-        parser.error("--widen is for weights: --resume WEIGHTS.safetensors")
+    for name, is_given in (("widen", options.widen > 1), ("depth-alone", options.depth_alone)):
+        if is_given and (options.resume is None or options.resume.suffix != ".safetensors"):
+            parser.error(f"--{name} is for weights: --resume WEIGHTS.safetensors")
+    if options.widen > 1 and options.depth_alone:
+        parser.error("--depth-alone makes a network twice as wide: leave out --widen")
     if options.out.exists() and not options.out.is_dir():
         parser.error(f"{options.out} is no folder")
     return options

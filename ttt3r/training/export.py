@@ -34,7 +34,8 @@ def export(
     record = read_state(run)
     settings = TrainSettings.from_record(record["settings"])
     rules = "cut3r and ttt3r" if any(s.gated for s in settings.curriculum) else "cut3r"
-    said = f"{record['frames']} training frames in {record['step']} steps, {rules}. {notes}"
+    learnt = "depth alone, in channels of its own" if settings.depth_alone else rules
+    said = f"{record['frames']} training frames in {record['step']} steps, {learnt}. {notes}"
     if record["origin"]:
         said = f"{said.strip()} Before: {record['origin']}"
     info = WeightsInfo(

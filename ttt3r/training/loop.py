@@ -22,6 +22,13 @@ from ttt3r.model import Model
 from ttt3r.recording import Recordings
 from ttt3r.training.ahead import Ahead
 from ttt3r.training.curriculum import draw_batch, draw_lesson, fit_sides, stage_at
+from ttt3r.training.depth_channels import (
+    SMALL,
+    add_depth_channels,
+    depth_masks,
+    require_depth_channels,
+    writes_small_channels,
+)
 from ttt3r.training.initial import prepare_for_matching
 from ttt3r.training.lesson import lesson_loss
 from ttt3r.training.losses import Targets, total_loss
@@ -71,13 +78,16 @@ def train(
 
     Raises:
         ValueError: `out_dir` holds another run; nothing to resume, or of another network;
-            rotations are to be kept that nothing says.
+            rotations are to be kept that nothing says; depth is to be learnt alone by a network
+            whose other channels read what would learn it.
     """
     folder = Path(out_dir)
     if (folder / STATE_FILE).exists() and not _is_same(resume, folder):
         raise ValueError(f"{folder} holds a run; resume that one, or choose another folder")
     if settings.keep_rotations and resume is None:
         raise ValueError("keep_rotations is for trained weights; found none to resume from")
+    if settings.depth_alone and resume is None:
+        raise ValueError("depth_alone is for trained weights; found none to resume from")
     run = _Run(settings, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if resume is not None:
         run.resume(Path(resume))
@@ -158,6 +168,8 @@ class _Run:
         self.model.to(self.device)
         self.averaged = Model(settings.model).to(self.device)
         self.averaged.load_state_dict(self.model.state_dict())
+        # What writes to the small channels of depth that learns alone takes steps as small.
+        self._slow = _keep_all_but_depth(self.model) if settings.depth_alone else []
         self.optimisers = build_optimisers(
             self.model,
             lr=settings.lr,
@@ -248,7 +260,7 @@ class _Run:
 
     def _differentiate(self, drawn: _Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts; gradients are in the parameters."""
-        parameters = list(self.model.parameters())
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
 
         def function(images: Tensor, *truth: Tensor, side: Any = None) -> tuple[Any, ...]:
             loss, parts = self._loss(replace(drawn, images=images, truth=truth))
@@ -288,12 +300,15 @@ class _Run:
     def _apply(self, time_used: float) -> None:
         settings = self.settings
         factor = rate_factor(self.step, settings, time_used)
+        before = [parameter.detach().clone() for parameter in self._slow]
         for optimiser, rate in zip(self.optimisers, (settings.matrix_lr, settings.lr), strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = rate * factor
             optimiser.step()
         keep = min(settings.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
+            if self._slow:
+                torch._foreach_lerp_(self._slow, before, 1 - SMALL)
             torch._foreach_lerp_(
                 list(self.averaged.parameters()), list(self.model.parameters()), 1 - keep
             )
@@ -363,7 +378,11 @@ class _Run:
         wanted = self.settings.model
         times = times_as_wide(wanted, info.config)
         require_same_network(widened(info.config, times), wanted, path)
-        model = widen(model, times)
+        if self.settings.depth_alone:
+            model = add_depth_channels(model) if times == 2 else model
+            require_depth_channels(model.state_dict(), path)
+        else:
+            model = widen(model, times)
         self.model.load_state_dict(model.state_dict())
         self.averaged.load_state_dict(model.state_dict())
         self.origin = info.notes if times == 1 else f"widened {times} times: {info.notes}"
@@ -373,6 +392,19 @@ class _Run:
     def _learn_from(self, weights: Mapping[str, Tensor]) -> None:
         self.teacher = Model(self.settings.model).to(self.device)
         self.teacher.load_state_dict(weights)
+
+
+def _keep_all_but_depth(model: Model) -> list[Tensor]:
+    """Give gradients to what learns depth alone only; returns what writes to its channels."""
+    slow: list[Tensor] = []
+    for name, mask in depth_masks(model.state_dict()).items():
+        parameter = model.get_parameter(name)
+        parameter.requires_grad_(bool(mask.any()))
+        if parameter.requires_grad:
+            parameter.register_hook(mask.mul)
+            if writes_small_channels(name):
+                slow.append(parameter)
+    return slow
 
 
 def _rotations_said(teacher: Model, images: Tensor, rule: str) -> Tensor:

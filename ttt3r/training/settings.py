@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class TrainSettings:
     average: float = 0.99  # weights that are validated and exported: moving average
     validate_every: int = 100
     save_every_s: float = 120.0
+    depth_alone: bool = False  # in new channels beside those that there are, which stay as they are
     keep_rotations: bool = False  # learn rotations from what the first weights say of them
     half: bool = False  # bfloat16 autocast: half as many kernels again, for matrices this small
 
@@ -69,6 +70,20 @@ REFINE = TrainSettings(
         gate=0.1,
         gate_logit=-1.7,
     ),
+)
+# Depth in channels of its own (`depth_channels`), beside trained ones: what says the poses does not
+# learn, so rates may be high, whatever the batch. Many small steps count. Decay would move what is
+# to stay.
+DEPTH_ALONE = TrainSettings(
+    curriculum=(replace(REFINEMENT[0], lanes=4, stills=0.9),),
+    total_steps=25_000,
+    lr=1e-3,
+    matrix_lr=0.004,
+    weight_decay=0,
+    cool_down=0.9,
+    validate_every=500,
+    loss=replace(LossWeights().of_stills, cam=1, depth=5),
+    depth_alone=True,
 )
 
 

@@ -16,7 +16,7 @@ from ttt3r.config import ModelConfig
 from ttt3r.model import Model
 
 _MEMORY_BLOCKS = "pose_retriever.write_blocks", "pose_retriever.read_blocks"
-_TOKENS = (
+TOKENS = (
     "pose_token",
     "register_tokens.weight",
     "pose_retriever.masked_token",
@@ -77,8 +77,8 @@ def _widen_tensor(
     name: str, tensor: Tensor, shape: tuple[int, ...], times: int, generator: torch.Generator
 ) -> Tensor:
     """Copy the channels of `tensor` where `shape` is wider; share them out where they are read."""
-    written, read = _blocks_of(name)
-    if tensor.ndim == 1 or name in _TOKENS:  # channels last, and nothing is read
+    written, read = blocks_of(name)
+    if tensor.ndim == 1 or name in TOKENS:  # channels last, and nothing is read
         same = shape[-1] == tensor.shape[-1]
         return tensor if same else tensor[..., _copies(tensor.shape[-1], written, times)]
     if shape[0] > tensor.shape[0]:
@@ -95,7 +95,7 @@ def _copies(channels: int, blocks: int, times: int) -> Tensor:
     return torch.arange(channels).view(blocks, 1, -1).expand(-1, times, -1).flatten()
 
 
-def _blocks_of(name: str) -> tuple[int, int]:
+def blocks_of(name: str) -> tuple[int, int]:
     """Blocks that the channels that a tensor writes, and those it reads, consist of.
 
     Queries, keys and values side by side are three; shift and scale are two; a slot of the pose
