@@ -127,6 +127,13 @@ class _Head(nn.Module, ABC):
         """Colour [B, H, W, 3] in (-1, 1)."""
 
 
+def patch_pixels(mlp: Mlp, tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Raw channels [B, H, W, C] of the pixels that each of the tokens [B, N, D] holds."""
+    p = patch_size
+    patches = mlp.forward_fp32_out(tokens).unflatten(2, (-1, p, p)).unflatten(1, grid)
+    return patches.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)  # B gh p gw p C
+
+
 class LinearHead(_Head):
     """One MLP per output; each token holds the pixels of its patch (section 7.4)."""
 
@@ -148,22 +155,18 @@ class LinearHead(_Head):
         return [(self.proj.fc2, pixels), (self.cross_proj.fc2, pixels)]
 
     def cam(self, levels: Sequence[Tensor], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        return points_and_confidence(self._pixels(self.proj, levels[-1], grid), front_only=True)
+        return points_and_confidence(
+            patch_pixels(self.proj, levels[-1], grid, self.patch_size), front_only=True
+        )
 
     def world(
         self, levels: Sequence[Tensor], pose_token: Tensor, rotary: Rotary, grid: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         tokens = self.to_world(levels[-1], pose_token, rotary)
-        return points_and_confidence(self._pixels(self.cross_proj, tokens, grid))
+        return points_and_confidence(patch_pixels(self.cross_proj, tokens, grid, self.patch_size))
 
     def rgb(self, levels: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-        return colour(self._pixels(self.rgb_proj, levels[-1], grid))
-
-    def _pixels(self, mlp: Mlp, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """[B, N, C·P²] to [B, H, W, C]."""
-        p = self.patch_size
-        patches = mlp.forward_fp32_out(tokens).unflatten(2, (-1, p, p)).unflatten(1, grid)
-        return patches.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)  # B gh p gw p C
+        return colour(patch_pixels(self.rgb_proj, levels[-1], grid, self.patch_size))
 
 
 class ResidualConvUnit(nn.Module):

@@ -82,8 +82,10 @@ def _mean_logits(q: Tensor, k: Tensor) -> Tensor:
 class LayerNorm(nn.LayerNorm):
     """LayerNorm with eps 1e-6, float32 from end to end; `Linear` casts what it takes from it."""
 
+    EPS = 1e-6
+
     def __init__(self, width: int) -> None:
-        super().__init__(width, eps=1e-6)
+        super().__init__(width, eps=self.EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.float(), self.bias.float()

@@ -282,7 +282,7 @@ class Model(nn.Module):
         """
         lead, p = images.shape[:2], self.config.patch_size
         grid = (images.shape[-2] // p, images.shape[-1] // p)
-        rotary = self._positions(grid, images.device).encoder
+        rotary = self.positions(grid, images.device).encoder
         x = self.patch_embed(images.flatten(0, 1))  # [L·T, N, E]
         for block in self.enc_blocks:
             x = block(x, rotary)
@@ -393,7 +393,7 @@ class Model(nn.Module):
         if "cam" in outputs:
             parts["pointmap_cam"], parts["confidence"] = head.cam(levels, grid)
         if "world" in outputs:
-            rotary = self._positions(grid, pose.device).patches
+            rotary = self.positions(grid, pose.device).patches
             parts["pointmap_world"], parts["confidence_world"] = head.world(
                 levels, pose, rotary, grid
             )
@@ -423,6 +423,14 @@ class Model(nn.Module):
             given = {name: given[name].to(p.dtype) for name, p in self.named_parameters()}
         self.load_state_dict(given, assign=is_meta)
 
+    def positions(self, grid: tuple[int, int], device: torch.device) -> Positions:
+        """Rotary tables for a grid of patches; kept, as a drive has one grid."""
+        key = (*grid, str(device))
+        if key not in self._positions_of:
+            with torch.inference_mode(False):  # training may meet the tables after inference
+                self._positions_of[key] = _rotary_tables(self.config, grid, device)
+        return self._positions_of[key]
+
     # -- parts -------------------------------------------------------------------------------
 
     def _advance(
@@ -433,7 +441,7 @@ class Model(nn.Module):
         step = partial(
             self.step,
             rule=chosen,
-            positions=self._positions(grid, device),
+            positions=self.positions(grid, device),
             gate=trace or chosen.uses_gate,
         )
         if trace or not self.records_steps or not can_record(device):
@@ -474,14 +482,6 @@ class Model(nn.Module):
         layers.append(self.dec_norm(image))
         gate_logits = torch.stack(logits).mean(dim=0) if gate else None
         return tuple(layers), self.dec_norm_state(scene), gate_logits
-
-    def _positions(self, grid: tuple[int, int], device: torch.device) -> Positions:
-        """Rotary tables for a grid of patches; kept, as a drive has one grid."""
-        key = (*grid, str(device))
-        if key not in self._positions_of:
-            with torch.inference_mode(False):  # training may meet the tables after inference
-                self._positions_of[key] = _rotary_tables(self.config, grid, device)
-        return self._positions_of[key]
 
     def _float32_parameters(self) -> set[str]:
         """Names of the parameters that stay float32 at any precision."""

@@ -7,28 +7,34 @@ import torch
 
 from ttt3r.config import TINY
 from ttt3r.model import Model
-from ttt3r.training import Stage, command, train
+from ttt3r.training import Stage, command, depth_run, train
 from ttt3r.training.curriculum import draw_batch
 from ttt3r.training.depth_channels import (
-    add_depth_channels,
-    depth_masks,
+    DepthNetwork,
+    join,
+    joined_config,
+    make_room,
     require_depth_channels,
+    see,
+    take_apart,
 )
+from ttt3r.training.export import export
 from ttt3r.training.initial import prepare_for_matching
 from ttt3r.training.losses import Targets, depth_loss
-from ttt3r.training.settings import DEPTH_ALONE
-from ttt3r.training.widening import widen, widened
+from ttt3r.training.settings import DEPTH_ALONE, POSES_ALONE
+from ttt3r.training.widening import widen
 from ttt3r.weights import load_model, save_weights
 
 SMALL = replace(TINY, encoder_rope_fp16=False, ray_map_encoder=False)
 SETTINGS = replace(
     DEPTH_ALONE,
-    model=widened(SMALL, 2),
-    curriculum=(Stage(1, (4,), 2, 24, 1.0, aspects=((1.5, 1),), stills=0.5),),
-    total_steps=40,
-    lr=4e-3,
-    matrix_lr=0.02,
+    model=joined_config(SMALL),
+    curriculum=(Stage(1, (4,), 8, 24, 1.0, aspects=((1.5, 1),), stills=0.5, gated=0.5),),
+    total_steps=70,  # three batches are rendered
+    lr=2e-3,
+    matrix_lr=0.01,
     warm_up=2,
+    average=0.9,
 )
 
 
@@ -36,13 +42,20 @@ def narrow_model() -> Model:
     torch.manual_seed(3)
     model = Model(SMALL)
     prepare_for_matching(model, seed=0)
+    with torch.no_grad():  # as if trained: norms and biases are no longer trivial
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and not name.startswith("downstream_head"):
+                parameter += 0.1 * torch.randn_like(parameter)
     return model
 
 
+def images_seen() -> torch.Tensor:
+    return torch.rand(2, 5, 3, 24, 40, generator=torch.Generator().manual_seed(5)) * 2 - 1
+
+
 def said(model: Model) -> dict[str, torch.Tensor]:
-    images = torch.rand(2, 5, 3, 24, 40, generator=torch.Generator().manual_seed(5)) * 2 - 1
     with torch.no_grad():
-        found, _ = model.run(images, outputs=frozenset({"cam", "world"}))
+        found, _ = model.run(images_seen(), outputs=frozenset({"cam", "world"}))
     return {
         "translation": found.camera_pose[..., :3],
         "rotation": found.camera_pose[..., 4:],
@@ -75,44 +88,142 @@ def narrow_path(tmp_path):
     return path
 
 
-def test_network_with_new_channels_says_what_it_said_without():
-    narrow = load_model("compact")[0]
-    wide = add_depth_channels(narrow)
-    assert wide.config == widened(narrow.config, 2)
-    require_depth_channels(wide.state_dict(), "these")
-    assert max(distances(said(wide), said(narrow)).values()) < 0.01
-
-
-def test_what_new_channels_learn_changes_depth_and_hardly_the_poses():
-    wide = add_depth_channels(load_model("compact")[0])
-    before = said(wide)
-    generator = torch.Generator().manual_seed(7)
+def random_network(around: Model) -> DepthNetwork:
+    """Depth channels that learnt something else than `around` said."""
+    torch.manual_seed(8)
+    network = DepthNetwork(around.config)
+    network.begin(around, images_seen(), see(around, images_seen(), "ttt3r"))
     with torch.no_grad():
-        for name, mask in depth_masks(wide.state_dict()).items():
-            if name.startswith("downstream_head"):
-                continue
-            tensor = wide.get_parameter(name)
-            noise = torch.randn(tensor.shape, generator=generator)
-            tensor += noise * mask * tensor[mask].square().mean().nan_to_num().sqrt()
-    away = distances(said(wide), before)
+        for parameter in network.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    return network
+
+
+def test_network_with_room_for_depth_says_what_it_said():
+    narrow = narrow_model()
+    room = make_room(narrow)
+    assert room.config == joined_config(narrow.config)
+    require_depth_channels(room, "these")
+    assert max(distances(said(room), said(narrow)).values()) < 0.005
+
+
+def test_joined_network_says_of_depth_what_its_channels_said_alone():
+    room = make_room(narrow_model())
+    network = random_network(room)
+    whole = join(room, network)
+    require_depth_channels(whole, "these")
+    images = images_seen()
+    with torch.no_grad():
+        points, confidence = network(images, see(whole, images, "ttt3r"), whole.positions)
+        found, _ = whole.run(images, outputs=frozenset({"cam"}))
+        first, _ = room.run(images, outputs=frozenset({"cam"}))
+    assert torch.allclose(points, found.pointmap_cam, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(confidence, found.confidence, rtol=1e-4)
+    assert (found.pointmap_cam - first.pointmap_cam).norm() > 0.1 * first.pointmap_cam.norm()
+
+
+def test_depth_begins_as_it_was_with_channels_that_are_ready_to_learn():
+    room = make_room(narrow_model())
+    network = DepthNetwork(room.config)
+    seen = see(room, images_seen(), "ttt3r")
+    network.begin(room, images_seen(), seen)
+    assert distances(said(join(room, network)), said(room))["depth"] < 0.05
+    sizes = []
+    for norm in (part for part in network.modules() if hasattr(part, "gain")):
+        norm.register_forward_hook(lambda *call: sizes.append(call[2][:, 1:].square().mean()))
+    with torch.no_grad():
+        network(images_seen(), seen, room.positions)
+    assert len(sizes) > 10
+    assert all(0.5 < float(size) < 1.5 for size in sizes)
+
+
+def test_channels_for_depth_hardly_touch_the_poses():
+    room = make_room(narrow_model())
+    away = distances(said(join(room, random_network(room))), said(room))
     assert away.pop("depth") > 0.1
-    assert max(away.values()) < 0.03
+    assert 0 < max(away.values()) < 0.03
 
 
-def test_depth_learns_alone_and_goes_on_after_an_interruption(tmp_path, narrow_path):
+def test_training_goes_on_from_the_channels_of_joined_weights():
+    room = make_room(narrow_model())
+    whole = join(room, random_network(room))
+    network = DepthNetwork(whole.config)
+    network.take_from(whole)
+    assert max(distances(said(join(whole, network)), said(whole)).values()) < 1e-4
+    gains = [value for name, value in network.state_dict().items() if name.endswith("gain")]
+    sizes = [norm.weight.abs().mean() for norm in network.modules() if hasattr(norm, "gain")]
+    assert len(gains) == len(sizes) > 10
+    assert torch.allclose(torch.stack(sizes), torch.ones(len(sizes)))  # as steps expect
+
+
+def test_joined_network_is_taken_apart_again():
+    narrow = narrow_model()
+    whole = join(make_room(narrow), random_network(make_room(narrow)))
+    old, depth = take_apart(whole)
+    assert old.config == narrow.config
+    away = distances(said(old), said(narrow))
+    away.pop("depth")  # the old channels' head is gone
+    assert max(away.values()) < 0.005
+    again = join(make_room(old), depth)
+    assert max(distances(said(again), said(whole)).values()) < 0.005
+
+
+def test_poses_learn_without_the_channels_for_depth(tmp_path):
+    room = make_room(narrow_model())
+    first = join(room, random_network(room))
+    path = tmp_path / "joined.safetensors"
+    save_weights(path, first, replace(load_model("compact")[1], config=first.config))
+    settings = replace(
+        POSES_ALONE,
+        model=first.config,
+        curriculum=(Stage(1, (4,), 2, 24, 1.0, aspects=((1.5, 1),)),),
+        total_steps=6,
+        keep_rotations=True,
+        average=0.5,
+    )
+    whole = train(settings, tmp_path / "whole", path, device="cpu")
+    train(settings, tmp_path / "cut", path, device="cpu", stop_after=3)
+    resumed = train(settings, tmp_path / "cut", tmp_path / "cut", device="cpu")
+    away = distances(said(whole), said(first))
+    assert away["translation"] > 0.05
+    assert away["depth"] < 0.01
+    assert max(distances(said(resumed), said(whole)).values()) == 0
+    stored = load_model(path)[0]  # in half precision
+    for name, tensor in take_apart(whole)[1].state_dict().items():
+        assert torch.allclose(tensor, take_apart(stored)[1].state_dict()[name], rtol=1e-4), name
+    assert "poses alone" in export(tmp_path / "whole", tmp_path / "out.safetensors").notes
+
+
+def test_depth_learns_alone_and_goes_on_after_an_interruption(tmp_path, narrow_path, monkeypatch):
+    monkeypatch.setattr(depth_run, "_PICTURES_KEPT", 1)  # the oldest of the batches are dropped
     whole = train(SETTINGS, tmp_path / "whole", narrow_path, device="cpu")
-    assert depth_error(whole) < 0.9 * depth_error(add_depth_channels(narrow_model()))
-    train(SETTINGS, tmp_path / "cut", narrow_path, device="cpu", stop_after=20)
+    first = make_room(load_model(narrow_path)[0])
+    assert depth_error(whole) < 0.9 * depth_error(first)
+    train(SETTINGS, tmp_path / "cut", narrow_path, device="cpu", stop_after=40)
     resumed = train(SETTINGS, tmp_path / "cut", tmp_path / "cut", device="cpu")
-    first = add_depth_channels(narrow_model())
-    for name, mask in depth_masks(first.state_dict()).items():
-        assert torch.equal(whole.get_parameter(name), resumed.get_parameter(name)), name
-        kept = whole.get_parameter(name)[~mask]
-        # The weights were stored in half precision.
-        assert torch.allclose(kept, first.get_parameter(name)[~mask], rtol=2e-3, atol=1e-4), name
-        if mask.ndim > 1 and mask.any():
-            moved = whole.get_parameter(name) - first.get_parameter(name)
-            assert moved[mask].norm() > 0.01 * first.get_parameter(name)[mask].norm(), name
+    for name, found in whole.state_dict().items():
+        assert torch.equal(found, resumed.get_parameter(name)), name
+    old, depth = take_apart(whole)
+    for name, expected in take_apart(first)[0].state_dict().items():
+        if not name.startswith("downstream_head.proj"):
+            assert torch.equal(old.get_parameter(name), expected), name
+    for name, learnt in depth.named_parameters():
+        assert not torch.equal(learnt, take_apart(first)[1].get_parameter(name)), name
+    with pytest.raises(ValueError, match="learns 'depth', expected 'poses'"):
+        train(replace(SETTINGS, learns="poses"), tmp_path / "cut", tmp_path / "cut")
+
+
+def test_run_that_learns_depth_is_exported_whole(tmp_path, narrow_path):
+    whole = train(SETTINGS, tmp_path / "run", narrow_path, device="cpu", stop_after=3)
+    info = export(tmp_path / "run", tmp_path / "out.safetensors")
+    assert info.config == joined_config(SMALL)
+    assert "depth alone" in info.notes
+    assert info.segment_frames == load_model(narrow_path)[1].segment_frames
+    found = load_model(tmp_path / "out.safetensors")[0]
+    assert max(distances(said(found), said(whole)).values()) < 0.01  # half precision
+    again = replace(SETTINGS, total_steps=1, lr=1e-9, matrix_lr=1e-9)
+    kept = train(again, tmp_path / "again", tmp_path / "out.safetensors", device="cpu")
+    assert max(distances(said(kept), said(found)).values()) < 1e-4
 
 
 def test_depth_does_not_learn_alone_where_poses_read_all_channels(tmp_path):
@@ -120,12 +231,12 @@ def test_depth_does_not_learn_alone_where_poses_read_all_channels(tmp_path):
     path = tmp_path / "wide.safetensors"
     save_weights(path, wide, replace(load_model("compact")[1], config=wide.config))
     with pytest.raises(ValueError, match="depth cannot learn alone"):
-        train(SETTINGS, tmp_path / "run", path, device="cpu")
+        train(replace(SETTINGS, model=wide.config), tmp_path / "run", path, device="cpu")
     with pytest.raises(ValueError, match="found none to resume from"):
         train(SETTINGS, tmp_path / "new", device="cpu")
 
 
-def test_command_teaches_depth_alone(tmp_path, capsys):
+def test_command_teaches_depth_or_poses_alone(tmp_path, capsys):
     def choose(*arguments: object):
         options = command._options([str(argument) for argument in (tmp_path, *arguments)])
         return command.choose_settings(options)
@@ -133,11 +244,17 @@ def test_command_teaches_depth_alone(tmp_path, capsys):
     config = replace(DEPTH_ALONE.model, enc_depth=3)
     path = tmp_path / "weights.safetensors"
     narrow = Model(config)
-    for model in (narrow, add_depth_channels(narrow)):
+    for model in (narrow, make_room(narrow)):
         save_weights(path, model, replace(load_model("compact")[1], config=model.config))
         found = choose("--resume", path, "--depth-alone", "--device", "cpu")
-        assert found == replace(DEPTH_ALONE, model=widened(config, 2))
-    save_weights(path, widen(narrow, 2), replace(load_model("compact")[1], config=model.config))
+        assert found == replace(DEPTH_ALONE, model=joined_config(config))
+    poses = choose("--resume", path, "--device", "cpu", "--batch", 16)
+    assert (poses.model, poses.learns) == (joined_config(config), "poses")
+    assert poses.loss == POSES_ALONE.loss
+    with pytest.raises(ValueError, match="has channels for depth"):
+        choose("--resume", path, "--widen", 2)
+    wide = widen(narrow, 2)
+    save_weights(path, wide, replace(load_model("compact")[1], config=wide.config))
     with pytest.raises(ValueError, match="depth cannot learn alone"):
         choose("--resume", path, "--depth-alone", "--device", "cpu")
     for wrong in (("--depth-alone",), ("--resume", path, "--depth-alone", "--widen", 2)):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from ttt3r.config import TINY
+from ttt3r.config import COMPACT, TINY
 from ttt3r.model import Model
 from ttt3r.synthetic import HELD_OUT_SEED
 from ttt3r.training import Stage, TrainSettings, command, train
@@ -22,7 +22,6 @@ from ttt3r.training.curriculum import backwards, draw_batch, fit_sides, mirrored
 from ttt3r.training.export import export
 from ttt3r.training.initial import prepare_for_matching
 from ttt3r.training.lesson import FOCAL, draw_windows, lesson_loss
-from ttt3r.training.loop import rate_factor
 from ttt3r.training.losses import (
     FAR,
     LossWeights,
@@ -36,6 +35,7 @@ from ttt3r.training.losses import (
     wide_loss,
 )
 from ttt3r.training.optimiser import build_optimisers, orthogonalise
+from ttt3r.training.run import rate_factor
 from ttt3r.training.settings import REFINE, read_state
 from ttt3r.training.validation import motion_gain
 from ttt3r.training.widening import widen, widened
@@ -409,7 +409,8 @@ def test_training_learns_the_poses_of_a_batch_it_keeps_seeing():
 def test_training_continues_from_exported_weights(tmp_path):
     train(SETTINGS, tmp_path / "run", device="cpu", stop_after=2)
     path = tmp_path / "small.safetensors"
-    info = export(tmp_path / "run", path, name="small", segment_frames=3)
+    info = export(tmp_path / "run", path, name="small")
+    assert info.segment_frames == 3, "as long as the longest that it learns from"
     assert info.trained
     assert info.licence == "Apache-2.0"
     assert "cut3r" in info.notes
@@ -609,8 +610,9 @@ def options(*arguments: object) -> argparse.Namespace:
 
 def test_command_refines_trained_weights_and_begins_afresh_without(tmp_path):
     assert command.choose_settings(options(tmp_path, "--device", "cpu")) == TrainSettings()
-    bundled = Path(command.__file__).parents[1] / "checkpoints" / "compact.safetensors"
-    refine = (tmp_path, "--resume", bundled, "--device", "cpu", "--batch")
+    weights = tmp_path / "weights.safetensors"
+    save_weights(weights, Model(COMPACT), replace(load_model("compact")[1], config=COMPACT))
+    refine = (tmp_path, "--resume", weights, "--device", "cpu", "--batch")
     chosen = command.choose_settings(options(*refine, 16))
     assert replace(chosen, curriculum=REFINE.curriculum) == REFINE
     assert chosen.curriculum[0].lanes == 16 * REFINE.curriculum[0].lanes
@@ -624,7 +626,7 @@ def test_command_refines_trained_weights_and_begins_afresh_without(tmp_path):
 
 
 def test_command_goes_on_with_weights_that_were_widened(tmp_path):
-    wide = widen(load_model("compact")[0], 2)
+    wide = widen(Model(COMPACT), 2)
     path = tmp_path / "wide.safetensors"
     save_weights(path, wide, replace(load_model("compact")[1], config=wide.config))
     found = command.choose_settings(options(tmp_path / "run", "--resume", path, "--widen", 3))

@@ -3,8 +3,11 @@
     ttt3r train OUT                                  afresh: some hours of CPU
     ttt3r train OUT --resume WEIGHTS.safetensors     make trained weights better
     ttt3r train OUT --resume WEIGHTS... --widen 2    in a network of twice the width
-    ttt3r train OUT --resume WEIGHTS... --depth-alone    depth in new channels, beside the poses
+    ttt3r train OUT --resume WEIGHTS... --depth-alone    depth, in channels of its own
     ttt3r train OUT --resume OUT                     go on after an interruption
+
+Where depth has channels of its own, as in the bundled weights, training goes on with the poses, or,
+with --depth-alone, with depth.
 
 OUT gets state.pt (saved every two minutes), log.jsonl, curves.png, pictures of held-out worlds, and
 compact.safetensors. A run that goes on keeps the settings that it began with.
@@ -21,14 +24,18 @@ from pathlib import Path
 
 import torch
 
-from ttt3r.training.curriculum import stage_at
-from ttt3r.training.depth_channels import require_depth_channels
+from ttt3r.training.depth_channels import (
+    has_depth_channels,
+    joined_config,
+    require_depth_channels,
+)
 from ttt3r.training.export import export
 from ttt3r.training.loop import LOG_FILE, train
 from ttt3r.training.parallel import launch, rank
 from ttt3r.training.pictures import draw_curves, draw_views
 from ttt3r.training.settings import (
     DEPTH_ALONE,
+    POSES_ALONE,
     REFINE,
     STATE_FILE,
     TrainSettings,
@@ -47,8 +54,7 @@ def main(arguments: list[str]) -> int:
     settings = choose_settings(options)
     launch(options.workers, _work, settings, options)
     path = options.out / "compact.safetensors"
-    longest = max(stage_at(settings.total_steps - 1, settings.curriculum).frames)
-    info = export(options.out, path, segment_frames=longest)
+    info = export(options.out, path)
     draw_curves(options.out / LOG_FILE, options.out / "curves.png")
     for world in ("rooms", "streets"):
         draw_views(load_model(path)[0], world, options.out / f"{world}.png")
@@ -74,16 +80,25 @@ def choose_settings(options: argparse.Namespace) -> TrainSettings:
         times = times_as_wide(found, settings.model)
         expected = replace(widened(settings.model, times), enc_depth=found.enc_depth)
         require_same_network(found, expected, options.resume)
+        weights = load_model(options.resume)[0] if times > 1 else None
+        has_channels = weights is not None and has_depth_channels(weights)
         if options.depth_alone:
-            if times > 1:
-                require_depth_channels(load_model(options.resume)[0].state_dict(), options.resume)
-            settings = replace(DEPTH_ALONE, model=widened(found, 2 if times == 1 else 1))
+            if weights is not None:
+                require_depth_channels(weights, options.resume)
+            model = found if has_channels else joined_config(found)
+            settings = replace(DEPTH_ALONE, model=model)
         else:
+            if has_channels and options.widen > 1:
+                raise ValueError(
+                    f"{options.resume} has channels for depth, which --widen cannot keep apart; "
+                    "leave it out, or widen the weights that they were put beside"
+                )
+            refine = POSES_ALONE if has_channels else REFINE
             settings = replace(
-                REFINE,
+                refine,
                 model=widened(found, options.widen),
-                lr=REFINE.lr * calm,
-                matrix_lr=REFINE.matrix_lr * calm,
+                lr=refine.lr * calm,
+                matrix_lr=refine.matrix_lr * calm,
                 keep_rotations=batch < _GPU_BATCH,
             )
     if (options.out / STATE_FILE).exists():
@@ -169,8 +184,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--depth-alone", action="store_true",
-        help="with --resume WEIGHTS: new channels beside those that there are learn depth; what "
-        "is said of poses hardly changes",
+        help="with --resume WEIGHTS: depth learns in channels of its own, which are added where "
+        "there are none; what is said of poses hardly changes",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, help="of data and first weights [default: 0]")
     parser.add_argument(

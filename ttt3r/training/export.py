@@ -16,7 +16,6 @@ def export(
     path: str | Path = BUNDLED,
     *,
     name: str = "compact",
-    segment_frames: int = 16,
     notes: str = "",
 ) -> WeightsInfo:
     """Write the averaged weights of a run's folder as safetensors, in half precision.
@@ -25,7 +24,6 @@ def export(
         run: folder that `train` wrote to.
         path: file to write.
         name: what the weights are called.
-        segment_frames: recommended length of a segment: about that of the training sequences.
         notes: for whoever lists the weights.
 
     Returns:
@@ -34,7 +32,11 @@ def export(
     record = read_state(run)
     settings = TrainSettings.from_record(record["settings"])
     rules = "cut3r and ttt3r" if any(s.gated for s in settings.curriculum) else "cut3r"
-    learnt = "depth alone, in channels of its own" if settings.depth_alone else rules
+    learnt = {
+        "all": rules,
+        "poses": f"poses alone, {rules}",
+        "depth": "depth alone, in channels of its own",
+    }[settings.learns]
     said = f"{record['frames']} training frames in {record['step']} steps, {learnt}. {notes}"
     if record["origin"]:
         said = f"{said.strip()} Before: {record['origin']}"
@@ -44,8 +46,8 @@ def export(
         sha256="",
         licence="Apache-2.0",
         source=_SOURCE,
-        segment_frames=segment_frames,
+        segment_frames=record["segment_frames"],
         trained=True,
         notes=said.strip(),
     )
-    return save_weights(path, {k: v.half() for k, v in record["averaged"].items()}, info)
+    return save_weights(path, {k: v.half() for k, v in record["weights"].items()}, info)

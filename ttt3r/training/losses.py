@@ -105,7 +105,12 @@ class LossWeights:
     @property
     def outputs(self) -> frozenset[str]:
         """What the network has to predict."""
-        return frozenset({"cam", "trace"} | ({"world"} if self.needs_world else set()))
+        wanted = {"trace"}
+        if self.cam > 0 or self.depth > 0 or self.shift > 0:
+            wanted.add("cam")
+        if self.needs_world:
+            wanted.add("world")
+        return frozenset(wanted)
 
 
 def total_loss(
@@ -118,21 +123,32 @@ def total_loss(
         targets: the truth.
         weights: how the parts add up; a part of no weight is not computed.
     """
-    if found.pointmap_cam is None or found.trace is None:
-        raise ValueError(f"the loss needs predictions with the outputs {sorted(weights.outputs)}")
-    parts = {
-        "cam": point_loss(found.pointmap_cam, found.confidence, targets.pointmap_cam, targets.valid)
+    is_there = {
+        "cam": found.pointmap_cam is not None,
+        "world": found.pointmap_world is not None,
+        "trace": found.trace is not None,
     }
+    missing = [name for name in sorted(weights.outputs) if not is_there[name]]
+    if missing:
+        raise ValueError(f"the loss needs predictions with the outputs {missing}, too")
+    assert found.trace is not None
+    parts: dict[str, Tensor] = {}
+    if weights.cam > 0:
+        parts["cam"] = point_loss(
+            found.pointmap_cam, found.confidence, targets.pointmap_cam, targets.valid
+        )
     if weights.gate > 0:
         parts["gate"] = gate_loss(found.trace.gate_logits, weights.gate_logit)
     if weights.depth > 0:
+        assert found.pointmap_cam is not None
         parts["depth"] = depth_loss(found.pointmap_cam, targets.pointmap_cam, targets.valid)
     if weights.needs_poses:
         parts |= _pose_parts(camera_pose_to_matrix(found.camera_pose), targets)
-    if weights.needs_world:
+    if weights.world > 0:
         parts["world"] = point_loss(
             found.pointmap_world, found.confidence_world, targets.pointmap_world, targets.valid
         )
+    if weights.shift > 0:
         parts["shift"] = shift_loss(found, targets)
     total = sum((getattr(weights, name) * part for name, part in parts.items()), torch.zeros(()))
     return total, parts

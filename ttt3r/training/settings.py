@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -35,7 +35,7 @@ class TrainSettings:
     average: float = 0.99  # weights that are validated and exported: moving average
     validate_every: int = 100
     save_every_s: float = 120.0
-    depth_alone: bool = False  # in new channels beside those that there are, which stay as they are
+    learns: Literal["all", "depth", "poses"] = "all"  # see `depth_channels`
     keep_rotations: bool = False  # learn rotations from what the first weights say of them
     half: bool = False  # bfloat16 autocast: half as many kernels again, for matrices this small
 
@@ -72,18 +72,27 @@ REFINE = TrainSettings(
     ),
 )
 # Depth in channels of its own (`depth_channels`), beside trained ones: what says the poses does not
-# learn, so rates may be high, whatever the batch. Many small steps count. Decay would move what is
-# to stay.
+# learn, so rates may be those of a first training. Many small steps count.
 DEPTH_ALONE = TrainSettings(
-    curriculum=(replace(REFINEMENT[0], lanes=4, stills=0.9),),
-    total_steps=25_000,
-    lr=1e-3,
-    matrix_lr=0.004,
-    weight_decay=0,
+    curriculum=(replace(REFINEMENT[0], frames=(8,), lanes=16, rooms=0.5, stills=0.7),),
+    total_steps=40_000,
+    lr=8e-4,
+    matrix_lr=0.003,
+    warm_up=200,
     cool_down=0.9,
-    validate_every=500,
-    loss=replace(LossWeights().of_stills, cam=1, depth=5),
-    depth_alone=True,
+    average=0.995,
+    validate_every=1000,
+    loss=LossWeights(cam=1, depth=5).of_stills,
+    learns="depth",
+)
+
+
+# From weights that have such channels: what says the poses learns without them.
+POSES_ALONE = replace(
+    REFINE,
+    curriculum=(replace(REFINEMENT[0], stills=0.0),),
+    loss=replace(REFINE.loss, cam=0, depth=0, shift=0),
+    learns="poses",
 )
 
 
@@ -102,6 +111,7 @@ def read_state(run: str | Path) -> dict[str, Any]:
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
         TrainSettings.from_record(record["settings"])
+        record["weights"]
     except (RuntimeError, EOFError, OSError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} is damaged, or not of this version's `ttt3r train`: {error}"
