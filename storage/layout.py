@@ -154,7 +154,7 @@ SEGMENT_ARRAYS = (
         "float16",
         "1",
         "confidence of depth, 1 or more, higher is better",
-        mantissa_bits=4,
+        mantissa_bits=2,
         packing="pcodec",
         images=True,
     ),

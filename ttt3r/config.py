@@ -74,7 +74,7 @@ TINY = ModelConfig(
     mlp_ratio=2.0,
     ray_map_encoder=False,
 )
-# The bundled checkpoint, small enough to be trained and run on a CPU.
+# Small enough to be trained on a CPU; the bundled checkpoint has channels for depth beside these.
 COMPACT = ModelConfig(
     enc_embed_dim=96,
     enc_depth=2,

@@ -23,7 +23,7 @@ from ttt3r.model import Model
 from ttt3r.weights import load_model
 
 CHUNK_FRAMES = 4
-STORED_WITHIN = {"depth": 2**-10, "confidence": 2**-5, "descriptor": 2**-11}  # of the value
+STORED_WITHIN = {"depth": 2**-10, "confidence": 2**-3, "descriptor": 2**-11}  # of the value
 LAST_BITS = 1e-4  # that differ with the size of a batch; bfloat16 and float32 differ by more
 
 

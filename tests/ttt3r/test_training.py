@@ -625,6 +625,13 @@ def test_command_refines_trained_weights_and_begins_afresh_without(tmp_path):
     assert wider == replace(chosen, model=widened(chosen.model, 2))
 
 
+def test_command_goes_on_with_the_bundled_weights(tmp_path):
+    bundled = Path(command.__file__).parents[1] / "checkpoints" / "compact.safetensors"
+    for more, learns in (((), "poses"), (("--depth-alone",), "depth")):
+        chosen = command.choose_settings(options(tmp_path, "--resume", bundled, *more))
+        assert (chosen.learns, chosen.model) == (learns, load_model("compact")[1].config)
+
+
 def test_command_goes_on_with_weights_that_were_widened(tmp_path):
     wide = widen(Model(COMPACT), 2)
     path = tmp_path / "wide.safetensors"
