@@ -18,7 +18,7 @@ LIMITS = {
     "compact streets": (2.6, 0.026, 0.0067, 0.024),
     "compact rooms": (2.1, 0.051, 0.0036, 0.0113),
 }
-ATE_CHANGE = 0.008  # of float32's own ATE; measured: 0.0040 and 0.0003
+ATE_CHANGE = 0.008  # of float32's own ATE; measured: 0.0040, 0.0003 and 0.0005
 
 
 @pytest.mark.slow

@@ -216,11 +216,11 @@ def parted_config(config: ModelConfig) -> ModelConfig:
 
 @torch.no_grad()
 def make_room(model: Model) -> Model:
-    """A network of twice the width, which says what `model` says: its new channels are zero.
+    """A network of twice the width, with more encoder blocks, which says what `model` says.
 
-    Those of image tokens read and write nothing. State tokens have copies of their channels, as in
-    `widen`. In pose memory and heads each new channel is the mean of the old ones, so that norms,
-    which subtract the mean, leave nothing of it.
+    New channels of image tokens are zero, and read and write nothing. State tokens have copies of
+    their channels, as in `widen`. In pose memory and heads each new channel is the mean of the old
+    ones, so that norms, which subtract the mean, leave nothing of it.
 
     Args:
         model: with linear heads, in float32; the result is on the CPU.
@@ -334,7 +334,7 @@ def see(model: Model, images: Tensor, rule: str) -> Seen:
 
 
 def has_depth_channels(model: Model) -> bool:
-    """Whether depth has channels of its own in `model`, which nothing else reads."""
+    """Whether image tokens have channels for depth apart from others, as `join` leaves them."""
     return not any(_is_linked(name, tensor) for name, tensor in model.state_dict().items())
 
 

@@ -45,8 +45,8 @@ def train(
         settings: what to do.
         out_dir: folder for results; created.
         resume: folder of an earlier run, or a .safetensors file whose weights to start from,
-            widened where `settings.model` is a whole number of times as wide. From a folder the
-            loss curve goes on as if never interrupted.
+            widened where `settings.model` is a whole number of times as wide, with room for depth's
+            channels where they learn. From a folder the loss curve goes on as if never interrupted.
         device: "cuda" or "cpu"; None takes a GPU where there is one.
         stop_after: leave after this many steps in all; a later resume goes on from there.
         minutes: leave after this time, likewise.
@@ -55,8 +55,8 @@ def train(
 
     Raises:
         ValueError: `out_dir` holds another run; nothing to resume, or of another network;
-            rotations are to be kept that nothing says; depth is to be learnt alone by a network
-            whose other channels read what would learn it.
+            rotations are to be kept, or depth or poses learnt alone, without weights to start from;
+            one of these by a network where channels for the one read those for the other.
     """
     folder = Path(out_dir)
     if (folder / STATE_FILE).exists() and not _is_same(resume, folder):

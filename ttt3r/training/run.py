@@ -52,7 +52,7 @@ class Drawn:
     """What a step learns from."""
 
     images: Tensor  # [L, T, 3, H, W]
-    truth: tuple[Tensor, ...]  # the fields of `Targets`; of a lesson, the poses
+    truth: tuple[Tensor, ...]  # of `Targets`, for depth alone of `Seen`, too; of lessons, poses
     is_lesson: bool
     rule: str
 
@@ -257,8 +257,8 @@ class Run(ABC, Generic[Network]):
         require_same_network(found.model, self.settings.model, place)
         if found.learns != self.settings.learns:
             raise ValueError(
-                f"in {place} learns {found.learns!r}, expected {self.settings.learns!r}; go on "
-                "with its own settings, or start from its weights, compact.safetensors"
+                f"the run in {place} learns {found.learns!r}, expected {self.settings.learns!r}; "
+                "go on with its own settings, or start from its weights, compact.safetensors"
             )
         self.model.load_state_dict(record["model"])
         self.averaged.load_state_dict(record["averaged"])

@@ -87,7 +87,8 @@ DEPTH_ALONE = TrainSettings(
 )
 
 
-# From weights that have such channels: what says the poses learns without them.
+# From weights that have such channels: what says the poses learns without them. `shift` compares
+# with the camera's own points, which are depth's.
 POSES_ALONE = replace(
     REFINE,
     curriculum=(replace(REFINEMENT[0], stills=0.0),),
