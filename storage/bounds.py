@@ -27,7 +27,7 @@ MOST_METADATA_BYTES = 2**16  # of zarr.json of an array; ours have some 2 kB
 MOST_RECORDS_BYTES = 2**31  # of all commits together; those of 2^24 frames have half of it
 MOST_DIMENSIONS = 8
 MOST_PARTS = 2**16  # of an object that are compressed each by itself
-CODECS = frozenset({"bytes", "blosc", "crc32c", "sharding_indexed", PCODEC})
+CODECS = frozenset({"bytes", "blosc", "crc32c", "sharding_indexed", "transpose", PCODEC})
 # What a parser raises at metadata that are none.
 ILLEGIBLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
@@ -97,10 +97,13 @@ def _fault_of_codecs(codecs: Sequence[Any], cut: list[int], shape: list[int]) ->
     inner = [codec["configuration"] for codec in codecs if codec["name"] == "sharding_indexed"]
     for settings in inner:
         parts = _lengths(settings["chunk_shape"])
-        if cut[0] > parts[0] * MOST_PARTS:
+        if math.prod(cut) > math.prod(parts) * MOST_PARTS:
             return f"objects of {cut} in parts of {parts}"
+        if any(long % part for long, part in zip(cut[1:2], parts[1:2], strict=False)):
+            return f"strips of {parts} of images of {shape}"
+        strip = [shape[0], *parts[1:2], *shape[2:]]
         fault = _fault_of_codecs(settings["index_codecs"], cut, shape) or _fault_of_codecs(
-            settings["codecs"], parts, shape
+            settings["codecs"], parts, strip
         )
         if fault:
             return fault

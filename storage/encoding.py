@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.abc.store import ByteRequest, Store
+from zarr.codecs import TransposeCodec
 from zarr.core.array import Array
 from zarr.core.array_spec import ArrayConfigParams
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
@@ -20,7 +22,15 @@ from storage import layout
 from storage.commits import plain
 from storage.layout import ArraySpec
 from storage.records import Segment
-from storage.shards import SEPARATORS, ShardReader, encode_shard, parsed, shard_name, shard_reader
+from storage.shards import (
+    SEPARATORS,
+    UPRIGHT,
+    ShardReader,
+    encode_shard,
+    parsed,
+    shard_name,
+    shard_reader,
+)
 
 LARGEST_WHOLE_READ = 4 * 2**20  # bytes before compression; of larger objects a part is read
 
@@ -49,7 +59,11 @@ def _new_array(
     """An empty array whose shards hold `rows` rows."""
     shape = spec.shape(sizes)
     shard = (rows, *shape[1:])
-    inner = (layout.frames_per_read(rows), *shape[1:])
+    inner, filters = (layout.frames_per_read(rows), *shape[1:]), None
+    # Of large objects parts are read: each strip would be a read of its own.
+    if spec.strips and math.prod(shard) * np.dtype(spec.dtype).itemsize <= LARGEST_WHOLE_READ:
+        inner = (inner[0], layout.strip_height(shape[1]), shape[2])
+        filters = (TransposeCodec(order=tuple(UPRIGHT)),)
     return zarr.create_array(
         store,
         name=path,
@@ -57,7 +71,7 @@ def _new_array(
         dtype=spec.dtype,
         chunks=inner if spec.images else shard,
         shards=shard if spec.images else None,
-        filters=None,
+        filters=filters,
         fill_value=spec.fill_value,
         attributes=spec.attributes(),
         dimension_names=spec.dims,

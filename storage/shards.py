@@ -1,6 +1,7 @@
 """Shards encoded and decoded without Zarr's machinery, which costs ten times the compression.
 
-The bytes are those that Zarr writes and reads; `tests/storage/test_shards.py` compares them.
+The bytes are those that Zarr writes and reads, but for the order of strips in an object;
+`tests/storage/test_shards.py` compares them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
 SEPARATORS = (".", "/")  # in names of objects; a slash before version 3 of the schema
 LEFT_OUT = 2**64 - 1  # in a shard's index, of an inner chunk without rows
 ORDERS = (1, 2)  # of differences between neighbours in a row; maps of depth take either
-ROWS_OF_SAMPLE = 4  # every so many rows of each image tell which order packs it better
+WIDEST_STRIP = 16  # values in a row, for the row before to be among those a value is told from
+EVERY_OF_SAMPLE = 4  # every so many rows of each image tell what packs it best, or so many images
+UPRIGHT = [0, 2, 1]  # axes of images whose columns are packed one after the other
+PACKED = ["numcodecs.pcodec", "crc32c"]  # codecs
 BLOSC_HEADER = 16  # bytes; 4 to 7 hold the size before compression, 12 to 15 that after it
 
 
@@ -93,11 +97,11 @@ def _encoder(codecs: list[dict[str, Any]], rows: int, fill: Any) -> Encode:
     if [codec["name"] for codec in codecs] == ["sharding_indexed"]:
         return lambda values: _sharded(codecs[0]["configuration"], values, rows, fill)
     names = [codec["name"] for codec in codecs]
-    if names == ["numcodecs.pcodec", "crc32c"]:
-        settings = codecs[0]["configuration"]
+    if names[-2:] == PACKED:
+        settings, turned = codecs[-2]["configuration"], _turning(codecs[:-2])
         if set(settings) != {"level"}:
             raise NotPlain(f"pcodec with {settings}")
-        return lambda values: _checked(pack(_filled(values, rows, fill), **settings))
+        return lambda values: _checked(pack(turned(_filled(values, rows, fill)), **settings))
     endian = codecs[0].get("configuration", {}).get("endian", "little")
     if names == ["bytes", "crc32c"] and endian == "little":
         return lambda values: _checked(_filled(values, rows, fill).tobytes())
@@ -105,6 +109,15 @@ def _encoder(codecs: list[dict[str, Any]], rows: int, fill: Any) -> Encode:
         blosc = codecs[1]["configuration"]
         return lambda values: _checked(_compressed(blosc, _filled(values, rows, fill)))
     raise NotPlain(f"codecs {codecs}")
+
+
+def _turning(filters: list[dict[str, Any]]) -> Callable[[np.ndarray], np.ndarray]:
+    """What is done to values before they are packed, and undoes it after they are unpacked."""
+    if not filters:
+        return lambda values: values
+    if filters != [{"name": "transpose", "configuration": {"order": UPRIGHT}}]:
+        raise NotPlain(f"codecs {filters}")
+    return lambda images: images.transpose(UPRIGHT)
 
 
 def _compressed(settings: Mapping[str, Any], rows: np.ndarray) -> bytes:
@@ -120,22 +133,32 @@ def _checked(data: bytes) -> bytes:
 
 
 def _sharded(settings: Mapping[str, Any], values: np.ndarray, rows: int, fill: Any) -> bytes:
-    """Inner chunks one after the other, then where each of them lies; empty ones are left out."""
-    inner, *sides = settings["chunk_shape"]
-    _check_sharding(settings, sides, values.shape[1:])
+    """Inner chunks one after the other, then where each of them lies; empty ones are left out.
+
+    Strips of the same images lie together.
+    """
+    inner = settings["chunk_shape"][0]
+    strips = _strips(settings, values.shape[1:])
     encode = _encoder(settings["codecs"], inner, fill)
-    parts = [encode(values[i : i + inner]) for i in range(0, len(values), inner)]
+    parts = [
+        encode(strip)
+        for i in range(0, len(values), inner)
+        for strip in np.split(values[i : i + inner], strips, axis=1)
+    ]
     lengths = np.array([len(part) for part in parts], np.uint64)
-    index = np.full((rows // inner, 2), LEFT_OUT, "<u8")
+    index = np.full((rows // inner * strips, 2), LEFT_OUT, "<u8")
     index[: len(parts)] = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
     return b"".join([*parts, _checked(index.tobytes())])
 
 
-def _check_sharding(settings: Mapping[str, Any], sides: list[int], row: tuple[int, ...]) -> None:
+def _strips(settings: Mapping[str, Any], image: tuple[int, ...]) -> int:
+    """Into how many strips of whole rows images of this shape are cut."""
     index_codecs = [codec["name"] for codec in settings["index_codecs"]]
     plain_index = index_codecs == ["bytes", "crc32c"] and settings["index_location"] == "end"
-    if sides != list(row) or not plain_index:
+    _, high, *wide = settings["chunk_shape"]
+    if wide != list(image[1:]) or image[0] % high or not plain_index:
         raise NotPlain(f"shards of {settings['chunk_shape']}, index {index_codecs}")
+    return image[0] // high
 
 
 @dataclass(frozen=True)
@@ -145,7 +168,7 @@ class ShardReader:
     rows: int  # of an object
     size_bytes: int  # of an object before compression
     inner: int  # rows that are compressed together
-    is_sharded: bool
+    strips: int  # that each image is cut into; 0: objects are not shards
     decode_inner: Decode
 
     def decode(self, data: bytes, start: int, stop: int) -> np.ndarray:
@@ -154,12 +177,16 @@ class ShardReader:
         Raises:
             ValueError: the object is damaged.
         """
-        if not self.is_sharded:
+        if not self.strips:
             return self.decode_inner(memoryview(data))[start:stop]
-        index_bytes = self.rows // self.inner * 16 + 4
-        index = np.frombuffer(_unchecked(memoryview(data)[-index_bytes:]), "<u8").reshape(-1, 2)
+        index_bytes = self.rows // self.inner * self.strips * 16 + 4
+        stored = np.frombuffer(_unchecked(memoryview(data)[-index_bytes:]), "<u8")
+        index = stored.reshape(-1, self.strips, 2)
         first, last = start // self.inner, -(-stop // self.inner)
-        parts = [self.decode_inner(_part(data, *span)) for span in index[first:last].tolist()]
+        parts = [
+            np.concatenate([self.decode_inner(_part(data, *span)) for span in spans], axis=1)
+            for spans in index[first:last].tolist()
+        ]
         return np.concatenate(parts)[start - first * self.inner : stop - first * self.inner]
 
 
@@ -178,11 +205,11 @@ def shard_reader(document: bytes) -> ShardReader:
         raise NotPlain(f"objects of {[rows, *sides]} in {node['shape']}")
     size = int(np.prod((rows, *row))) * dtype.itemsize
     if [codec["name"] for codec in node["codecs"]] != ["sharding_indexed"]:
-        return ShardReader(rows, size, rows, False, _decoder(node["codecs"], (rows, *row), dtype))
+        return ShardReader(rows, size, rows, 0, _decoder(node["codecs"], (rows, *row), dtype))
     settings = node["codecs"][0]["configuration"]
-    inner, *sides = settings["chunk_shape"]
-    _check_sharding(settings, sides, row)
-    return ShardReader(rows, size, inner, True, _decoder(settings["codecs"], (inner, *row), dtype))
+    inner, strips = settings["chunk_shape"], _strips(settings, row)
+    decode = _decoder(settings["codecs"], tuple(inner), dtype)
+    return ShardReader(rows, size, inner[0], strips, decode)
 
 
 def _part(data: bytes, offset: int, length: int) -> memoryview:
@@ -194,8 +221,10 @@ def _part(data: bytes, offset: int, length: int) -> memoryview:
 def _decoder(codecs: list[dict[str, Any]], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Decode:
     """How bytes become the rows of one object or inner chunk."""
     names = [codec["name"] for codec in codecs]
-    if names == ["numcodecs.pcodec", "crc32c"]:
-        return lambda stored: unpack(bytes(_unchecked(stored)), shape, dtype)
+    if names[-2:] == PACKED:
+        turned = _turning(codecs[:-2])
+        packed = turned(np.broadcast_to(dtype.type(), shape)).shape
+        return lambda stored: turned(unpack(bytes(_unchecked(stored)), packed, dtype))
     endian = codecs[0].get("configuration", {}).get("endian", "little")
     size = int(np.prod(shape)) * dtype.itemsize
     if names not in (["bytes", "crc32c"], ["bytes", "blosc", "crc32c"]) or endian != "little":
@@ -215,7 +244,9 @@ def pack(values: np.ndarray, level: int) -> bytes:
     """Values as pcodec packs them, given what it finds out by itself less well.
 
     Rounded floats end in bits that are zero in all of them, which it packs apart ("float quant");
-    and the order of differences is chosen by packing some of the rows.
+    and by packing some of them it is seen what to pack: differences of neighbours, once or twice,
+    or, where rows are short, what is left of a value once it is told from the row before it, too
+    (linear prediction from the values before it, whose weights pcodec fits).
 
     Args:
         values: neighbours along the last axis are alike; the last but one is of rows.
@@ -226,13 +257,18 @@ def pack(values: np.ndarray, level: int) -> bytes:
     if not zeros:
         return standalone.simple_compress(values.reshape(-1), ChunkConfig(compression_level=level))
 
-    def packed(some: np.ndarray, order: int) -> bytes:
-        mode, delta = ModeSpec.try_float_quant(zeros), DeltaSpec.try_consecutive(order)
+    def packed(some: np.ndarray, delta: DeltaSpec) -> bytes:
+        mode = ModeSpec.try_float_quant(zeros)
         config = ChunkConfig(compression_level=level, mode_spec=mode, delta_spec=delta)
-        return standalone.simple_compress(some.reshape(-1), config)
+        return standalone.simple_compress(np.ascontiguousarray(some).reshape(-1), config)
 
-    sample = np.ascontiguousarray(values[..., ::ROWS_OF_SAMPLE, :]) if values.ndim > 1 else values
-    return packed(values, min(ORDERS, key=lambda order: len(packed(sample, order))))
+    deltas, sample = [DeltaSpec.try_consecutive(order) for order in ORDERS], values
+    if values.ndim > 2 and values.shape[-1] <= WIDEST_STRIP:
+        deltas.append(DeltaSpec.try_conv1(values.shape[-1] + 2))
+        sample = values[::EVERY_OF_SAMPLE]  # its rows stay neighbours
+    elif values.ndim > 1:
+        sample = values[..., ::EVERY_OF_SAMPLE, :]
+    return packed(values, min(deltas, key=lambda delta: len(packed(sample, delta))))
 
 
 def _trailing_zeros(values: np.ndarray) -> int:

@@ -44,6 +44,12 @@ def path_of(store: ReconstructionStore, name: str) -> Path:
     return Path(store.url, name)
 
 
+def sharded(*parts: int) -> list[dict[str, object]]:
+    """Codecs of objects in such parts."""
+    codecs: dict[str, object] = {"codecs": [{"name": "bytes"}], "index_codecs": [{"name": "bytes"}]}
+    return [{"name": "sharding_indexed", "configuration": {"chunk_shape": [*parts], **codecs}}]
+
+
 def grow(path: Path) -> None:
     """Make a file larger than any record; it takes no space on the disk."""
     with path.open("r+b") as file:
@@ -167,6 +173,10 @@ def test_array_with_metadata_of_megabytes_is_refused(store):
         ),
         ({"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [0, 48, 64]}}}, "of"),
         ({"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [8, 1, 1]}}}, "of"),
+        ({"codecs": sharded(0, 16, 64)}, "in parts of"),
+        ({"codecs": sharded(8, 0, 64)}, "in parts of"),
+        ({"codecs": sharded(8, 17, 64)}, "strips of"),
+        ({"codecs": sharded(8, 16, 32)}, "objects of"),
         ({"chunk_grid": None}, "cannot be understood"),
         ({"storage_transformers": [{"name": "other"}]}, "other"),
     ],
@@ -217,7 +227,7 @@ def test_chunk_that_expands_is_not_decompressed(store):
 def test_depth_that_expands_is_not_unpacked(store):
     """By our own reader, and by Zarr's."""
     expands = PCodec(level=8).encode(np.zeros(2**26, np.float16))
-    shard = shard_of_one_part(expands)
+    shard = shard_of_strips(expands)
     assert len(shard) < 2**20
     path_of(store, f"{DEPTH}/c.0.0.0").write_bytes(shard)
     tracemalloc.start()
@@ -231,10 +241,10 @@ def test_depth_that_expands_is_not_unpacked(store):
         tracemalloc.stop()
 
 
-def shard_of_one_part(part: bytes) -> bytes:
-    """With right checksums."""
+def shard_of_strips(part: bytes) -> bytes:
+    """The same for all three strips, with right checksums."""
     part += google_crc32c.value(part).to_bytes(4, "little")
-    index = np.array([0, len(part)], "<u8").tobytes()
+    index = np.array([0, len(part)] * 3, "<u8").tobytes()
     return part + index + google_crc32c.value(index).to_bytes(4, "little")
 
 

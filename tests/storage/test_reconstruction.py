@@ -199,6 +199,19 @@ def test_chunk_with_wrong_arrays_is_refused(store):
         store.read(SEGMENT, "normals", 10, 12)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "rows"),
+    [(24, 80, 12), (40, 80, 10), (56, 80, 14), (34, 80, 34), (288, 256, 16), (288, 512, 288)],
+)
+def test_depth_lies_in_strips_where_objects_are_read_whole(tmp_path, height, width, rows):
+    store = ReconstructionStore.create(tmp_path / "drive.zarr", {})
+    segment = Segment(0, 0, 20, 0)
+    store.create_segment(segment, 16, height, width, 8, (4, 8), (2, 8))
+    group = zarr.open_group(store.url, mode="r")["segments/0000"]
+    assert group["depth"].chunks == (8, rows, width)
+    assert group["confidence"].chunks == (8, height, width)
+
+
 def test_single_frame_needs_few_frames_decoded(finished):
     depth = zarr.open_array(f"{finished.url}/segments/0000/depth", mode="r")
     assert depth.shards == (CHUNK_FRAMES, HEIGHT, WIDTH)
@@ -603,7 +616,7 @@ def test_store_of_a_newer_schema_is_refused(store):
         document = json.load(file)
     document["attributes"]["schema_version"] += 1
     write_object(f"{store.url}/zarr.json", json.dumps(document).encode())
-    with pytest.raises(StoreTooNew, match=r"schema version 4.*up to 3"):
+    with pytest.raises(StoreTooNew, match=r"schema version 5.*up to 4"):
         ReconstructionStore.open(store.url)
 
 
