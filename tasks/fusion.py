@@ -505,12 +505,20 @@ def fuse_tiles(tiles: list[Tile], frames: Iterable[FusionFrame], grid: FusionGri
 
     Args:
         frames: those of `frames_of(tiles)`, in that order; read one by one and not kept.
+
+    Raises:
+        ValueError: there are more or fewer frames.
     """
     volumes = [TileVolume(tile, grid) for tile in tiles]
-    for frame in frames:
+    seen_by: dict[int, list[TileVolume]] = {number: [] for number in frames_of(tiles)}
+    for volume in volumes:
+        for number in volume.tile.frames:
+            seen_by[number].append(volume)
+    for frame, touched in zip(frames, seen_by.values(), strict=True):
         prepared = prepare(frame, grid)
-        for volume in volumes:
+        for volume in touched:
             volume.integrate(prepared)
+    del volume, touched, seen_by  # the volumes have one owner now
     # A mesh takes half as much again as its volume while it is made. So each volume is let go of
     # before the next one's turn, and the largest, made last, is alone.
     meshes: dict[tuple[int, int, int], Mesh] = {}
@@ -620,7 +628,8 @@ def _without_repeats(values: np.ndarray) -> np.ndarray:
 def _local_blocks(blocks: np.ndarray, index: tuple[int, int, int], grid: FusionGrid) -> np.ndarray:
     """Those of `blocks` that lie in the tile or its halo, counted from the halo's corner."""
     local = blocks - (grid.first_block(index) - 1)
-    return local[((local >= 0) & (local < grid.tile_blocks + 2)).all(axis=1)]
+    x, y, z = ((local >= 0) & (local < grid.tile_blocks + 2)).T
+    return local[x & y & z]  # `all(axis=1)` takes four times as long
 
 
 def _tiles_of(blocks: np.ndarray, grid: FusionGrid) -> list[tuple[int, int, int]]:

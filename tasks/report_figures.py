@@ -242,7 +242,7 @@ def png(image: NDArray[np.uint8], width: int | None = None) -> bytes:
         size = (width, round(width * picture.height / picture.width))
         picture = picture.resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 

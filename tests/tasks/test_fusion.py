@@ -205,10 +205,17 @@ def test_plan_tiles_lists_exactly_the_frames_that_matter(frames):
     grid = grid_of(tile_m=2.0)
     tiles = plan_tiles(frames, grid)
     tile = next(tile for tile in tiles if 5 < len(tile.frames) < 20)
-    every = fuse_tile(tile, frames, grid)
+    every = fuse_tile(replace(tile, frames=tuple(range(len(frames)))), frames, grid)
     chosen = fuse_tile(tile, [frames[i] for i in tile.frames], grid)
     assert write_ply(every) == write_ply(chosen)
     assert len(chosen.triangles)
+
+
+def test_frames_that_are_not_those_of_the_tiles_are_refused(frames):
+    grid = grid_of(tile_m=2.0)
+    tile = next(tile for tile in plan_tiles(frames, grid) if 5 < len(tile.frames) < 20)
+    with pytest.raises(ValueError, match="shorter"):
+        fuse_tiles([tile], frames, grid)
 
 
 def test_groups_of_tiles_give_the_same_meshes_from_fewer_passes(frames):
@@ -321,8 +328,8 @@ def test_same_frames_give_the_same_bytes(frames, whole):
 
 def test_surface_seen_too_rarely_is_left_out():
     frame = FusionFrame(np.full((H, W), 2, np.float32), K, np.eye(4))
-    tile = Tile((0, 0, 0), (0,), 1)
     for needed, seen, is_there in ((1, 1, True), (2, 1, False), (2, 2, True), (3, 2, False)):
+        tile = Tile((0, 0, 0), tuple(range(seen)), 1)
         grid = grid_of(min_observations=needed, tile_m=6.0)
         assert bool(len(fuse_tile(tile, [frame] * seen, grid).triangles)) is is_there
 
