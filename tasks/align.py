@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from tasks.attempts import attempt_id, counted
 from tasks.config import AlignConfig, InferConfig
 from tasks.infer import require_inferred, segment_keys
 from tasks.keys import drop_later, find_key, stage_key
+from tasks.pipelining import prefetch
 from tasks.planned import read_aside, read_plan, read_record
 from tasks.retries import STAGE_OPTIONS
 from ttt3r.alignment import (
@@ -37,7 +39,7 @@ from ttt3r.geometry import depth_to_pointmap, intrinsics_from_focal
 from ttt3r.images import fit, source_intrinsics
 from ttt3r.weights import WeightsInfo, weights_info
 
-VERSION = 3
+VERSION = 4
 # A field of view of 60 degrees, where neither the network nor the user knows the focal length.
 FALLBACK_FOCAL = 0.866
 # Frames of an overlap that are compared at most, evenly over it: bounds memory.
@@ -151,45 +153,52 @@ def fit_seams(
     store: ReconstructionStore, plan: Plan, focal: float, settings: AlignSettings
 ) -> dict[int, OverlapFit]:
     """For each segment that overlaps the one before it: how it lies in that one's frame."""
-    return {
-        segment.index: _fit_seam(store, plan, segment, focal, settings)
-        for segment in plan.segments
-        if plan.overlap(segment)
-    }
+    fits = {}
+    with closing(prefetch(_read_seams(store, plan, focal), 1)) as seams:
+        for index, (a, b) in seams:
+            fits[index] = align_overlap(
+                a["points"],
+                b["points"],
+                a["depth"],
+                a["confidence"],
+                b["confidence"],
+                settings,
+                depth_b=b["depth"],
+                T_a_cam=a["cam_to_seg"],
+                T_b_cam=b["cam_to_seg"],
+            )
+    return fits
 
 
-def _fit_seam(
-    store: ReconstructionStore, plan: Plan, segment: Segment, focal: float, settings: AlignSettings
-) -> OverlapFit:
-    before, shared = plan.segments[segment.index - 1], plan.overlap(segment)
-    frames = np.unique(np.linspace(shared.start, shared.stop - 1, SEAM_FRAMES).round().astype(int))
-
-    a, b = (_read_seam(store, of, shared, frames.tolist()) for of in (before, segment))
-    return align_overlap(
-        lift(a["depth"], focal, a["cam_to_seg"]),
-        lift(b["depth"], focal, b["cam_to_seg"]),
-        a["depth"],
-        a["confidence"],
-        b["confidence"],
-        settings,
-        depth_b=b["depth"],
-        T_a_cam=a["cam_to_seg"],
-        T_b_cam=b["cam_to_seg"],
-    )
+def _read_seams(
+    store: ReconstructionStore, plan: Plan, focal: float
+) -> Iterator[tuple[int, tuple[dict[str, Array], ...]]]:
+    """Index of each segment that overlaps the one before it; what that one and it say there."""
+    for segment in plan.segments:
+        shared = plan.overlap(segment)
+        if not shared:
+            continue
+        frames = np.linspace(shared.start, shared.stop - 1, SEAM_FRAMES).round().astype(int)
+        pair = plan.segments[segment.index - 1], segment
+        yield (
+            segment.index,
+            tuple(_read_seam(store, of, shared, np.unique(frames).tolist(), focal) for of in pair),
+        )
 
 
 def _read_seam(
-    store: ReconstructionStore, segment: Segment, shared: range, frames: list[int]
+    store: ReconstructionStore, segment: Segment, shared: range, frames: list[int], focal: float
 ) -> dict[str, Array]:
-    """What a segment says of `frames`, all or some of those that it shares."""
+    """What a segment says of `frames`, all or some of those that it shares; points by `focal`."""
     spans = [(f, f + 1) for f in frames]
     if len(frames) == len(shared):
         spans = [(shared.start, shared.stop)]
     parts = [store.read_many(segment, SEAM_ARRAYS, *span) for span in spans]
-    return {
+    said = {
         name: np.concatenate([part[name] for part in parts]).astype(np.float64)
         for name in SEAM_ARRAYS
     }
+    return said | {"points": lift(said["depth"], focal, said["cam_to_seg"])}
 
 
 def lift(depth: Array, focal: float, T_x_cam: Array) -> Array:

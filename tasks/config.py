@@ -75,7 +75,8 @@ class AlignConfig:
     focal_px: Positive | None = None
     """Known focal length in pixels of the recording; None: the network's estimate."""
     scale_prior_sigma: Positive = 0.3
-    """Standard deviation of the log of one segment's scale around the model's metres."""
+    """Standard deviation of the log of one segment's scale around the model's metres; less where
+    seams say that segments differ less."""
 
 
 @dataclass(frozen=True, config=STRICT)

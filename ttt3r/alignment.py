@@ -40,6 +40,7 @@ MAD_TO_SIGMA = 1.4826
 ROUGHLY = 1e-3
 # Fields of view outside of this are a failed focal estimate, not a camera.
 FIELD_OF_VIEW_DEG = (5.0, 150.0)
+LEAST_SPREAD = 1e-3  # of the log scales of segments
 
 
 class AlignmentError(ValueError):
@@ -113,10 +114,11 @@ class AlignSettings:
         noise_floor: residuals below this are never outliers.
         confidence_cap: a confidence counts at most this many times the median one.
         pose_share: share of the cameras in the rotation and translation, in [0, 1).
-        scale_prior_sigma: standard deviation of the log of one segment's scale around metric.
+        scale_prior_sigma: standard deviation of the log of one segment's scale around metric, at
+            most: where seams say that segments differ less, they do (see `balance_scales`).
     """
 
-    max_points: int = 20_000
+    max_points: int = 8_000
     min_points: int = 100
     iterations: int = 30
     settled: float = 1e-5
@@ -292,13 +294,15 @@ def balance_scales(
 ) -> tuple[list[Sim3], float]:
     """Weigh the measured scale of every seam against all segments being metric by themselves.
 
-    Chained scales do a random walk; the model's own metric scale is worse in one segment but
-    does not drift. The most probable log scales x of the segments minimise
-    sum ((x[i+1] - x[i] - log scale[i]) / scale_sigma[i])^2 + sum (x[i] / prior_sigma)^2.
+    Chained scales do a random walk, and drift where seams err alike; the model's own metric scale
+    is worse in one segment but does not drift. The most probable log scales x of the segments
+    minimise sum ((x[i+1] - x[i] - log scale[i]) / scale_sigma[i])^2 + sum (x[i] / sigma)^2.
+    What all segments share shows at no seam; sigma is how much they differ, as the seams say:
+    between segments that differ independently, log scales have sqrt(2) sigma.
 
     Args:
         fits: of neighbouring segments, in order.
-        prior_sigma: of the log of one segment's scale; `AlignSettings.scale_prior_sigma` if None.
+        prior_sigma: the most that sigma is; `AlignSettings.scale_prior_sigma` if None.
 
     Returns:
         The transformations with balanced scales and the scale of the first segment: what `chain`
@@ -306,8 +310,8 @@ def balance_scales(
     """
     if not fits:
         return [], 1.0
-    prior_sigma = prior_sigma or AlignSettings().scale_prior_sigma
     measured = np.log([fit.scale for fit in fits])
+    prior_sigma = min(prior_sigma or AlignSettings().scale_prior_sigma, _spread(fits))
     # A seam is never known better than this; it also keeps the system well conditioned.
     precision = 1.0 / np.maximum([fit.scale_sigma for fit in fits], 1e-4) ** 2
     pulls = precision * measured
@@ -317,6 +321,14 @@ def balance_scales(
     return [f.rescaled(float(s)) for f, s in zip(fits, np.exp(np.diff(x)), strict=True)], float(
         np.exp(x[0])
     )
+
+
+def _spread(fits: Sequence[OverlapFit]) -> float:
+    """Standard deviation of the log scales of segments; infinite where no seam measured any."""
+    measured = [np.log(fit.scale) for fit in fits if fit.method == "points"]
+    if not measured:
+        return np.inf
+    return max(float(np.sqrt(np.mean(np.square(measured)) / 2.0)), LEAST_SPREAD)
 
 
 def blend_seam(T_a: ArrayLike, T_b: ArrayLike) -> Array:
