@@ -20,6 +20,7 @@ from storage.codecs import PCODEC, PCODEC_SETTINGS
 from storage.errors import DataDamaged
 from storage.layout import FIXED_SIZES, ArraySpec
 from storage.records import MOST_FRAMES
+from storage.shards import PACKED, TURNED_UPRIGHT
 
 MOST_OBJECT_BYTES = 2**30  # of an object, before compression
 MOST_WHOLE_BYTES = 2**32  # of an array that is read as a whole
@@ -27,7 +28,8 @@ MOST_METADATA_BYTES = 2**16  # of zarr.json of an array; ours have some 2 kB
 MOST_RECORDS_BYTES = 2**31  # of all commits together; those of 2^24 frames have half of it
 MOST_DIMENSIONS = 8
 MOST_PARTS = 2**16  # of an object that are compressed each by itself
-CODECS = frozenset({"bytes", "blosc", "crc32c", "sharding_indexed", "transpose", PCODEC})
+MOST_STRIPS = 2**12  # of an image
+CODECS = frozenset({"bytes", "blosc", "crc32c", "sharding_indexed", PCODEC})
 # What a parser raises at metadata that are none.
 ILLEGIBLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
@@ -85,7 +87,7 @@ def _fault_of_shape(node: Mapping[str, Any], spec: ArraySpec) -> str | None:
 
 
 def _fault_of_codecs(codecs: Sequence[Any], cut: list[int], shape: list[int]) -> str | None:
-    """What is unknown of codecs, or cut otherwise than along the first axis."""
+    """What is unknown of codecs, or cut otherwise than along the first axis and into strips."""
     if min(cut, default=0) < 1 or cut[1:] != shape[1:]:
         return f"objects of {cut} of an array of {shape}"
     names = [codec["name"] for codec in codecs]
@@ -99,11 +101,15 @@ def _fault_of_codecs(codecs: Sequence[Any], cut: list[int], shape: list[int]) ->
         parts = _lengths(settings["chunk_shape"])
         if math.prod(cut) > math.prod(parts) * MOST_PARTS:
             return f"objects of {cut} in parts of {parts}"
-        if any(long % part for long, part in zip(cut[1:2], parts[1:2], strict=False)):
-            return f"strips of {parts} of images of {shape}"
-        strip = [shape[0], *parts[1:2], *shape[2:]]
+        within, inner_codecs = shape, settings["codecs"]
+        if inner_codecs[:1] == [TURNED_UPRIGHT] and len(parts) == len(shape) == 3:
+            if shape[1] % parts[1] or shape[1] > parts[1] * MOST_STRIPS:
+                return f"strips of {parts} of images of {shape}"
+            within, inner_codecs = [shape[0], parts[1], shape[2]], inner_codecs[1:]
+            if [codec["name"] for codec in inner_codecs] != PACKED:
+                return f"codecs {reprlib.repr(settings['codecs'])}"
         fault = _fault_of_codecs(settings["index_codecs"], cut, shape) or _fault_of_codecs(
-            settings["codecs"], parts, strip
+            inner_codecs, parts, within
         )
         if fault:
             return fault

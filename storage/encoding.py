@@ -61,8 +61,9 @@ def _new_array(
     shard = (rows, *shape[1:])
     inner, filters = (layout.frames_per_read(rows), *shape[1:]), None
     # Of large objects parts are read: each strip would be a read of its own.
-    if spec.strips and math.prod(shard) * np.dtype(spec.dtype).itemsize <= LARGEST_WHOLE_READ:
-        inner = (inner[0], layout.strip_height(shape[1]), shape[2])
+    is_read_whole = math.prod(shard) * np.dtype(spec.dtype).itemsize <= LARGEST_WHOLE_READ
+    if spec.strips and is_read_whole and (high := layout.strip_rows(shape[1])):
+        inner = (inner[0], high, *shape[2:])
         filters = (TransposeCodec(order=tuple(UPRIGHT)),)
     return zarr.create_array(
         store,

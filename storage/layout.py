@@ -30,7 +30,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from storage.codecs import PCODEC_SETTINGS, BoundedPCodec
 from storage.objects import check_name
 from storage.records import DAMAGED, DUPLICATE, KEYFRAME
-from storage.shards import WIDEST_STRIP
+from storage.shards import MOST_STRIP_ROWS
 
 SCHEMA = "ttt3r-reconstruction"
 # Since 2 depth and confidence may be packed by pcodec; since 3 the objects of an array lie in its
@@ -45,7 +45,7 @@ GROUPS = (FRAMES, SEGMENTS, TRAJECTORY, COMMITS, CLAIMS, *FILE_FOLDERS)
 LARGEST_HALF = 65504.0  # largest finite float16
 HALF_ABSOLUTE_ERROR = 2.0**-23  # where float16 runs out of exponents, below 6.1e-5
 FRAMES_PER_READ = 8  # images that are decoded together: the least that a read costs
-LOWEST_STRIP = 4  # rows of images; lower ones cost more than they save
+LEAST_STRIP_ROWS = 4  # of an image; lower strips cost more than they save
 ROWS_PER_OBJECT = 65536  # arrays that are written as a whole
 GATE_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 Packing = Literal["blosc", "pcodec"]
@@ -64,7 +64,7 @@ class ArraySpec:
     mantissa_bits: int | None = None  # rounding of float16 arrays
     packing: Packing | None = "blosc"
     images: bool = False  # large rows: shards that hold a few frames per inner chunk
-    strips: bool = False  # and of small images strips, upright: pcodec sees both neighbours there
+    strips: bool = False  # images of small shards are cut into strips, whose columns are packed
     notes: tuple[tuple[str, Any], ...] = ()  # further attributes
     optional: bool = False  # zero where the writer gives none
 
@@ -339,10 +339,10 @@ def frames_per_read(chunk_frames: int) -> int:
     return max(n for n in range(1, FRAMES_PER_READ + 1) if chunk_frames % n == 0)
 
 
-def strip_height(height: int) -> int:
-    """Rows of a strip of images that are `height` high: its largest divisor that is worth it."""
-    high = max(n for n in range(1, WIDEST_STRIP + 1) if height % n == 0)
-    return high if high >= LOWEST_STRIP else height
+def strip_rows(height: int) -> int | None:
+    """Rows of the strips that images of this height are cut into; None: they are not."""
+    fitting = [n for n in range(LEAST_STRIP_ROWS, MOST_STRIP_ROWS + 1) if height % n == 0]
+    return max(fitting, default=None)
 
 
 def check_names(

@@ -24,9 +24,10 @@ SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
 SEPARATORS = (".", "/")  # in names of objects; a slash before version 3 of the schema
 LEFT_OUT = 2**64 - 1  # in a shard's index, of an inner chunk without rows
 ORDERS = (1, 2)  # of differences between neighbours in a row; maps of depth take either
-WIDEST_STRIP = 16  # values in a row, for the row before to be among those a value is told from
-EVERY_OF_SAMPLE = 4  # every so many rows of each image tell what packs it best, or so many images
+MOST_STRIP_ROWS = 16  # of an image: a value is then told from its own column and the one before
+SAMPLE = 4  # one in so many rows, or columns of a strip, tells how to pack them all
 UPRIGHT = [0, 2, 1]  # axes of images whose columns are packed one after the other
+TURNED_UPRIGHT = {"name": "transpose", "configuration": {"order": UPRIGHT}}  # codec
 PACKED = ["numcodecs.pcodec", "crc32c"]  # codecs
 BLOSC_HEADER = 16  # bytes; 4 to 7 hold the size before compression, 12 to 15 that after it
 
@@ -115,7 +116,7 @@ def _turning(filters: list[dict[str, Any]]) -> Callable[[np.ndarray], np.ndarray
     """What is done to values before they are packed, and undoes it after they are unpacked."""
     if not filters:
         return lambda values: values
-    if filters != [{"name": "transpose", "configuration": {"order": UPRIGHT}}]:
+    if filters != [TURNED_UPRIGHT]:
         raise NotPlain(f"codecs {filters}")
     return lambda images: images.transpose(UPRIGHT)
 
@@ -223,7 +224,7 @@ def _decoder(codecs: list[dict[str, Any]], shape: tuple[int, ...], dtype: np.dty
     names = [codec["name"] for codec in codecs]
     if names[-2:] == PACKED:
         turned = _turning(codecs[:-2])
-        packed = turned(np.broadcast_to(dtype.type(), shape)).shape
+        packed = (shape[0], *reversed(shape[1:])) if codecs[:-2] else shape
         return lambda stored: turned(unpack(bytes(_unchecked(stored)), packed, dtype))
     endian = codecs[0].get("configuration", {}).get("endian", "little")
     size = int(np.prod(shape)) * dtype.itemsize
@@ -243,10 +244,10 @@ def _decoder(codecs: list[dict[str, Any]], shape: tuple[int, ...], dtype: np.dty
 def pack(values: np.ndarray, level: int) -> bytes:
     """Values as pcodec packs them, given what it finds out by itself less well.
 
-    Rounded floats end in bits that are zero in all of them, which it packs apart ("float quant");
-    and by packing some of them it is seen what to pack: differences of neighbours, once or twice,
-    or, where rows are short, what is left of a value once it is told from the row before it, too
-    (linear prediction from the values before it, whose weights pcodec fits).
+    Rounded floats end in bits that are zero in all of them, which it packs apart ("float quant").
+    What it packs are differences of neighbours, or differences of these; where rows are short, also
+    the errors of a linear prediction from the values before, the last row's among them, whose
+    weights it fits. A sample of the values tells which takes least.
 
     Args:
         values: neighbours along the last axis are alike; the last but one is of rows.
@@ -263,11 +264,11 @@ def pack(values: np.ndarray, level: int) -> bytes:
         return standalone.simple_compress(np.ascontiguousarray(some).reshape(-1), config)
 
     deltas, sample = [DeltaSpec.try_consecutive(order) for order in ORDERS], values
-    if values.ndim > 2 and values.shape[-1] <= WIDEST_STRIP:
+    if values.ndim > 2 and values.shape[-1] <= MOST_STRIP_ROWS:
         deltas.append(DeltaSpec.try_conv1(values.shape[-1] + 2))
-        sample = values[::EVERY_OF_SAMPLE]  # its rows stay neighbours
+        sample = values[:, : -(-values.shape[1] // SAMPLE)]  # its rows stay neighbours
     elif values.ndim > 1:
-        sample = values[..., ::EVERY_OF_SAMPLE, :]
+        sample = values[..., ::SAMPLE, :]
     return packed(values, min(deltas, key=lambda delta: len(packed(sample, delta))))
 
 

@@ -42,7 +42,8 @@ from ttt3r.weights import WeightsInfo, weights_info
 VERSION = 4
 # A field of view of 60 degrees, where neither the network nor the user knows the focal length.
 FALLBACK_FOCAL = 0.866
-# Frames of an overlap that are compared at most, evenly over it: bounds memory.
+# Frames of an overlap that are compared at most, evenly over it: bounds memory. Up to two overlaps
+# more are read meanwhile.
 SEAM_FRAMES = 32
 
 VIEW_ARRAYS = ("cam_to_seg", "confidence", "gate", "intrinsics")
@@ -154,11 +155,11 @@ def fit_seams(
 ) -> dict[int, OverlapFit]:
     """For each segment that overlaps the one before it: how it lies in that one's frame."""
     fits = {}
-    with closing(prefetch(_read_seams(store, plan, focal), 1)) as seams:
+    with closing(prefetch(_read_seams(store, plan), 1)) as seams:
         for index, (a, b) in seams:
             fits[index] = align_overlap(
-                a["points"],
-                b["points"],
+                lift(a["depth"], focal, a["cam_to_seg"]),
+                lift(b["depth"], focal, b["cam_to_seg"]),
                 a["depth"],
                 a["confidence"],
                 b["confidence"],
@@ -171,41 +172,34 @@ def fit_seams(
 
 
 def _read_seams(
-    store: ReconstructionStore, plan: Plan, focal: float
-) -> Iterator[tuple[int, tuple[dict[str, Array], ...]]]:
+    store: ReconstructionStore, plan: Plan
+) -> Iterator[tuple[int, list[dict[str, NDArray[np.float32]]]]]:
     """Index of each segment that overlaps the one before it; what that one and it say there."""
     for segment in plan.segments:
         shared = plan.overlap(segment)
         if not shared:
             continue
-        frames = np.linspace(shared.start, shared.stop - 1, SEAM_FRAMES).round().astype(int)
-        pair = plan.segments[segment.index - 1], segment
-        yield (
-            segment.index,
-            tuple(_read_seam(store, of, shared, np.unique(frames).tolist(), focal) for of in pair),
-        )
+        even = np.linspace(shared.start, shared.stop - 1, SEAM_FRAMES).round().astype(int)
+        frames, before = np.unique(even).tolist(), plan.segments[segment.index - 1]
+        yield segment.index, [_read_seam(store, s, shared, frames) for s in (before, segment)]
 
 
 def _read_seam(
-    store: ReconstructionStore, segment: Segment, shared: range, frames: list[int], focal: float
-) -> dict[str, Array]:
-    """What a segment says of `frames`, all or some of those that it shares; points by `focal`."""
+    store: ReconstructionStore, segment: Segment, shared: range, frames: list[int]
+) -> dict[str, NDArray[np.float32]]:
+    """What a segment says of `frames`, all or some of those that it shares."""
     spans = [(f, f + 1) for f in frames]
     if len(frames) == len(shared):
         spans = [(shared.start, shared.stop)]
     parts = [store.read_many(segment, SEAM_ARRAYS, *span) for span in spans]
-    said = {
-        name: np.concatenate([part[name] for part in parts]).astype(np.float64)
-        for name in SEAM_ARRAYS
-    }
-    return said | {"points": lift(said["depth"], focal, said["cam_to_seg"])}
+    return {name: np.concatenate([part[name] for part in parts]) for name in SEAM_ARRAYS}
 
 
-def lift(depth: Array, focal: float, T_x_cam: Array) -> Array:
+def lift(depth: NDArray[Any], focal: float, T_x_cam: NDArray[Any]) -> Array:
     """Points [F, H, W, 3] in frame x of depth [F, H, W], by one focal length in pixels."""
     frames, height, width = depth.shape
     intrinsics = intrinsics_from_focal(torch.full((frames,), focal).double(), height, width)
-    points = depth_to_pointmap(torch.from_numpy(depth), intrinsics).numpy()
+    points = depth_to_pointmap(torch.from_numpy(depth).double(), intrinsics).numpy()
     rotated = np.einsum("fij,fhwj->fhwi", T_x_cam[:, :3, :3], points)
     return rotated + T_x_cam[:, None, None, :3, 3]
 

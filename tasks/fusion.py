@@ -509,16 +509,7 @@ def fuse_tiles(tiles: list[Tile], frames: Iterable[FusionFrame], grid: FusionGri
     Raises:
         ValueError: there are more or fewer frames.
     """
-    volumes = [TileVolume(tile, grid) for tile in tiles]
-    seen_by: dict[int, list[TileVolume]] = {number: [] for number in frames_of(tiles)}
-    for volume in volumes:
-        for number in volume.tile.frames:
-            seen_by[number].append(volume)
-    for frame, touched in zip(frames, seen_by.values(), strict=True):
-        prepared = prepare(frame, grid)
-        for volume in touched:
-            volume.integrate(prepared)
-    del volume, touched, seen_by  # the volumes have one owner now
+    volumes = _filled_volumes(tiles, frames, grid)
     # A mesh takes half as much again as its volume while it is made. So each volume is let go of
     # before the next one's turn, and the largest, made last, is alone.
     meshes: dict[tuple[int, int, int], Mesh] = {}
@@ -529,6 +520,27 @@ def fuse_tiles(tiles: list[Tile], frames: Iterable[FusionFrame], grid: FusionGri
         del volume
         return_freed_memory()
     return [meshes[tile.index] for tile in tiles]
+
+
+def _filled_volumes(
+    tiles: list[Tile], frames: Iterable[FusionFrame], grid: FusionGrid
+) -> list[TileVolume]:
+    """The volumes of tiles, each with the frames that touch it."""
+    volumes = [TileVolume(tile, grid) for tile in tiles]
+    touched: dict[int, list[TileVolume]] = {number: [] for number in frames_of(tiles)}
+    for volume in volumes:
+        for number in volume.tile.frames:
+            touched[number].append(volume)
+    numbers = iter(touched)
+    for frame in frames:
+        if (own := next(numbers, None)) is None:
+            raise ValueError(f"more than {len(touched)} frames; expected those of the tiles only")
+        prepared = prepare(frame, grid)
+        for volume in touched[own]:
+            volume.integrate(prepared)
+    if missing := len(list(numbers)):
+        raise ValueError(f"{missing} of {len(touched)} frames are missing; the mesh had holes")
+    return volumes
 
 
 def _block_voxels(settings: FusionSettings) -> int:

@@ -298,7 +298,8 @@ def balance_scales(
     is worse in one segment but does not drift. The most probable log scales x of the segments
     minimise sum ((x[i+1] - x[i] - log scale[i]) / scale_sigma[i])^2 + sum (x[i] / sigma)^2.
     What all segments share shows at no seam; sigma is how much they differ, as the seams say:
-    between segments that differ independently, log scales have sqrt(2) sigma.
+    between segments that differ independently, log scales have sqrt(2) sigma. The seams' own errors
+    are in that, so that it is rather too large.
 
     Args:
         fits: of neighbouring segments, in order.

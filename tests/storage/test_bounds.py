@@ -5,9 +5,11 @@ import json
 import shutil
 import threading
 import tracemalloc
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -44,10 +46,16 @@ def path_of(store: ReconstructionStore, name: str) -> Path:
     return Path(store.url, name)
 
 
-def sharded(*parts: int) -> list[dict[str, object]]:
+UPRIGHT = {"name": "transpose", "configuration": {"order": [0, 2, 1]}}
+OTHER_TURN = {"name": "transpose", "configuration": {"order": [1, 2, 0]}}
+PACKED = [{"name": "numcodecs.pcodec", "configuration": {"level": 8}}, {"name": "crc32c"}]
+BYTES = [{"name": "bytes"}]
+
+
+def sharded(*parts: int, inner: Sequence[object] = BYTES, index: Sequence[object] = BYTES) -> Any:
     """Codecs of objects in such parts."""
-    codecs: dict[str, object] = {"codecs": [{"name": "bytes"}], "index_codecs": [{"name": "bytes"}]}
-    return [{"name": "sharding_indexed", "configuration": {"chunk_shape": [*parts], **codecs}}]
+    codecs = {"chunk_shape": [*parts], "codecs": [*inner], "index_codecs": [*index]}
+    return [{"name": "sharding_indexed", "configuration": codecs}]
 
 
 def grow(path: Path) -> None:
@@ -175,8 +183,14 @@ def test_array_with_metadata_of_megabytes_is_refused(store):
         ({"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [8, 1, 1]}}}, "of"),
         ({"codecs": sharded(0, 16, 64)}, "in parts of"),
         ({"codecs": sharded(8, 0, 64)}, "in parts of"),
-        ({"codecs": sharded(8, 17, 64)}, "strips of"),
-        ({"codecs": sharded(8, 16, 32)}, "objects of"),
+        ({"codecs": sharded(8, 17, 64)}, "objects of"),
+        ({"codecs": sharded(8, 17, 64, inner=[UPRIGHT, *PACKED])}, "strips of"),
+        ({"codecs": sharded(8, 16, 32, inner=[UPRIGHT, *PACKED])}, "objects of"),
+        ({"codecs": sharded(8, 16, 64, inner=[UPRIGHT, UPRIGHT, *PACKED])}, "codecs"),
+        ({"codecs": sharded(8, 16, 64, inner=[OTHER_TURN, *PACKED])}, "objects of"),
+        ({"codecs": sharded(8, 16, 64, inner=[UPRIGHT, {"name": "bytes"}])}, "codecs"),
+        ({"codecs": [UPRIGHT, *sharded(8, 48, 64)]}, "codecs"),
+        ({"codecs": sharded(8, 48, 64, index=[UPRIGHT, {"name": "bytes"}])}, "codecs"),
         ({"chunk_grid": None}, "cannot be understood"),
         ({"storage_transformers": [{"name": "other"}]}, "other"),
     ],
@@ -199,14 +213,21 @@ def test_metadata_that_is_no_metadata_is_refused(store, content):
         ReconstructionStore.open(store.url)
 
 
-def test_shard_of_millions_of_parts_is_refused(store):
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ([2**24, 1, 1], "in parts of"),
+        ([512, 2**12, 1], "in parts of"),
+        ([1, 2**13, 1], "strips of"),
+    ],
+)
+def test_shard_of_too_many_parts_is_refused(store, shape, said):
     document = path_of(store, f"{DEPTH}/zarr.json")
     node = json.loads(document.read_text())
-    node["shape"] = [2**24, 1, 1]
-    node["chunk_grid"]["configuration"]["chunk_shape"] = [2**24, 1, 1]
+    node["shape"] = node["chunk_grid"]["configuration"]["chunk_shape"] = shape
     node["codecs"][0]["configuration"]["chunk_shape"] = [1, 1, 1]
     document.write_text(json.dumps(node))
-    with pytest.raises(DataDamaged, match="parts"):
+    with pytest.raises(DataDamaged, match=said):
         store.read(SEGMENT, "depth", 0, 8)
 
 

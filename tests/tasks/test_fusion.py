@@ -214,8 +214,20 @@ def test_plan_tiles_lists_exactly_the_frames_that_matter(frames):
 def test_frames_that_are_not_those_of_the_tiles_are_refused(frames):
     grid = grid_of(tile_m=2.0)
     tile = next(tile for tile in plan_tiles(frames, grid) if 5 < len(tile.frames) < 20)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match=f"more than {len(tile.frames)} frames"):
         fuse_tiles([tile], frames, grid)
+    with pytest.raises(ValueError, match=f"1 of {len(tile.frames)} frames are missing"):
+        fuse_tiles([tile], [frames[i] for i in tile.frames[1:]], grid)
+    assert fuse_tiles([], [], grid) == []
+
+
+def test_each_frame_goes_to_the_tiles_that_list_it_only(frames):
+    grid = grid_of(tile_m=2.0)
+    tiles = plan_tiles(frames, grid)
+    first = [replace(tile, frames=tile.frames[:1]) for tile in tiles]
+    fewer = fuse_tiles(first, [frames[i] for i in frames_of(first)], grid)
+    assert len(frames_of(first)) > 1
+    assert not any(len(mesh.triangles) for mesh in fewer)  # two views must agree
 
 
 def test_groups_of_tiles_give_the_same_meshes_from_fewer_passes(frames):
@@ -511,7 +523,8 @@ def frames(count):
         depth = 3 + 0.02 * rng.standard_normal((72, 96)).astype(np.float32)
         yield FusionFrame(depth, intrinsics, np.eye(4), np.zeros((72, 96, 3), np.uint8))
 grid = choose_grid(FusionSettings(), np.array([3.0]), 60.0)
-(mesh,) = fuse_tiles([Tile((0, 0, 0), (), 1000)], frames(int(sys.argv[1])), grid)
+count = int(sys.argv[1])
+(mesh,) = fuse_tiles([Tile((0, 0, 0), tuple(range(count)), 1000)], frames(count), grid)
 assert len(mesh.triangles)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

@@ -597,11 +597,24 @@ def test_seams_that_all_err_alike_do_not_let_scale_drift():
     assert np.ptp(np.log([s.scale for s in world_seg])) < 0.1
 
 
+def test_spread_of_segments_is_that_of_their_seams_over_the_root_of_two():
+    # By hand, of two seams: the middle segment differs from both others alike, so that x is
+    # (-d, 2 d, -d) / 3 and 2 (d - m)^2 / s^2 + (6 / 9) d^2 / p^2 is least at m / (1 + s^2 / 3 p^2).
+    m, s = 0.1, 0.1
+    relative, first = balance_scales([known_fit(m, s), known_fit(-m, s)])
+    d = m / (1 + s**2 / (3 * m**2 / 2))
+    np.testing.assert_allclose(np.log([r.scale for r in relative]), [d, -d])
+    assert np.log(first) == pytest.approx(-d / 3)
+    alike, first = balance_scales([known_fit(0.0, 1e-9)] * 3)
+    assert ([r.scale for r in alike], first) == ([1.0] * 3, 1.0)
+
+
 def test_seams_without_points_say_nothing_of_how_much_segments_differ():
-    measured = [known_fit(s, 1e-4) for s in (0.2, -0.3)]
-    by_poses = [replace(known_fit(0.0, 0.4), method="poses") for _ in range(200)]
+    measured = [known_fit(s, 0.1) for s in (0.2, -0.2)]
+    by_poses = [replace(known_fit(0.0, 1e3), method="poses") for _ in range(200)]
     relative, _ = balance_scales([*measured, *by_poses])
-    np.testing.assert_allclose(np.log([r.scale for r in relative[:2]]), [0.2, -0.3], atol=1e-4)
+    alone, _ = balance_scales(measured)
+    np.testing.assert_allclose([r.scale for r in relative[:2]], [r.scale for r in alone], rtol=1e-4)
     (alone,), first = balance_scales(by_poses[:1])
     assert (alone.scale, first) == (1.0, 1.0)
 
