@@ -3,6 +3,6 @@ import pytest
 
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_end_with_the_bytes_of_an_uninterrupted_one(campaign):
-    found = campaign("kills.py", "--runs", "20", "--s3", "2", "--seed", "1")
-    assert found["drives_killed"] >= 17
-    assert found["finished_chunks_kept"] > 66
+    found = campaign("kills.py", "--runs", "14", "--s3", "2", "--seed", "1")
+    assert found["drives_killed"] >= 12
+    assert found["finished_chunks_kept"] > 46
