@@ -539,7 +539,7 @@ def _filled_volumes(
         for volume in touched[own]:
             volume.integrate(prepared)
     if missing := len(list(numbers)):
-        raise ValueError(f"{missing} of {len(touched)} frames are missing; the mesh had holes")
+        raise ValueError(f"{missing} of {len(touched)} frames are missing; there would be holes")
     return volumes
 
 
