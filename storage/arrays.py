@@ -109,7 +109,7 @@ class StoredArrays:
         try:
             with explaining(url):
                 yield
-        except (ValueError, TypeError, LookupError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             raise DataDamaged(
                 f"{redacted(url)}: cannot decode {what}; {how_to_mend(url)} ({error})"
             ) from error

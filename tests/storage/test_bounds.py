@@ -231,6 +231,14 @@ def test_shard_of_too_many_parts_is_refused(store, shape, said):
         store.read(SEGMENT, "depth", 0, 8)
 
 
+def test_codecs_in_an_order_that_nobody_can_read_are_damage(store):
+    document = path_of(store, f"{DEPTH}/zarr.json")
+    codecs = sharded(8, 48, 64, inner=PACKED, index=[{"name": "crc32c"}, {"name": "bytes"}])
+    document.write_text(json.dumps({**json.loads(document.read_text()), "codecs": codecs}))
+    with pytest.raises(DataDamaged, match="cannot decode"):
+        store.read(SEGMENT, "depth", 0, 8)
+
+
 def test_chunk_that_expands_is_not_decompressed(store):
     expands = Blosc("zstd", 3, Blosc.BITSHUFFLE).encode(np.zeros(2**28, np.uint8))
     (place,) = path_of(store, "frames/timestamp").glob("c.*")
