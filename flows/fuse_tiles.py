@@ -38,8 +38,7 @@ def fuse_tiles(
     for given in (url, infer.weights):
         refuse_credentials(given)
     with told_when_left(), observed():
-        for batch in batches:
-            fuse_tiles_stage(url, batch, config, infer)
+        fuse_tiles_stage(url, batches, config, infer)
 
 
 def fuse_drive(url: str, name: str, config: FuseConfig, infer: InferConfig, spread: Spread) -> None:
@@ -52,8 +51,7 @@ def fuse_drive(url: str, name: str, config: FuseConfig, infer: InferConfig, spre
     if spread == "deployments" and count > BATCHES_PER_RUN:
         fuse_elsewhere(url, name, count, config, infer)
     else:
-        for batch in range(count):
-            fuse_tiles_stage(url, batch, config, infer)
+        fuse_tiles_stage(url, range(count), config, infer)
     merge_tiles_stage(url, config)
 
 

@@ -28,6 +28,7 @@ from tasks.attempts import ATTEMPTS
 from tasks.budget import within_budget
 from tasks.config import BudgetConfig, ReconstructionConfig
 from tasks.finished import is_finished
+from tasks.helpers import helped
 from tasks.infer import device_kind, resolve_device
 from tasks.memory import collect_garbage, use_one_arena
 from tasks.planned import read_aside
@@ -62,6 +63,7 @@ def reconstruct_collection(
     spread: Spread = "here",
     drives_at_once: Annotated[int, Field(ge=1)] = 16,
     budget: BudgetConfig = BudgetConfig(),  # noqa: B008
+    processes: Annotated[int, Field(ge=1)] = 1,
 ) -> list[dict[str, Any]]:
     """Reconstruct every drive of a collection that is not finished yet.
 
@@ -73,6 +75,7 @@ def reconstruct_collection(
             not finished in a run of `reconstruct-drive/fleet`, which spreads its parts again.
         drives_at_once: such runs that are under way at any time.
         budget: what this run may take; drives that do not fit are refused, or left to the next.
+        processes: of this machine that share a drive's work, where `spread` is "here".
 
     Returns:
         One record a drive: name, location, url, the segments set aside, the error if it
@@ -83,7 +86,7 @@ def reconstruct_collection(
         OverBudget: before any drive.
     """
     use_one_arena()
-    with observed(), counted():
+    with observed(), counted(), helped(processes):
         for given in (collection, output, config.infer.weights, budget.prices, budget.rates):
             refuse_credentials(given or "")
         check_config(config, spread)

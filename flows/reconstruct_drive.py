@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from datetime import UTC, datetime
+from typing import Annotated
 
 from prefect import flow
+from pydantic import Field
 
 from flows.artifacts import publish_drive, publish_ledger
 from flows.children import Spread
@@ -25,6 +27,7 @@ from tasks import metrics
 from tasks.align import align_stage
 from tasks.config import ReconstructionConfig
 from tasks.finished import drop_outdated, write_finished
+from tasks.helpers import helped
 from tasks.infer import resolve_device
 from tasks.ledger import write_ledger
 from tasks.memory import use_one_arena
@@ -48,6 +51,7 @@ def reconstruct_drive(
     name: str | None = None,
     spread: Spread = "here",
     prices: str | None = None,
+    processes: Annotated[int, Field(ge=1)] = 1,
 ) -> str:
     """Turn one drive into poses, depth, a mesh and a report.
 
@@ -62,6 +66,8 @@ def reconstruct_drive(
         spread: here: all in this process; deployments: groups of segments and batches of tiles
             each in a run of `infer-segments/fleet` and `fuse-tiles/fleet`, which this one awaits.
         prices: price table, a TOML file: what the drive cost goes into its ledger.
+        processes: of this machine that share the work, where `spread` is "here"; on a CPU from some
+            600 frames on. A GPU is used by one of them.
 
     Returns:
         URL of the drive's Zarr group.
@@ -70,7 +76,7 @@ def reconstruct_drive(
         Claimed: another run is at work on this drive.
     """
     use_one_arena()
-    with told_when_left(), observed():
+    with told_when_left(), observed(), helped(processes):
         try:
             for given in (location, output, config.infer.weights, prices or ""):
                 refuse_credentials(given)

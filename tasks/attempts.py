@@ -12,8 +12,10 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -30,17 +32,25 @@ SHORTEST_FAILURE_S = 1.0  # a refusal at the door is no attempt
 P = ParamSpec("P")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-_current: ContextVar[Attempt | None] = ContextVar("attempt", default=None)
+_current: ContextVar[Borrowed | None] = ContextVar("attempt", default=None)
 
 
-class Attempt:
+@dataclass
+class Borrowed:
+    """An attempt of another process, in whose name this one works."""
+
+    id: str
+    is_used: bool = False  # something is committed by it
+    notes: dict[str, Any] = field(default_factory=dict)
+    cpu_seconds: float = 0.0  # that this process took
+
+
+class Attempt(Borrowed):
     """One call of a stage's function."""
 
     def __init__(self, url: str, stage: str) -> None:
         """Start the clocks."""
-        self.id = uuid.uuid4().hex[:12]
-        self.is_used = False  # something is committed by it
-        self.notes: dict[str, Any] = {}
+        super().__init__(uuid.uuid4().hex[:12])
         self._url, self._name = url, f"{ATTEMPTS}/{stage}-{self.id}"
         self._stage = stage
         self._began, self._cpu = time.perf_counter(), time.process_time()
@@ -73,7 +83,7 @@ class Attempt:
         record = {
             "outcome": outcome,
             "seconds": self._seconds(),
-            "cpu_seconds": time.process_time() - self._cpu,
+            "cpu_seconds": time.process_time() - self._cpu + self.cpu_seconds,
             **self.notes,
         }
         try:
@@ -122,3 +132,30 @@ def note(**facts: Any) -> None:
     attempt = _current.get()
     if attempt is not None:
         attempt.notes |= facts
+
+
+def lent() -> str | None:
+    """Id of the attempt that runs here, for another process that works in its name."""
+    attempt = _current.get()
+    return None if attempt is None else attempt.id
+
+
+@contextmanager
+def borrowed(lent_id: str | None) -> Iterator[Borrowed]:
+    """Work in the name of another process's attempt, and say what came of it, to be taken back."""
+    attempt = Borrowed(lent_id or "")
+    token = _current.set(attempt if lent_id else None)
+    cpu = time.process_time()
+    try:
+        yield attempt
+    finally:
+        _current.reset(token)
+        attempt.cpu_seconds = time.process_time() - cpu
+
+
+def take_back(work: Borrowed) -> None:
+    """Count what another process did in the name of the attempt that runs here."""
+    attempt = _current.get()
+    if attempt is not None:
+        attempt.is_used |= work.is_used
+        attempt.cpu_seconds += work.cpu_seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -157,14 +157,16 @@ class Round:
 def read_rounds(
     drive: DriveInput,
     groups: Sequence[Sequence[Segment]],
+    order: Iterable[int],
     open_group: Callable[[int], Lanes],
     given_up: threading.Event | None = None,
 ) -> Iterator[Round]:
-    """The rounds of all groups, one after the other; neighbouring groups share a decoder.
+    """The rounds of some groups, one after the other; neighbouring groups share a decoder.
 
     Args:
         drive: what is read.
         groups: segments that run in lock step.
+        order: positions of the groups that are read, ascending; asked for one by one.
         open_group: says, just before the group at a position is read, which of its rounds are
             wanted.
         given_up: ends the reading once it is set.
@@ -176,7 +178,8 @@ def read_rounds(
     longest = max((Lanes(tuple(g), range(0)).span for g in groups), default=0)
     shared = FrameWindow(drive, drive.plan.frames, clock, given_up)
     one_window = longest * _frame_bytes(drive) <= WINDOW_BYTES
-    for position, segments in enumerate(groups):
+    for position in order:
+        segments = groups[position]
         after = min((s.start for g in groups[position + 1 :] for s in g), default=None)
         windows = [
             shared if one_window else FrameWindow(drive, s.stop, clock, given_up) for s in segments

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prefect import task
 
+from storage.errors import GivenUp
 from storage.reconstruction import ReconstructionStore
 from storage.records import Plan
 from storage.video import read_frames
@@ -40,10 +43,12 @@ from tasks.fusion import (
     median_depth,
     plan_tiles,
 )
+from tasks.helpers import Take, share
 from tasks.infer import require_inferred
+from tasks.interruption import run_until_stopped
 from tasks.keys import drop_later, find_key, require_key, stage_key
 from tasks.meshes import Mesh, MeshWriter, read_ply, write_glb, write_ply
-from tasks.pipelining import prefetch
+from tasks.pipelining import prefetch, until_stopped
 from tasks.plan import require_network
 from tasks.planned import longest_part, read_placed_plan, read_plan
 from tasks.retries import STAGE_OPTIONS
@@ -58,6 +63,7 @@ READ_AHEAD = 4  # frames
 SKIPPED_FRAMES = 50  # so many unwanted frames in a row are not decoded
 # Viewers give up on larger ones.
 LARGEST_GLB_TRIANGLES = 5_000_000
+WORTH_BATCHES = 6  # to fuse together: the start of a helper takes as long as some
 
 log = logging.getLogger(__name__)
 
@@ -208,21 +214,61 @@ def _grid(record: dict[str, Any]) -> FusionGrid:
     return FusionGrid(**{**record["grid"], "settings": settings})
 
 
-@task(name="fuse-tiles", task_run_name="fuse tiles {batch} {url}", **STAGE_OPTIONS)
+@task(name="fuse-tiles", task_run_name="fuse tiles {url}", **STAGE_OPTIONS)
 @counted("fuse")
-def fuse_tiles_stage(url: str, batch: int, config: FuseConfig, infer: InferConfig) -> None:
-    """Fuse one batch of tiles and write their meshes.
+def fuse_tiles_stage(
+    url: str, batches: Sequence[int], config: FuseConfig, infer: InferConfig
+) -> None:
+    """Fuse some batches of tiles and write their meshes, in several processes if there are any.
 
     Raises:
         AnotherConfiguration: the drive is planned for another network by now.
-        ChunkMissing: depth that the batch needs is of another one.
-        Claimed: another worker is at this batch.
+        ChunkMissing: depth that a batch needs is of another one.
+        Claimed: another worker is at one of the batches.
         ValueError: the tiles are planned for other settings by now, or not at all.
     """
-    store, name = ReconstructionStore.open(url), _fused_name(batch)
-    info = weights_info(infer.weights)
-    if batch not in unfused_batches(url, batch + 1):
-        return
+    run_until_stopped(lambda stop: _fuse_together(url, batches, config, infer, stop))
+
+
+def _fuse_together(
+    url: str,
+    batches: Sequence[int],
+    config: FuseConfig,
+    infer: InferConfig,
+    stop: threading.Event,
+) -> None:
+    while not stop.is_set():
+        unfused = set(unfused_batches(url, max(batches, default=-1) + 1))
+        todo = [batch for batch in batches if batch in unfused]
+        if not todo:
+            break
+        there = partial(fuse_batches, url, todo, config, infer)
+        share(len(todo), partial(there, stop=stop), there, stop, WORTH_BATCHES)
+
+
+def fuse_batches(
+    url: str,
+    batches: Sequence[int],
+    config: FuseConfig,
+    infer: InferConfig,
+    take: Take,
+    stop: threading.Event,
+) -> None:
+    """Fuse those of the batches that are taken, one after the other; also in a helper."""
+    store = ReconstructionStore.open(url)
+    with suppress(GivenUp):
+        for position in iter(take, None):
+            _fuse_batch(store, batches[position], config, infer, stop)
+
+
+def _fuse_batch(
+    store: ReconstructionStore,
+    batch: int,
+    config: FuseConfig,
+    infer: InferConfig,
+    stop: threading.Event,
+) -> None:
+    name, info = _fused_name(batch), weights_info(infer.weights)
     with store.claim(name) as claim:
         require_network(store, infer, info)
         planned = _read_planned(store, batch)
@@ -239,7 +285,8 @@ def fuse_tiles_stage(url: str, batch: int, config: FuseConfig, infer: InferConfi
         drive = DriveInput.from_store(store, info.config)
         source = DepthSource(store, drive.plan, part, config.frame_step)
         source.take_views(config.view_change, planned["depth_m"])
-        meshes = fuse_tiles(tiles, colored_frames(drive, source, tiles, grid), grid)
+        frames = until_stopped(colored_frames(drive, source, tiles, grid), stop)
+        meshes = fuse_tiles(tiles, frames, grid)
         made = {tile_name(part, t.index): write_ply(m) for t, m in zip(tiles, meshes, strict=True)}
         require_inferred(store, source.owners(source.frames[frames_of(tiles)]), infer, info)
         claim.check()

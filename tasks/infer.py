@@ -27,6 +27,7 @@ from tasks import metrics
 from tasks.attempts import attempt_id, counted, note
 from tasks.config import AnotherConfiguration, InferConfig, UnfitMachine
 from tasks.frames import DriveInput, Lanes, Round, read_rounds
+from tasks.helpers import Take, share
 from tasks.interruption import run_until_stopped
 from tasks.keys import drop_later, require_key, stage_key
 from tasks.lanes import is_out_of_memory, settle_for_fewer, settled_lanes
@@ -43,6 +44,7 @@ from ttt3r.weights import WeightsInfo, load_model, weights_info
 
 VERSION = 2
 READ_AHEAD_ROUNDS = 2  # decoded chunks of all lanes that wait for the network, per task
+WORTH_GROUPS = 4  # to infer together: the start of a helper takes as long as one or two
 MOST_DEATHS = 5  # of the process, one after the other and without a chunk finished
 
 log = logging.getLogger(__name__)
@@ -145,12 +147,7 @@ def infer_stage(url: str, indices: Sequence[int], config: InferConfig) -> int:
     if all(is_segment_done(store, plan, s, keys[s.index]) for s in segments):
         return 0
     note(device_kind=device_kind(resolve_device(config)), weights_sha256=info.sha256)
-    model, info = _cached_model(
-        config.weights, info.sha256, resolve_device(config), resolve_precision(config)
-    )
-    resizer = model.device if model.device.type == "cuda" else None
-    drive = DriveInput.from_store(store, info.config, resizer)
-    work = Work(store, drive, keys, model, config, info)
+    work = Work.begin(store, segments, config, info)
     return run_until_stopped(lambda stop: _infer_in_lanes(work, segments, stop))
 
 
@@ -164,6 +161,23 @@ class Work:
     model: Model
     config: InferConfig
     info: WeightsInfo
+
+    @classmethod
+    def begin(
+        cls,
+        store: ReconstructionStore,
+        segments: Sequence[Segment],
+        config: InferConfig,
+        info: WeightsInfo,
+    ) -> Work:
+        """Load the weights and what the store knows of the drive."""
+        model, info = _cached_model(
+            config.weights, info.sha256, resolve_device(config), resolve_precision(config)
+        )
+        resizer = model.device if model.device.type == "cuda" else None
+        drive = DriveInput.from_store(store, info.config, resizer)
+        keys = segment_keys(store, drive.plan, segments, config, info)
+        return cls(store, drive, keys, model, config, info)
 
     def is_done(self, segment: Segment) -> bool:
         """Whether every chunk of the segment is committed under its key."""
@@ -227,13 +241,44 @@ def _infer_in_lanes(work: Work, segments: Sequence[Segment], stop: threading.Eve
     while True:
         # Always the same lanes together, so that an interrupted run repeats the same batches.
         groups = [segments[i : i + lanes] for i in range(0, len(segments), lanes)]
-        todo = [group for group in groups if not all(map(work.is_done, group))]
         try:
-            return infer_groups(work, todo, stop)
+            return _infer_together(work, groups, stop)
         except (RuntimeError, MemoryError) as error:
             if lanes == 1 or not is_out_of_memory(error):
                 raise
             lanes = settle_for_fewer(store, config, info, lanes)
+
+
+def _infer_together(work: Work, groups: Sequence[Sequence[Segment]], stop: threading.Event) -> int:
+    """Infer what is not finished of groups, on a CPU in several processes; the frames computed."""
+    computed = 0
+    while not stop.is_set():
+        todo = [group for group in groups if not all(map(work.is_done, group))]
+        if not todo:
+            break
+        here = partial(infer_groups, work, todo, stop=stop)
+        if work.model.device.type != "cpu":  # one process keeps a GPU busy
+            computed += here(partial(next, iter(range(len(todo))), None))
+            continue
+        numbers = [[segment.index for segment in group] for group in todo]
+        there = partial(infer_there, work.store.url, numbers, work.config)
+        computed += sum(share(len(todo), here, there, stop, WORTH_GROUPS))
+    return computed
+
+
+def infer_there(
+    url: str,
+    groups: Sequence[Sequence[int]],
+    config: InferConfig,
+    take: Take,
+    stop: threading.Event,
+) -> int:
+    """Infer those of the groups, given by their segments, that are taken; in a helper."""
+    store, info = ReconstructionStore.open(url), weights_info(config.weights)
+    plan = read_plan(store)
+    segments = [[plan.segments[i] for i in group] for group in groups]
+    work = Work.begin(store, [s for group in segments for s in group], config, info)
+    return infer_groups(work, segments, take, stop)
 
 
 def is_segment_done(store: ReconstructionStore, plan: Plan, segment: Segment, key: str) -> bool:
@@ -241,8 +286,10 @@ def is_segment_done(store: ReconstructionStore, plan: Plan, segment: Segment, ke
     return all(store.is_chunk_done(segment, c, key) for c in segment.chunks(plan.chunk_frames))
 
 
-def infer_groups(work: Work, groups: Sequence[Sequence[Segment]], stop: threading.Event) -> int:
-    """Run groups of segments, each in lock step, one a lane, until `stop`.
+def infer_groups(
+    work: Work, groups: Sequence[Sequence[Segment]], take: Take, stop: threading.Event
+) -> int:
+    """Run those groups of segments that are taken, each in lock step, one a lane, until `stop`.
 
     Returns the frames computed.
 
@@ -250,7 +297,8 @@ def infer_groups(work: Work, groups: Sequence[Sequence[Segment]], stop: threadin
     groups: the network waits for neither as long as they keep up.
     """
     runs = [LaneRun(work, group, stop) for group in groups]
-    rounds = read_rounds(work.drive, groups, lambda position: runs[position].open(), stop)
+    order = iter(take, None)
+    rounds = read_rounds(work.drive, groups, order, lambda position: runs[position].open(), stop)
     with (
         ExitStack() as claims,
         closing(prefetch(rounds, READ_AHEAD_ROUNDS, stop)) as reader,

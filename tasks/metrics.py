@@ -7,7 +7,7 @@ which drive it was is said by the logs, and what it took by its store.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from tasks.keys import STAGES
 SECONDS = "_seconds"
 QUEUE_BUCKETS_S = (1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600, 4 * 3600)
 
+_tell: Callable[[Mapping[str, Any], bool], None] | None = None
 _meter = get_meter("ttt3r")
 _frames = _meter.create_counter("ttt3r.inference.frames", "{frame}", "frames inferred and stored")
 _chunks = _meter.create_counter("ttt3r.inference.chunks", "{chunk}", "chunks inferred and stored")
@@ -66,8 +67,17 @@ def start_at_zero() -> None:
         _drives.add(0, {"outcome": outcome})
 
 
+def count_elsewhere(tell: Callable[[Mapping[str, Any], bool], None]) -> None:
+    """Let another process count the chunks of this one: it is told of each."""
+    global _tell
+    _tell = tell
+
+
 def chunk_stored(record: Mapping[str, Any], *, ends_segment: bool) -> None:
     """Count a chunk by its commit record."""
+    if _tell is not None:
+        _tell(record, ends_segment)
+        return
     _frames.add(record["frames_inferred"])
     _chunks.add(1)
     for name, value in record.items():

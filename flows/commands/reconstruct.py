@@ -66,6 +66,9 @@ def reconstruct(
     ] = False,
     prices: PriceTable = None,
     rates: RatesFile = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes of this machine that share a drive's work.")
+    ] = 1,
 ) -> None:
     """Turn a drive, or a collection of drives, into poses, depth, a mesh and a report.
 
@@ -97,11 +100,15 @@ def reconstruct(
             when_over="take_what_fits" if take_what_fits else "refuse",
         )
     )
-    run_reconstruction(source, output, config, budget)
+    run_reconstruction(source, output, config, budget, processes)
 
 
 def run_reconstruction(
-    source: str, output: str, config: ReconstructionConfig, budget: BudgetConfig
+    source: str,
+    output: str,
+    config: ReconstructionConfig,
+    budget: BudgetConfig,
+    processes: int = 1,
 ) -> None:
     """Run the flow that fits the input, show its progress, print what came out."""
     from flows.progress import progress_of
@@ -123,9 +130,9 @@ def run_reconstruction(
     progress = progress_of([store_url(output, drive.name) for drive in drives])
     with progress, unwatched() if nobody_watches() else nullcontext():
         if is_collection(source):
-            outcomes = run_collection(source, output, config, budget)
+            outcomes = run_collection(source, output, config, budget, processes)
         else:
-            outcomes = [run_drive(drives[0], output, config, budget)]
+            outcomes = [run_drive(drives[0], output, config, budget, processes)]
     if len(outcomes) == 1 and outcomes[0]["error"]:
         fail(outcomes[0]["error"], WORK_ERROR)
     for outcome in outcomes:
@@ -154,7 +161,11 @@ def refuse_store(output: str) -> None:
 
 
 def run_drive(
-    drive: DriveLocation, output: str, config: ReconstructionConfig, budget: BudgetConfig
+    drive: DriveLocation,
+    output: str,
+    config: ReconstructionConfig,
+    budget: BudgetConfig,
+    processes: int,
 ) -> dict[str, Any]:
     """Reconstruct one drive; its failure is in what is returned, not raised."""
     from flows.reconstruct_collection import outcome_of, record_of
@@ -167,7 +178,8 @@ def run_drive(
     if within_budget([drive], output, config, budget, kind)[1]:
         return record_of(drive, output, is_left=True)
     try:
-        reconstruct_drive(drive.location, output, config, drive.name, prices=budget.prices)
+        given = (drive.location, output, config, drive.name)
+        reconstruct_drive(*given, prices=budget.prices, processes=processes)
         return outcome_of(drive, output, None)
     except AnotherDrive:
         raise
@@ -178,13 +190,17 @@ def run_drive(
 
 
 def run_collection(
-    source: str, output: str, config: ReconstructionConfig, budget: BudgetConfig
+    source: str,
+    output: str,
+    config: ReconstructionConfig,
+    budget: BudgetConfig,
+    processes: int,
 ) -> list[dict[str, Any]]:
     """Reconstruct a collection; failed drives are in what is returned, not raised."""
     from flows.reconstruct_collection import CollectionIncomplete, reconstruct_collection
 
     try:
-        return reconstruct_collection(source, output, config, budget=budget)
+        return reconstruct_collection(source, output, config, budget=budget, processes=processes)
     except CollectionIncomplete as error:
         return error.outcomes
 

@@ -102,7 +102,7 @@ class Peaks:
 
 
 def run_flow(
-    video: str, output: str, weights: str, threads: int, device: str = "cpu"
+    video: str, output: str, weights: str, threads: int, device: str = "cpu", processes: int = 1
 ) -> dict[str, Any]:
     """Run the flow on a Prefect server of its own; what each part took."""
     import torch
@@ -143,7 +143,7 @@ def run_flow(
         server = time.perf_counter() - started
         began, cpu = time.perf_counter(), time.process_time()
         config = ReconstructionConfig(infer=InferConfig(weights=weights, device=device))
-        url = reconstruct_drive(video, output, config)
+        url = reconstruct_drive(video, output, config, processes=processes)
         seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     peaks.take("between")
     records = list(ReconstructionStore.open(url).commits("infer").values())
@@ -254,13 +254,13 @@ def result_of(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def measure(
-    frames: int, size: tuple[int, int], weights: str, threads: int, device: str
+    frames: int, size: tuple[int, int], weights: str, threads: int, device: str, processes: int
 ) -> dict[str, Any]:
     """One length: the whole run, and the network alone on the same frames."""
     with tempfile.TemporaryDirectory() as folder:
         video = make_drive(Path(folder) / "drive.mp4", frames, size)
         run = result_of(
-            in_process("run_flow", str(video), f"{folder}/out", weights, threads, device)
+            in_process("run_flow", str(video), f"{folder}/out", weights, threads, device, processes)
         )
         model = result_of(in_process("run_model", run["url"], weights, threads, device))
     return {
@@ -315,12 +315,20 @@ def main() -> None:
     parser.add_argument("--weights", default="compact")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each process")
     parser.add_argument("--device", default="cpu", help="of the network: cpu, cuda")
+    parser.add_argument("--processes", type=int, default=1, help="that share the run's work")
     parser.add_argument("--json", type=Path)
     settings = parser.parse_args()
     rows = []
     for frames in settings.frames:
         rows.append(
-            measure(frames, settings.size, settings.weights, settings.threads, settings.device)
+            measure(
+                frames,
+                settings.size,
+                settings.weights,
+                settings.threads,
+                settings.device,
+                settings.processes,
+            )
         )
         show(rows[-1])
     for row in rows[1:]:

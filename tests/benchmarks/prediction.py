@@ -84,7 +84,7 @@ def run_stages(location: str, url: str) -> None:
         infer_stage.fn(url, group, config.infer)
     align_stage.fn(url, config.align, config.infer)
     for batch in range(plan_tiles_stage.fn(url, config.fuse)):
-        fuse_tiles_stage.fn(url, batch, config.fuse, config.infer)
+        fuse_tiles_stage.fn(url, [batch], config.fuse, config.infer)
     merge_tiles_stage.fn(url, config.fuse)
     report_stage.fn(url, location)
     write_ledger(url)

@@ -14,6 +14,7 @@ from flows.reconstruct_drive import reconstruct_drive
 from storage import upkeep
 from storage.errors import StoreRefused, StoreUnavailable
 from storage.reconstruction import ReconstructionStore
+from tasks import fuse, infer
 from tasks.config import (
     AlignConfig,
     FuseConfig,
@@ -21,6 +22,7 @@ from tasks.config import (
     PlanConfig,
     ReconstructionConfig,
 )
+from tasks.helpers import share
 from tasks.planned import read_aside, read_plan
 from tasks.probe import AnotherDrive
 
@@ -63,6 +65,34 @@ def finished(prefect_server, tmp_path_factory) -> Finished:
         log.setLevel(level)
         log.removeHandler(handler)
     return Finished(video, url, said.getvalue())
+
+
+def test_helpers_do_what_the_process_alone_would_have_done(finished, tmp_path, monkeypatch):
+    # Four segments in two groups; groups of other sizes would round otherwise.
+    config = replace(CONFIG, infer=replace(CONFIG.infer, segments_per_task=4))
+    lone = reconstruct_drive(str(finished.video), str(tmp_path / "alone"), config)
+    shared = []
+
+    def leave_it_to_the_helper(count, here, there, stop, worth):
+        if count == 1:  # is nothing to share
+            return share(count, here, there, stop, worth)
+        shared.append(count)
+        return share(count, lambda take: 0, there, stop, worth=2)
+
+    for stage in (infer, fuse):
+        monkeypatch.setattr(stage, "share", leave_it_to_the_helper)
+    url = reconstruct_drive(str(finished.video), str(tmp_path / "helped"), config, processes=2)
+    assert shared
+    assert_equal_bytes(stored(url), stored(lone))
+    meshes = [ReconstructionStore.open(u).get_file("fusion/mesh.ply") for u in (url, lone)]
+    assert meshes[0] == meshes[1]
+    # What the helper did counts with the attempts of this process.
+    store = ReconstructionStore.open(url)
+    attempts = store.commits("attempts")
+    chunks = [r for name, r in store.commits("infer").items() if "attempt" in r]
+    assert chunks
+    for record in chunks:
+        assert attempts[f"attempts/infer-{record['attempt']}"]["cpu_seconds"] > 0
 
 
 def commit_ids(url: str, stage: str = "") -> dict[str, str]:

@@ -23,7 +23,7 @@ CONFIG = FuseConfig(voxel_m=VOXEL_M, depth_limit_m=6.0, smallest_piece=1)
 
 def fuse_drive(drive) -> ReconstructionStore:
     for batch in range(plan_tiles_stage.fn(drive.url, CONFIG)):
-        fuse_tiles_stage.fn(drive.url, batch, CONFIG, drive.config.infer)
+        fuse_tiles_stage.fn(drive.url, [batch], CONFIG, drive.config.infer)
     merge_tiles_stage.fn(drive.url, CONFIG)
     return ReconstructionStore.open(drive.url)
 
@@ -116,10 +116,10 @@ def test_batch_needs_only_its_own_plan_and_frames_as_runs(aligned, small_tiles):
     assert max(len(tile["frames"]) for plan in plans for tile in plan["tiles"]) <= 3
     for other in range(1, batches):
         store.drop_commits(f"tiles/{other:04d}")
-    fuse_tiles_stage.fn(aligned.url, 0, CONFIG, aligned.config.infer)
+    fuse_tiles_stage.fn(aligned.url, [0], CONFIG, aligned.config.infer)
     assert store.read_commit("fuse/0000")["files"].keys() == set(store.list_files("fusion/"))
     with pytest.raises(ValueError, match=r"batch 1 of the tiles .* is not planned"):
-        fuse_tiles_stage.fn(aligned.url, 1, CONFIG, aligned.config.infer)
+        fuse_tiles_stage.fn(aligned.url, [1], CONFIG, aligned.config.infer)
     assert plan_tiles_stage.fn(aligned.url, CONFIG) == batches
     assert [store.read_commit(f"tiles/{b:04d}")["tiles"] for b in range(batches)] == [
         plan["tiles"] for plan in plans
@@ -140,7 +140,7 @@ def test_frames_from_where_the_one_before_was_are_not_fused(fused):
     seldom = replace(CONFIG, view_change=0.5)
     assert plan_tiles_stage.fn(fused.url, seldom) == 1
     assert 3 <= frames_fused(store) <= 6
-    fuse_tiles_stage.fn(fused.url, 0, seldom, fused.config.infer)
+    fuse_tiles_stage.fn(fused.url, [0], seldom, fused.config.infer)
     merge_tiles_stage.fn(fused.url, seldom)
     assert len(read_ply(store.get_file("fusion/mesh.ply")).triangles) > 1000
 
@@ -193,23 +193,23 @@ def test_batch_is_fused_by_one_worker_and_for_the_settings_that_it_is_planned_fo
     plan_tiles_stage.fn(aligned.url, CONFIG)
     store, infer = ReconstructionStore.open(aligned.url), aligned.config.infer
     with store.claim("fuse/0000"), pytest.raises(Claimed):
-        fuse_tiles_stage.fn(aligned.url, 0, CONFIG, infer)
+        fuse_tiles_stage.fn(aligned.url, [0], CONFIG, infer)
     with pytest.raises(ValueError, match="planned for other settings than these"):
-        fuse_tiles_stage.fn(aligned.url, 0, replace(CONFIG, frame_step=2), infer)
+        fuse_tiles_stage.fn(aligned.url, [0], replace(CONFIG, frame_step=2), infer)
     assert store.commit_names("fuse") == []
-    fuse_tiles_stage.fn(aligned.url, 0, CONFIG, infer)
+    fuse_tiles_stage.fn(aligned.url, [0], CONFIG, infer)
     with store.claim("fuse/0000"):
-        fuse_tiles_stage.fn(aligned.url, 0, CONFIG, infer)  # is finished: nobody is needed
+        fuse_tiles_stage.fn(aligned.url, [0], CONFIG, infer)  # is finished: nobody is needed
 
 
 def test_batch_is_fused_of_depth_of_one_network_only(aligned):
     plan_tiles_stage.fn(aligned.url, CONFIG)
     store, infer = ReconstructionStore.open(aligned.url), aligned.config.infer
     with pytest.raises(AnotherConfiguration, match="rule 'ttt3r', not 'cut3r'"):
-        fuse_tiles_stage.fn(aligned.url, 0, CONFIG, replace(infer, rule="cut3r"))
+        fuse_tiles_stage.fn(aligned.url, [0], CONFIG, replace(infer, rule="cut3r"))
     aligned.infer_one_chunk_otherwise()
     with pytest.raises(ChunkMissing, match="first is chunk 1 of segment 1"):
-        fuse_tiles_stage.fn(aligned.url, 0, CONFIG, infer)
+        fuse_tiles_stage.fn(aligned.url, [0], CONFIG, infer)
     assert store.commit_names("fuse") == []
 
 

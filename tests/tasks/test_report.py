@@ -27,7 +27,7 @@ FUSE = FuseConfig(voxel_m=0.15, depth_limit_m=6.0, smallest_piece=1, preview_tri
 
 def fuse_drive(drive, config=FUSE) -> ReconstructionStore:
     for batch in range(plan_tiles_stage.fn(drive.url, config)):
-        fuse_tiles_stage.fn(drive.url, batch, config, drive.config.infer)
+        fuse_tiles_stage.fn(drive.url, [batch], config, drive.config.infer)
     merge_tiles_stage.fn(drive.url, config)
     return ReconstructionStore.open(drive.url)
 
