@@ -18,7 +18,7 @@ from flows.children import Child, Spread, run_children, work_key
 from flows.reconstruct_drive import check_config, reconstruct_drive, record_failure
 from flows.telemetry import observed
 from storage.credentials import refuse_credentials
-from storage.drives import DriveLocation, hold_name, list_drives, store_url
+from storage.drives import DriveLocation, hold_name, list_drives, require_output, store_url
 from storage.errors import Claimed, StoreError, StoreMissing
 from storage.folders import open_folder
 from storage.reconstruction import ReconstructionStore
@@ -89,6 +89,7 @@ def reconstruct_collection(
     with observed(), counted(), helped(processes):
         for given in (collection, output, config.infer.weights, budget.prices, budget.rates):
             refuse_credentials(given or "")
+        require_output(output)
         check_config(config, spread)
         output = output.rstrip("/")  # or the same work would have other keys, and be done twice
         drives = retried(list_drives)(collection, output, may_take_over)

@@ -18,7 +18,7 @@ from flows.leaving import told_when_left
 from flows.telemetry import observed
 from storage.claims import Claim
 from storage.credentials import refuse_credentials
-from storage.drives import store_url
+from storage.drives import require_output, store_url
 from storage.errors import Claimed, ClaimLost, StoreError
 from storage.reconstruction import ReconstructionStore
 from storage.video import UnreadableVideo, drive_name
@@ -80,6 +80,7 @@ def reconstruct_drive(
         try:
             for given in (location, output, config.infer.weights, prices or ""):
                 refuse_credentials(given)
+            require_output(output)
             check_config(config, spread)
             table = read_prices(prices) if prices else None
             name = name or drive_name(location)

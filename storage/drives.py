@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from storage.errors import (
     Claimed,
     DataDamaged,
     NotAStore,
+    StoreError,
     StoreMissing,
     StoreRefused,
     StoreTooNew,
@@ -31,6 +33,7 @@ from storage.images import is_picture
 from storage.media import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
+    WEB,
     file_name,
     has_suffix,
     is_file,
@@ -120,6 +123,29 @@ def store_url(output: str, name: str) -> str:
     return f"{output.rstrip('/')}/{name}.zarr"
 
 
+def require_output(output: str) -> None:
+    """Make sure that reconstructions can be under `output`, as far as its address tells.
+
+    Raises:
+        ValueError: it is on a web server, a file, a reconstruction itself, or a mistyped URL.
+    """
+    if output.startswith(WEB):
+        raise ValueError(
+            f"output {output} is on a web server, which takes no results; expected a local folder "
+            "or object storage, s3://BUCKET/FOLDER"
+        )
+    if mistyped := re.match(r"([a-z][a-z0-9+]+):/+", output):
+        if not mistyped[0].endswith("://") and mistyped[1] != "file":
+            raise ValueError(f"output {output} is no URL; did you mean {mistyped[1]}://...?")
+    elif os.path.isfile(output):
+        raise ValueError(f"output {output} is a file; give a folder, which is made if needed")
+    with suppress(StoreError):
+        ReconstructionStore.attributes_at(output)
+        raise ValueError(
+            f"output {output} is a reconstruction itself; give the folder that holds it"
+        )
+
+
 def store_name(url: str) -> str:
     """Name of the drive whose reconstruction is at `url`: "street" of "out/street.zarr"."""
     return url.rstrip("/").rpartition("/")[2].removesuffix(".zarr")
@@ -183,7 +209,7 @@ def _some(suffixes: frozenset[str], first: str) -> str:
 
 def _is_glob(location: str) -> bool:
     """Whether it is a pattern; a file may have brackets in its name, a URL a query."""
-    if not has_magic(location) or location.startswith(("http://", "https://")):
+    if not has_magic(location) or location.startswith(WEB):
         return False
     fs, path = url_to_fs(location)
     return not fs.exists(path)

@@ -100,8 +100,10 @@ def _reason(error: Exception) -> str | None:
         return (
             "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         )
-    if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError"):
+    if kind in ("EndpointConnectionError", "ConnectTimeoutError"):
         return "the server does not answer; check AWS_ENDPOINT_URL and the network"
+    if kind.startswith("ClientConnector"):  # a web server
+        return "the server does not answer; check the address and the network"
     if any(base.__name__ in LOST_CONNECTION for base in type(error).__mro__):
         return f"the connection to the server failed ({kind}); check the network, run again"
     if (status := _status(error)) in DENIED_STATUSES:

@@ -34,6 +34,7 @@ from storage.failures import failure_behind
 
 log = logging.getLogger(__name__)
 
+WEB = "http://", "https://"
 # fmt: off
 VIDEO_SUFFIXES = frozenset([
     ".mp4", ".m4v", ".mov", ".qt", ".3gp", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts",
@@ -81,7 +82,7 @@ def url_path(location: str) -> str:
 
     A location without a scheme is a path already.
     """
-    if location.startswith(("http://", "https://")):
+    if location.startswith(WEB):
         return urlsplit(location).path
     _, scheme, rest = location.partition("://")
     return f"/{rest.partition('/')[2]}" if scheme else location

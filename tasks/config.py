@@ -11,7 +11,8 @@ from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Limit = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class AnotherConfiguration(ValueError):
@@ -106,9 +107,9 @@ class FuseConfig:
 class BudgetConfig:
     """What one run may take, as predicted before it begins; what is done already counts nothing."""
 
-    max_gpu_hours: Annotated[float, Field(ge=0)] | None = None
+    max_gpu_hours: Limit | None = None
     """Hours of inference, without starts and idle minutes of the machines (docs/fleet.md)."""
-    max_cost: Annotated[float, Field(ge=0)] | None = None
+    max_cost: Limit | None = None
     """Money for work and storage, in the currency of the price table; bills are higher."""
     prices: str | None = None
     """Price table, a TOML file (`deploy/prices.toml`); path or URL."""
@@ -119,7 +120,16 @@ class BudgetConfig:
 
     def __post_init__(self) -> None:
         if self.max_cost is not None and self.prices is None:
-            raise ValueError("max_cost needs a price table; give its location as prices")
+            raise ValueError(
+                "max_cost needs a price table; give its location as prices (--prices FILE)"
+            )
+        if self.max_gpu_hours is None and self.max_cost is None:
+            if self.when_over != "refuse":
+                raise ValueError(
+                    "there is no limit to take what fits in; give max_gpu_hours or max_cost"
+                )
+            if self.rates is not None:
+                raise ValueError("rates are for a limit: give max_gpu_hours or max_cost, too")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -19,6 +19,7 @@ from storage.glance import glance_at
 from storage.media import UnreadableVideo
 from storage.reconstruction import ReconstructionStore
 from storage.records import Clip, DriveRecord, Plan
+from storage.wording import reason_of
 from tasks.align import align_key
 from tasks.attempts import ATTEMPTS
 from tasks.config import ReconstructionConfig
@@ -64,6 +65,7 @@ class DriveEstimate:
     segments: int
     left: Usage | None  # what is still to be spent; None: no rates are known
     cost: float | None  # of `left`, where prices are given
+    reason: str = ""  # why it is unreadable
 
 
 # ---- rates
@@ -245,8 +247,10 @@ def _estimate(
     try:
         record = _record_of(drive, store)
         plan = plan_drive(record, config.plan, weights_info(config.infer.weights).segment_frames)
-    except (UnreadableVideo, StoreRefused):  # its run will say why; it takes no time to speak of
-        return DriveEstimate(drive.name, drive.location, "unreadable", 0, 0.0, 0, NOTHING, 0.0)
+    except (UnreadableVideo, StoreRefused) as error:  # its run takes no time to speak of
+        return DriveEstimate(
+            drive.name, drive.location, "unreadable", 0, 0.0, 0, NOTHING, 0.0, reason_of(error)
+        )
     if store is None:
         shares = {}
     elif is_finished(drive.location, store.url, config):

@@ -150,6 +150,8 @@ def read_benchmark(file: str, recommended_frames: int) -> list[Observation]:
         data = json.loads(read_document(file, LARGEST_BENCHMARK_BYTES))
         if "frames_per_second" in data:
             return [_from_throughput(file, data)]
+        if not data["results"]:
+            raise ValueError("it holds no results")
         return [_from_pipeline(file, row, recommended_frames) for row in data["results"]]
     except MISFITS as error:
         raise ValueError(

@@ -28,7 +28,7 @@ from tasks.planned import longest_part, read_aside, read_plan, read_record
 from tasks.probe import absolute, relocated
 from tasks.retries import STAGE_OPTIONS
 from tasks.summary import busy_seconds, summarise
-from ttt3r.weights import WeightsInfo
+from ttt3r.weights import WeightsInfo, worth
 
 VERSION = 3
 STRIP_FRAMES = 6
@@ -118,8 +118,8 @@ def warnings(store: ReconstructionStore) -> list[str]:
             "The weights are UNTRAINED (random): poses, depth and mesh mean nothing. They show "
             "only that the pipeline runs."
         )
-    elif info.notes:
-        notes.append(f"Weights {info.name}: {info.notes}")
+    elif note := worth(info):
+        notes.append(f"Weights {info.name}: {note}")
     notes += record.problems
     if plan.parts > 1:
         notes.append(

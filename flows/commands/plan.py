@@ -52,7 +52,9 @@ def plan(
     rates: RatesFile = None,
     device_kind: Annotated[
         str | None,
-        typer.Option(help="Predict for this device, as ledgers name it \\[default: most drives']."),
+        typer.Option(
+            help="Predict for this device, say cpu or NVIDIA H200 \\[default: most drives']."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -60,10 +62,13 @@ def plan(
 
     Hours and bytes are predicted from drives that are finished under OUTPUT.
     """
-    from storage.video import list_drives
+    from storage.drives import list_drives, require_output
     from tasks.planner import estimate_drives, known_rates
     from tasks.prices import read_prices
     from tasks.probe import may_take_over
+    from tasks.rates import read_benchmark
+    from ttt3r.state import find_rule
+    from ttt3r.weights import weights_info
 
     config = read_settings(
         weights=weights,
@@ -76,8 +81,16 @@ def plan(
         voxel_m=voxel_m,
         depth_limit_m=depth_limit_m,
     )
+    require_output(output)
+    find_rule(rule)
+    if rates:
+        read_benchmark(rates, weights_info(weights).segment_frames)
     table = read_prices(prices) if prices else None
     known = known_rates(output, weights, device_kind, rates)
+    if device_kind and known is None and (other := known_rates(output, weights, None, rates)):
+        raise ValueError(
+            f"no drive was inferred on a device {device_kind!r}; most were on {other.device_kind!r}"
+        )
     drives = list_drives(source, output, may_take_over)
     estimates = estimate_drives(drives, output, config, known, table)
     (print_plan_json if as_json else print_plan)(estimates, known, table)
@@ -123,6 +136,9 @@ def print_plan(
     done = f"{sum(e.stage == 'done' for e in estimates)} done"
     whole = f"{f'all {len(estimates)} drives':<32} {done:<10} {frames:>9} {segments:>8} {hours}"
     say(f"{whole} {amounts(usage, cost)}".rstrip())
+    for e in estimates:
+        if e.reason:
+            say(f"{e.name} is unreadable: {e.reason}")
     if rates is None:
         say("nothing is predicted: no drive is finished under the output with these weights")
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -113,13 +113,13 @@ def run_reconstruction(
     """Run the flow that fits the input, show its progress, print what came out."""
     from flows.progress import progress_of
     from flows.reconstruct_drive import check_config
-    from storage.drives import store_url
+    from storage.drives import require_output, store_url
     from storage.video import is_collection, list_drives
     from tasks.prices import read_prices
     from tasks.probe import may_take_over
     from tasks.retries import retried
 
-    refuse_store(output)
+    require_output(output)
     if budget.prices:
         read_prices(budget.prices)
     if os.environ.get("PREFECT_HOME") == str(prefect_cache()):
@@ -146,18 +146,6 @@ def run_reconstruction(
     left = sum(outcome["left"] for outcome in outcomes)
     if left:
         fail(f"{left} of {len(outcomes)} drives are left for the next run", INCOMPLETE)
-
-
-def refuse_store(output: str) -> None:
-    """ValueError where an output is a drive's reconstruction, which would hold another one."""
-    from storage.errors import StoreError
-    from storage.reconstruction import ReconstructionStore
-
-    with suppress(StoreError):
-        ReconstructionStore.attributes_at(output)
-        raise ValueError(
-            f"--output {output} is a reconstruction itself; give the folder that holds it"
-        )
 
 
 def run_drive(

@@ -88,12 +88,14 @@ def local_deployments(collection: str | None, output: str | None, cron: str | No
     parameters = {name: seen_from_anywhere(at) for name, at in given.items() if at is not None}
     try:
         nightly = reconstruct_collection.to_deployment("local", cron=cron, parameters=parameters)
+        parameters.pop("collection", None)
+        by_hand = reconstruct_drive.to_deployment("local", parameters=parameters)
     except ValidationError:
         raise ValueError(
             f"--cron {cron!r} is no time; expected minute, hour, day, month and weekday, as "
             "'0 3 * * *' for 3:00 every day, UTC"
         ) from None
-    return [reconstruct_drive.to_deployment("local"), nightly]
+    return [by_hand, nightly]
 
 
 def seen_from_anywhere(location: str) -> str:

@@ -20,7 +20,7 @@ Weights = Annotated[
 ]
 Input = Annotated[str, location_argument("A drive, or a folder or glob of drives.", "INPUT")]
 Output = Annotated[str, location_option("Folder or URL that takes <drive>.zarr.")]
-Rule = Annotated[str, typer.Option(help="Update rule of the state.")]
+Rule = Annotated[str, typer.Option(help="Update rule of the state: ttt3r or cut3r.")]
 SegmentFrames = Annotated[
     int | None, typer.Option(min=2, help="Frames of a segment \\[default: the weights' own].")
 ]

@@ -234,10 +234,33 @@ def test_help_says_what_options_are_by_default(run):
         assert default in said
 
 
-def test_output_that_is_a_reconstruction_is_refused(run, store, tmp_path):
+@pytest.mark.parametrize("command", ["reconstruct", "plan"])
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("{store}", "is a reconstruction itself; give the folder that holds it"),
+        ("{video}", "is a file; give a folder"),
+        ("http://127.0.0.1:1/out", "is on a web server, which takes no results"),
+        ("s3:/bucket/out", "did you mean s3://"),
+    ],
+)
+def test_output_that_takes_no_results_is_refused(run, store, tmp_path, command, output, reason):
     video = write_video(tmp_path / "v.mp4", moving_squares(4))
-    code, _, err = run("reconstruct", video, "--output", store, "--weights", "untrained")
-    assert_one_line(code, err, "is a reconstruction itself; give the folder that holds it")
+    output = output.format(store=store, video=video)
+    code, _, err = run(command, video, "--output", output, "--weights", "untrained")
+    assert_one_line(code, err, reason)
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "plan"])
+@pytest.mark.parametrize("option", ["--focal-px", "--depth-limit-m", "--voxel-m"])
+def test_infinite_settings_are_refused_before_finished_work_is_dropped(run, store, command, option):
+    before = sorted(ReconstructionStore.open(store).list_files(""))
+    output = Path(store).parent
+    video = output.parent / "squares.mp4"
+    given = (video, "--output", output, "--weights", "untrained", option, "inf")
+    code, _, err = run(command, *given)
+    assert_one_line(code, err, option.removeprefix("--").replace("-", "_"), "finite")
+    assert sorted(ReconstructionStore.open(store).list_files("")) == before
 
 
 def test_report_of_a_recording_that_is_not_there_leaves_the_one_before(run, store, tmp_path):
@@ -521,6 +544,13 @@ def test_verify_passes_on_golden_files_and_fails_on_a_changed_one(run, tmp_path)
     assert code == 1
     assert "FAIL" in out
     assert "beyond the limits" in err
+
+
+def test_weights_at_an_address_that_does_not_answer_are_said_to_be_unreadable(run, tmp_path):
+    video = write_video(tmp_path / "v.mp4", moving_squares(4))
+    given = ("--output", tmp_path / "out", "--weights", "http://127.0.0.1:1/w.safetensors")
+    code, _, err = run("plan", video, *given)
+    assert_one_line(code, err, "http://127.0.0.1:1/w.safetensors cannot be read", "no such server")
 
 
 def test_weights_list_and_show_name_the_licence(run):

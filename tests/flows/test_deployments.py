@@ -90,8 +90,8 @@ def nightly(prefect_server, tmp_path, monkeypatch) -> DeploymentResponse:
     """What the server has of the collections' deployment, as `ttt3r serve` offers it."""
     monkeypatch.chdir(tmp_path)
     offered = local_deployments("logs/", "s3://results/nightly", "0 3 * * *")
-    (collections,) = (d for d in offered if d.flow_name == "reconstruct-collection")
-    collections.apply()
+    for deployment in offered:
+        deployment.apply()
     with get_client(sync_client=True) as client:
         return client.read_deployment_by_name("reconstruct-collection/local")
 
@@ -104,6 +104,9 @@ def test_serve_offers_a_schedule_whose_runs_know_collection_and_output(nightly, 
         run = client.create_flow_run_from_deployment(nightly.id)
         client.delete_flow_run(run.id)
     assert run.parameters == wanted
+    with get_client(sync_client=True) as client:
+        single = client.read_deployment_by_name("reconstruct-drive/local")
+    assert single.parameters == {"output": wanted["output"]}
 
 
 def test_the_server_schedules_runs(nightly):

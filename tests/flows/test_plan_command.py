@@ -75,6 +75,10 @@ def test_plan_predicts_from_finished_drives_and_the_budget_guards_the_rest(run, 
     text = run("plan", *everything, "--prices", prices)[1]
     assert "EUR" in text
     assert "predicted from 1: a" in text
+    assert "d is unreadable: " in text
+    code, _, err = run("plan", *everything, "--device-kind", "H200")
+    assert code == 2
+    assert "no drive was inferred on a device 'H200'; most were on 'cpu'" in err
 
     code, _, err = run("reconstruct", *everything, "--max-gpu-hours", 0)
     assert code == 2
@@ -223,3 +227,14 @@ def test_a_budget_wants_prices_and_a_plan_says_what_is_wrong_with_them(run, tmp_
     code, _, err = run("plan", *here, "--segment-frames", 8, "--overlap-frames", 5)
     assert code == 2
     assert "overlap_frames is 5" in err
+    code, _, err = run("plan", *here, "--rule", "nope")
+    assert code == 2
+    assert "known: cut3r, ttt3r" in err
+    (tmp_path / "rates.json").write_text('{"results": []}')
+    code, _, err = run("plan", *here, "--rates", tmp_path / "rates.json")
+    assert code == 2
+    assert "it holds no results" in err
+    for option in ("--take-what-fits",), ("--rates", tmp_path / "rates.json"):
+        code, _, err = run("reconstruct", *here, *option)
+        assert code == 2
+        assert "give max_gpu_hours or max_cost" in err

@@ -17,6 +17,7 @@ from ttt3r.weights import (
     save_weights,
     verify_weights,
     weights_info,
+    worth,
 )
 
 INFO = WeightsInfo(
@@ -208,6 +209,13 @@ def test_verify_weights_finds_a_flipped_bit(tmp_path, model):
 def verify_weights_after(path, model) -> WeightsInfo:
     save_weights(path, model, INFO)
     return verify_weights(path)
+
+
+def test_of_bundled_weights_is_said_what_they_are_worth_and_of_others_what_is_noted():
+    bundled = weights_info("compact")
+    assert "working example" in worth(bundled)
+    trained_further = dataclasses.replace(bundled, sha256="0" * 64)
+    assert worth(trained_further) == trained_further.notes
 
 
 def test_untrained_weights_are_the_same_each_time_and_leave_the_generator_alone():
