@@ -16,6 +16,7 @@ from ttt3r.training.depth_channels import (
     make_room,
     require_depth_channels,
     see,
+    seer,
     take_apart,
 )
 from ttt3r.training.export import export
@@ -92,7 +93,7 @@ def random_network(around: Model) -> DepthNetwork:
     """Depth channels that learnt something else than `around` said."""
     torch.manual_seed(8)
     network = DepthNetwork(around.config)
-    network.begin(around, images_seen(), see(around, images_seen(), "ttt3r"))
+    network.begin(around, images_seen(), see(seer(around), images_seen(), "ttt3r"))
     with torch.no_grad():
         for parameter in network.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
@@ -114,18 +115,19 @@ def test_joined_network_says_of_depth_what_its_channels_said_alone():
     require_depth_channels(whole, "these")
     images = images_seen()
     with torch.no_grad():
-        points, confidence = network(images, see(whole, images, "ttt3r"), whole.positions)
+        points, confidence = network(images, see(seer(whole), images, "ttt3r"), whole.positions)
         found, _ = whole.run(images, outputs=frozenset({"cam"}))
         first, _ = room.run(images, outputs=frozenset({"cam"}))
-    assert torch.allclose(points, found.pointmap_cam, rtol=1e-4, atol=1e-4)
-    assert torch.allclose(confidence, found.confidence, rtol=1e-4)
+    # Alone they divide by what the old channels divide by, together by what all do.
+    assert (points - found.pointmap_cam).norm() < 0.003 * found.pointmap_cam.norm()
+    assert (confidence - found.confidence).norm() < 0.003 * found.confidence.norm()
     assert (found.pointmap_cam - first.pointmap_cam).norm() > 0.1 * first.pointmap_cam.norm()
 
 
 def test_depth_begins_as_it_was_with_channels_that_are_ready_to_learn():
     room = make_room(narrow_model())
     network = DepthNetwork(room.config)
-    seen = see(room, images_seen(), "ttt3r")
+    seen = see(seer(room), images_seen(), "ttt3r")
     network.begin(room, images_seen(), seen)
     assert distances(said(join(room, network)), said(room))["depth"] < 0.05
     sizes = []

@@ -266,6 +266,16 @@ def take_apart(whole: Model) -> tuple[Model, DepthNetwork]:
     """
     network = DepthNetwork(whole.config).to(whole.device)
     network.take_from(whole)
+    return _old_alone(whole), network
+
+
+@torch.no_grad()
+def seer(whole: Model) -> Model:
+    """The old channels of a joined network by themselves, in as many blocks: what `see` needs."""
+    return _deepened(_old_alone(whole)).to(whole.device)
+
+
+def _old_alone(whole: Model) -> Model:
     old = Model(parted_config(whole.config)).to(whole.device)
     given = whole.state_dict()
     tensors = {}
@@ -274,7 +284,7 @@ def take_apart(whole: Model) -> tuple[Model, DepthNetwork]:
         is_scaled = _is_norm(name) and name.endswith("weight") and not _sees_states(name)
         tensors[name] = found / _SPREAD if is_scaled else found
     old.load_tensors(tensors)
-    return old, network
+    return old
 
 
 def _old_channels(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -293,33 +303,35 @@ def _old_channels(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def see(model: Model, images: Tensor, rule: str) -> Seen:
+def see(old: Model, images: Tensor, rule: str) -> Seen:
     """What channels for depth need of the network that they are part of.
 
+    What they add themselves to what norms divide by is left out: they are small.
+
     Args:
-        model: joined, or with room for them; in float32.
+        old: the other channels (`seer`), in float32; a quarter of the work of the whole network.
         images: [L, T, 3, H, W] in [-1, 1].
         rule: how the state learns.
     """
-    names = _norm_names(model.config)
+    names = _norm_names(old.config)
     calls: dict[str, list[Tensor]] = {name: [] for name in names}
     tokens: list[Tensor] = []
 
     def note(x: Tensor, name: str) -> None:
-        calls[name].append((x.var(dim=-1, unbiased=False) + LayerNorm.EPS).rsqrt())
-
-    def keep_old(said: Tensor) -> None:
-        tokens.append(said[:, 1:, : said.shape[-1] // 2])
+        # Both halves of a token have a mean of zero.
+        calls[name].append((x.var(dim=-1, unbiased=False) / 2 + LayerNorm.EPS).rsqrt())
 
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
+        old.get_submodule(name).register_forward_pre_hook(
             lambda _, arguments, name=name: note(arguments[0], name)
         )
         for name in names
     ]
-    hooks.append(model.dec_norm.register_forward_hook(lambda *arguments: keep_old(arguments[2])))
+    hooks.append(
+        old.dec_norm.register_forward_hook(lambda *arguments: tokens.append(arguments[2][:, 1:]))
+    )
     try:
-        model.run(images, rule=rule, outputs=frozenset())
+        old.run(images, rule=rule, outputs=frozenset())
     finally:
         for hook in hooks:
             hook.remove()

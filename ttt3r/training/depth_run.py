@@ -21,6 +21,7 @@ from ttt3r.training.depth_channels import (
     make_room,
     require_depth_channels,
     see,
+    seer,
 )
 from ttt3r.training.losses import Targets, depth_loss, point_loss
 from ttt3r.training.parallel import rank, workers
@@ -28,9 +29,9 @@ from ttt3r.training.run import Drawn, Run
 from ttt3r.training.settings import TrainSettings, require_same_network
 
 _SHARE = 4  # a step sees one part in so many of a batch that was rendered
-_USES = 8  # of a picture, on average: rendering it costs as much as a few
-_FIRST = 8  # batches to choose from at the first step
-_PICTURES_KEPT = 50_000  # by each process; 33 KB a picture of 80 pixels
+_USES = 2  # of a picture, on average: seen oftener, pictures are learnt by heart
+_FIRST = 32  # batches to choose from at the first step
+_PICTURES_KEPT = 10_000  # by each process; 33 KB a picture of 80 pixels
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class DepthRun(Run[DepthNetwork]):
     def __init__(self, settings: TrainSettings, device: str) -> None:
         super().__init__(settings, device)
         self._around: Model | None = None
+        self._seer: Model | None = None
         largest = max(stage.lanes * min(stage.frames) for stage in settings.curriculum)
         self._most = max(_FIRST, _PICTURES_KEPT * workers() // largest)
         self._batches: dict[int, _Batch] = {}
@@ -112,7 +114,9 @@ class DepthRun(Run[DepthNetwork]):
             share=share or (rank(), workers()),
             device=self.device,
         )
-        seen = see(self.around, batch.images, rule)
+        if self._seer is None:
+            self._seer = seer(self.around)
+        seen = see(self._seer, batch.images, rule)
         return _Batch(
             (batch.images * 127.5 + 127.5).round().byte(),
             batch.depth.half(),
