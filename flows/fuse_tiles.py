@@ -17,6 +17,7 @@ from tasks.keys import require_key
 
 DEPLOYMENT = "fuse-tiles/fleet"
 BATCHES_PER_RUN = 2  # fewer are fused by the drive's own run, sooner than another one starts
+BATCHES_PER_TASK = 32  # of the drive's own run: a task may fail and be tried again three times
 RUNS_AT_ONCE = 16  # of one drive
 
 
@@ -51,7 +52,9 @@ def fuse_drive(url: str, name: str, config: FuseConfig, infer: InferConfig, spre
     if spread == "deployments" and count > BATCHES_PER_RUN:
         fuse_elsewhere(url, name, count, config, infer)
     else:
-        fuse_tiles_stage(url, range(count), config, infer)
+        for first in range(0, count, BATCHES_PER_TASK):
+            batches = range(first, min(first + BATCHES_PER_TASK, count))
+            fuse_tiles_stage(url, batches, config, infer)
     merge_tiles_stage(url, config)
 
 

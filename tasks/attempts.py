@@ -1,7 +1,8 @@
 """What every attempt at a stage takes, also one that is killed: what the ledger adds up.
 
 An attempt is the object `commits/attempts/<stage>-<id>`. It is written while the attempt runs, so
-that of a killed one at most `HEARTBEAT_S` is unknown. The commits that an attempt makes hold its
+that of a killed one at most `HEARTBEAT_S` is unknown, but for the processors' time of its helpers,
+which is known when they end. The commits that an attempt makes hold its
 id: what no commit refers to was lost, or its result was replaced.
 """
 

@@ -1,8 +1,8 @@
 """Fuse: depth and trajectory into a mesh, tile by tile.
 
-`plan_tiles_stage` cuts space into tiles and tiles into batches, `fuse_tiles_stage` fuses one
-batch in one pass over its frames, `merge_tiles_stage` joins the tiles of each part. None of
-them holds more than a batch of tiles in memory, however long the drive.
+`plan_tiles_stage` cuts space into tiles and tiles into batches, `fuse_tiles_stage` fuses batches,
+each in one pass over its frames, `merge_tiles_stage` joins the tiles of each part. None of them
+holds more than a batch of tiles in memory, however long the drive.
 """
 
 from __future__ import annotations
@@ -227,23 +227,12 @@ def fuse_tiles_stage(
         Claimed: another worker is at one of the batches.
         ValueError: the tiles are planned for other settings by now, or not at all.
     """
-    run_until_stopped(lambda stop: _fuse_together(url, batches, config, infer, stop))
-
-
-def _fuse_together(
-    url: str,
-    batches: Sequence[int],
-    config: FuseConfig,
-    infer: InferConfig,
-    stop: threading.Event,
-) -> None:
-    while not stop.is_set():
-        unfused = set(unfused_batches(url, max(batches, default=-1) + 1))
-        todo = [batch for batch in batches if batch in unfused]
-        if not todo:
-            break
-        there = partial(fuse_batches, url, todo, config, infer)
-        share(len(todo), partial(there, stop=stop), there, stop, WORTH_BATCHES)
+    unfused = set(unfused_batches(url, max(batches, default=-1) + 1))
+    todo = [batch for batch in batches if batch in unfused]
+    there = partial(fuse_batches, url, todo, config, infer)
+    run_until_stopped(
+        lambda stop: share(len(todo), partial(there, stop=stop), there, stop, WORTH_BATCHES)
+    )
 
 
 def fuse_batches(

@@ -6,7 +6,7 @@ do, asks for one item after the other, and finds everything else in the store, w
 commits like a worker on another machine. What it logs and counts is logged and counted here.
 
 Helpers start when work first is worth it, and end with the block that allowed them, or when this
-process dies. One that dies is done without: what it had taken is left undone.
+process dies. One that dies is done without: others do what it had taken.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, copy_context
@@ -29,7 +30,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from storage.wording import use_plain_records
+from storage.wording import OUR_LOGGERS, use_plain_records
 from tasks import attempts, metrics
 from tasks.lanes import free_bytes
 from tasks.memory import return_freed_memory, use_one_arena
@@ -71,20 +72,26 @@ def helped(processes: int) -> Iterator[None]:
 
 
 def share(
-    count: int, here: Callable[[Take], T], there: There[T], stop: threading.Event, worth: int
+    count: int,
+    here: Callable[[Take], T],
+    there: There[T],
+    stop: threading.Event,
+    worth: int,
+    bytes_each: int = HELPER_BYTES,
 ) -> list[T]:
     """Do items 0 .. `count` - 1, `here` in this process and `there` in each of its helpers.
 
     Both take one item after the other, until none is left, or `stop` is set, or one of them has
-    failed: then its error is raised once the others have ended. Items that a helper had taken when
-    it died or was stopped are left undone: look what is missing, and share that.
+    failed: then its error is raised once the others have ended. What a helper had taken when it
+    died is taken again by others, so that items have to bear being done twice.
 
     Args:
         count: items.
-        here: does all that it takes.
+        here: does all that it takes; called again for what is left of helpers that died.
         there: the same, a function of a module or a `partial` of one.
         stop: set by whoever wants it to end; `here` looks at it by itself.
         worth: for fewer items no helper is started.
+        bytes_each: memory that each process needs for the work, this one among them.
 
     Returns:
         What `here`, and `there` in each helper that lived to the end, returned.
@@ -92,23 +99,37 @@ def share(
     pool = _pool.get()
     if pool is None:
         return [here(_Items(count, stop).take)]
-    return pool.share(count, here, there, stop, worth)
+    return pool.share(count, here, there, stop, worth, max(bytes_each, HELPER_BYTES))
 
 
 class _Items:
     """Hands out numbers until there are no more, or they are not wanted any more."""
 
     def __init__(self, count: int, stop: threading.Event) -> None:
-        self._numbers, self._stop, self._lock = iter(range(count)), stop, threading.Lock()
+        self._numbers, self._stop, self._lock = deque(range(count)), stop, threading.Lock()
+        self._is_given_up = False
 
     def take(self) -> int | None:
         with self._lock:
-            return None if self._stop.is_set() else next(self._numbers, None)
+            return self._numbers.popleft() if self._are_left() else None
+
+    def put_back(self, numbers: Sequence[int]) -> None:
+        """Hand these out again: who had taken them has died."""
+        with self._lock:
+            self._numbers.extendleft(reversed(numbers))
 
     def give_up(self) -> None:
         """Hand out no more."""
         with self._lock:
-            self._numbers = iter(range(0))
+            self._is_given_up = True
+
+    def are_left(self) -> bool:
+        """Whether there is something to take."""
+        with self._lock:
+            return self._are_left()
+
+    def _are_left(self) -> bool:
+        return bool(self._numbers) and not self._is_given_up and not self._stop.is_set()
 
 
 class Helpers:
@@ -125,17 +146,30 @@ class Helpers:
         there: There[T],
         stop: threading.Event,
         worth: int,
+        bytes_each: int,
     ) -> list[T]:
         """See `share`."""
-        helpers = self._helpers(count, worth)
+        helpers = self._helpers(count, worth, bytes_each)
         items = _Items(count, stop)
+        if helpers:
+            attempts.note(processes=len(helpers) + 1)
 
         def attend(helper: _Helper) -> list[T]:
+            taken: list[int] = []
+
+            def take() -> int | None:
+                if (number := items.take()) is not None:
+                    taken.append(number)
+                return number
+
             try:
-                return [helper.work(there, items.take, stop)]
+                return [helper.work(there, take, stop)]
             except HelperLost as lost:
                 log.warning("%s; its work is done without it", lost)
                 self._started.remove(helper)
+                if not taken:  # as the next one would
+                    self._most = 0
+                items.put_back(taken)
                 return []
             except BaseException:
                 items.give_up()
@@ -155,14 +189,23 @@ class Helpers:
                 pool.shutdown()
                 if helpers:
                     torch.set_num_threads(threads)
-        return found + [value for other in others for value in other.result()]
+        found += [value for other in others for value in other.result()]
+        if items.are_left():  # this process had ended when a helper died
+            found.append(here(items.take))
+        return found
 
-    def _helpers(self, count: int, worth: int) -> list[_Helper]:
+    def _helpers(self, count: int, worth: int, bytes_each: int) -> list[_Helper]:
         """Those that have something to do, started as far as there is memory for them."""
-        if count >= worth:
-            room = free_bytes(torch.device("cpu")) // HELPER_BYTES
-            missing = min(self._most, count - 1) - len(self._started)
-            self._started += [_Helper() for _ in range(min(missing, room))]
+        room = free_bytes(torch.device("cpu")) // bytes_each - 1
+        wanted = min(self._most, count - 1) if count >= worth else 0
+        if wanted > max(room, len(self._started)):
+            log.warning("memory suffices for %d of %d processes", max(room, 0) + 1, wanted + 1)
+        try:
+            while len(self._started) < min(wanted, room):
+                self._started.append(_Helper())
+        except OSError as error:
+            log.warning("no more than %d processes can start: %s", len(self._started) + 1, error)
+            self._most = len(self._started)
         return self._started[: max(0, count - 1)]
 
     def close(self) -> None:
@@ -191,6 +234,8 @@ class _Helper:
                 [sys.executable, *_COMMAND, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 process_group=0,
+                # It has to find the same code, installed or not.
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
             )
 
     def work(self, there: There[T], take: Take, stop: threading.Event) -> T:
@@ -261,8 +306,15 @@ class _Server:
         use_one_arena()
         use_plain_records()
         metrics.count_elsewhere(lambda *said: self._say("chunk_stored", said))
+        import prefect.main  # noqa: F401  (sets up logging when it is imported, so not after this)
+
         logging.root.handlers[:] = [_ToOthers(self._say)]
         logging.root.setLevel(logging.INFO)
+        for name in OUR_LOGGERS:
+            ours = logging.getLogger(name)
+            ours.handlers.clear()
+            ours.setLevel(logging.NOTSET)
+            ours.propagate = True
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, self._interrupted)
         threading.Thread(target=self._listen, name="listen", daemon=True).start()

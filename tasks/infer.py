@@ -30,7 +30,7 @@ from tasks.frames import DriveInput, Lanes, Round, read_rounds
 from tasks.helpers import Take, share
 from tasks.interruption import run_until_stopped
 from tasks.keys import drop_later, require_key, stage_key
-from tasks.lanes import is_out_of_memory, settle_for_fewer, settled_lanes
+from tasks.lanes import is_out_of_memory, lane_bytes, settle_for_fewer, settled_lanes
 from tasks.pipelining import BackgroundWriter, Clock, prefetch
 from tasks.plan import require_network
 from tasks.planned import read_plan
@@ -45,6 +45,7 @@ from ttt3r.weights import WeightsInfo, load_model, weights_info
 VERSION = 2
 READ_AHEAD_ROUNDS = 2  # decoded chunks of all lanes that wait for the network, per task
 WORTH_GROUPS = 4  # to infer together: the start of a helper takes as long as one or two
+PROCESS_BYTES = 800_000_000  # of one that infers on a CPU, without lanes and weights
 MOST_DEATHS = 5  # of the process, one after the other and without a chunk finished
 
 log = logging.getLogger(__name__)
@@ -251,19 +252,17 @@ def _infer_in_lanes(work: Work, segments: Sequence[Segment], stop: threading.Eve
 
 def _infer_together(work: Work, groups: Sequence[Sequence[Segment]], stop: threading.Event) -> int:
     """Infer what is not finished of groups, on a CPU in several processes; the frames computed."""
-    computed = 0
-    while not stop.is_set():
-        todo = [group for group in groups if not all(map(work.is_done, group))]
-        if not todo:
-            break
-        here = partial(infer_groups, work, todo, stop=stop)
-        if work.model.device.type != "cpu":  # one process keeps a GPU busy
-            computed += here(partial(next, iter(range(len(todo))), None))
-            continue
-        numbers = [[segment.index for segment in group] for group in todo]
-        there = partial(infer_there, work.store.url, numbers, work.config)
-        computed += sum(share(len(todo), here, there, stop, WORTH_GROUPS))
-    return computed
+    todo = [group for group in groups if not all(map(work.is_done, group))]
+    if not todo:
+        return 0
+    here = partial(infer_groups, work, todo, stop=stop)
+    if work.model.device.type != "cpu":  # one process keeps a GPU busy
+        return here(partial(next, iter(range(len(todo))), None))
+    numbers = [[segment.index for segment in group] for group in todo]
+    there = partial(infer_there, work.store.url, numbers, work.config)
+    needed = max(map(len, todo)) * lane_bytes(work.drive, work.model.device) + PROCESS_BYTES
+    needed += sum(tensor.nbytes for tensor in work.model.state_dict().values())
+    return sum(share(len(todo), here, there, stop, WORTH_GROUPS, needed))
 
 
 def infer_there(

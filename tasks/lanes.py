@@ -70,11 +70,15 @@ def settle_for_fewer(
 
 def choose_lanes(drive: DriveInput, device: torch.device) -> int:
     """As many lanes as a share of the free memory holds, within what helps."""
+    fitting = int(MEMORY_SHARE[device.type] * free_bytes(device) / lane_bytes(drive, device))
+    return max(1, min(MOST_LANES[device.type], fitting))
+
+
+def lane_bytes(drive: DriveInput, device: torch.device) -> int:
+    """Memory of the device for one lane, about."""
     height, width = drive.size
     host = drive.plan.chunk_frames * height * width * HOST_BYTES_PER_PIXEL
-    lane = _activation_bytes(drive) if device.type == "cuda" else _activation_bytes(drive) + host
-    fitting = int(MEMORY_SHARE[device.type] * free_bytes(device) / lane)
-    return max(1, min(MOST_LANES[device.type], fitting))
+    return _activation_bytes(drive) + (0 if device.type == "cuda" else host)
 
 
 def _activation_bytes(drive: DriveInput) -> int:

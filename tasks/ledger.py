@@ -19,7 +19,8 @@ from tasks.summary import path_length
 VERSION = 3
 LEDGER = "ledger"
 PREDICTED = "predicted"
-CHUNK_SECONDS = ("infer_seconds", "wait_seconds", "stall_seconds")  # of the thread that infers
+# Of the thread that infers; and of a batch of tiles.
+COMMIT_SECONDS = ("infer_seconds", "wait_seconds", "stall_seconds"), ("seconds",)
 UNKNOWN = "unknown"  # device of what ended before it had one
 
 
@@ -64,14 +65,16 @@ def spent_on(store: ReconstructionStore) -> Spent:
     """What the attempts at a drive took."""
     spent = Spent(*(Counter[str]() for _ in fields(Spent)))
     commits = store.commits()
-    committed: Counter[str] = Counter()  # seconds that an attempt's committed chunks account for
+    committed: Counter[str] = Counter()  # seconds that what an attempt committed accounts for
     kinds: dict[str | None, str] = {}  # devices of attempts
     for name, record in commits.items():
         if name.startswith(f"{ATTEMPTS}/"):
             continue
         attempt, kind = record.get("attempt"), str(record.get("device_kind", UNKNOWN))
         if attempt:
-            committed[attempt] += sum(record.get(n, 0.0) for n in CHUNK_SECONDS)
+            of_chunk, of_batch = COMMIT_SECONDS
+            counted = of_batch if name.startswith("fuse/") else of_chunk
+            committed[attempt] += sum(record.get(n, 0.0) for n in counted)
         if name.startswith("infer/"):
             spent.device_frames[kind] += record.get("frames_inferred", 0)
             kinds[attempt] = kind
@@ -83,7 +86,8 @@ def spent_on(store: ReconstructionStore) -> Spent:
             spent.replaced[stage] += record["seconds"]
             continue
         is_lost = record["outcome"] != "done"
-        lost = max(record["seconds"] - committed[attempt], 0) if is_lost else 0
+        done = committed[attempt] / record.get("processes", 1)  # which worked at the same time
+        lost = max(record["seconds"] - done, 0) if is_lost else 0
         spent.seconds[stage] += record["seconds"]
         spent.cpu_seconds[stage] += record["cpu_seconds"]
         if is_lost:

@@ -73,11 +73,11 @@ def test_helpers_do_what_the_process_alone_would_have_done(finished, tmp_path, m
     lone = reconstruct_drive(str(finished.video), str(tmp_path / "alone"), config)
     shared = []
 
-    def leave_it_to_the_helper(count, here, there, stop, worth):
+    def leave_it_to_the_helper(count, here, there, stop, worth, *memory):
         if count == 1:  # is nothing to share
-            return share(count, here, there, stop, worth)
+            return share(count, here, there, stop, worth, *memory)
         shared.append(count)
-        return share(count, lambda take: 0, there, stop, worth=2)
+        return share(count, lambda take: 0, there, stop, 2, *memory)
 
     for stage in (infer, fuse):
         monkeypatch.setattr(stage, "share", leave_it_to_the_helper)
@@ -288,4 +288,4 @@ def test_overlap_too_large_for_the_weights_is_said_before_anything_is_decoded(vi
 def test_failure_that_cannot_be_recorded_does_not_hide_the_reason(video, tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(StoreRefused, match="Not a directory"):
-        reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+        reconstruct_drive(str(video), str(tmp_path / "out" / "there"), CONFIG)

@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
+from importlib import import_module
+from itertools import chain
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import pytest
 
 from tasks.helpers import Take, helped, share
 
 ITEMS = 6
-
-
-@pytest.fixture(autouse=True)
-def helpers_find_this_file(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+ROOT = Path(__file__).parents[2]
 
 
 def write_down(folder: Path, take: Take, stop: threading.Event | None = None) -> list[int]:
@@ -100,15 +101,97 @@ def test_a_helper_that_dies_is_done_without(caplog):
 
     with helped(2):
         found = share(3, here, die_at_once, threading.Event(), worth=2)
-        assert found == [[0, 2]]  # the other one was taken by the helper
+        assert sorted(found[0]) == [0, 1, 2]  # one of them after the helper had taken it
         assert share(1, here, die_at_once, threading.Event(), worth=2) == [[0]]
 
 
-def test_a_helper_that_cannot_read_what_it_is_told_is_done_without(monkeypatch):
-    monkeypatch.delenv("PYTHONPATH")
+def test_what_a_helper_had_taken_when_it_died_is_done_also_by_one_that_had_ended(tmp_path):
+    def here(take: Take) -> list[int]:
+        if not (tmp_path / "taken").exists():
+            while not (tmp_path / "taken").exists():
+                time.sleep(0.05)
+            (tmp_path / "go").touch()
+            return [item] if (item := take()) is not None else []
+        return list(iter(take, None))
+
     with helped(2):
-        found = share(2, lambda take: 1, fail_at_once, threading.Event(), worth=2)
-    assert found == [1]
+        there = partial(die_once_the_other_is_done, tmp_path)
+        found = share(2, here, there, threading.Event(), worth=2)
+    assert sorted(chain.from_iterable(found)) == [0, 1]
+
+
+def die_once_the_other_is_done(folder: Path, take: Take, stop: threading.Event) -> None:
+    take()
+    (folder / "taken").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_helper_that_cannot_read_what_it_is_told_is_done_without(monkeypatch, caplog):
+    def here(take: Take) -> list[int]:
+        deadline = time.monotonic() + 60
+        while "ended with code 1" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return list(iter(take, None))
+
+    nowhere = ModuleType("nowhere_to_be_found")
+    nowhere.there = FunctionType(fail_at_once.__code__, {}, "there")
+    nowhere.there.__module__, nowhere.there.__qualname__ = nowhere.__name__, "there"
+    monkeypatch.setitem(sys.modules, nowhere.__name__, nowhere)
+    with helped(2):
+        assert share(2, here, nowhere.there, threading.Event(), worth=2) == [[0, 1]]
+        # Nor could the next one: none is started.
+        alone = share(2, lambda take: list(iter(take, None)), fail_at_once, threading.Event(), 2)
+    assert alone == [[0, 1]]
+
+
+def test_no_more_helpers_start_than_memory_holds(caplog):
+    def here(take: Take) -> list[int]:
+        return list(iter(take, None))
+
+    with helped(3):
+        found = share(4, here, fail_at_once, threading.Event(), 2, bytes_each=10**15)
+    assert found == [[0, 1, 2, 3]]
+    assert "memory suffices for 1 of 3 processes" in caplog.text
+
+
+def test_without_a_helper_that_cannot_start_the_work_is_done_here(monkeypatch, caplog):
+    def refuse(*arguments: object, **named: object) -> None:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with helped(3):
+        found = share(4, lambda take: list(iter(take, None)), fail_at_once, threading.Event(), 2)
+    assert found == [[0, 1, 2, 3]]
+    assert "no more than 1 processes can start" in caplog.text
+
+
+def test_lines_of_a_helper_are_logged_here_whatever_prefect_does_to_logging(
+    tmp_path, caplog, monkeypatch
+):
+    """As in a container, where our own loggers have handlers and pass nothing on."""
+    monkeypatch.setenv("PREFECT_LOGGING_SETTINGS_PATH", str(ROOT / "deploy" / "logging.yaml"))
+    caplog.set_level(logging.INFO)
+
+    def here(take: Take) -> None:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "said").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    with helped(2):
+        share(2, here, partial(say_so, tmp_path), threading.Event(), worth=2)
+    assert "said by tasks.infer" in caplog.messages
+    assert "said by storage" in caplog.messages
+
+
+def say_so(folder: Path, take: Take, stop: threading.Event) -> None:
+    take()
+    import_module("tasks.infer")  # and with it Prefect
+    for name in ("tasks.infer", "storage"):
+        logging.getLogger(name).info("said by %s", name)
+    (folder / "said").touch()
 
 
 def test_a_helper_is_told_to_stop(tmp_path):

@@ -120,6 +120,23 @@ def test_lost_is_what_no_commit_accounts_for_and_replaced_what_none_refers_to(st
     assert spent.replaced == {"probe": 5.0}
 
 
+def test_batches_of_tiles_that_an_attempt_has_fused_are_not_lost_with_it(store):
+    for batch in range(3):
+        store.commit(f"fuse/{batch:04d}", {"key": "k", "attempt": "f1", "seconds": 10.0})
+    record(store, "fuse", "f1", "interrupted", 35.0)
+    assert spent_on(store).lost == {"fuse": pytest.approx(5.0)}
+
+
+def test_of_what_several_processes_did_at_once_each_second_counts_once(store):
+    for chunk in range(10):
+        made = {"key": "k", "attempt": "i1", "infer_seconds": 10.0}
+        store.commit(f"infer/0000/{chunk:04d}", made)
+    record(store, "infer", "i1", "running", 60.0)
+    helped = store.read_commit("attempts/infer-i1")
+    store.commit("attempts/infer-i1", {**helped, "processes": 2})
+    assert spent_on(store).lost == {"infer": pytest.approx(10.0)}
+
+
 def test_seconds_are_known_by_kind_of_device(store):
     def infer(attempt: str, kind: str | None, outcome: str, seconds: float) -> None:
         own = {} if kind is None else {"device_kind": kind}
