@@ -36,6 +36,7 @@ from tasks.lanes import free_bytes
 from tasks.memory import return_freed_memory, use_one_arena
 
 HELPER_BYTES = 1_500_000_000  # that must be free for each
+CANNOT_READ = 1  # exit code of a helper that does not understand what it is told
 _LOOK_S = 0.1
 # -P: a folder "tasks" where the user happens to be is none of ours.
 _COMMAND = ("-P", "-c", "import sys; from tasks.helpers import serve; serve(int(sys.argv[1]))")
@@ -163,17 +164,20 @@ class Helpers:
                 return number
 
             try:
-                return [helper.work(there, take, stop)]
+                value, is_interrupted = helper.work(there, take, stop)
             except HelperLost as lost:
                 log.warning("%s; its work is done without it", lost)
                 self._started.remove(helper)
-                if not taken:  # as the next one would
+                if lost.code == CANNOT_READ:  # nor could the next one
                     self._most = 0
                 items.put_back(taken)
                 return []
             except BaseException:
                 items.give_up()
                 raise
+            if is_interrupted:
+                items.put_back(taken)
+            return [value]
 
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(max(1, len(helpers)), thread_name_prefix="helper") as pool:
@@ -220,7 +224,14 @@ def _threads_each(helpers: int) -> int:
 
 
 class HelperLost(RuntimeError):
-    """A helper has died."""
+    """A helper has died, with this exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(
+            f"a helper process ended with code {code} (-9: killed, by the system where memory ran "
+            "out)"
+        )
+        self.code = code
 
 
 class _Helper:
@@ -238,8 +249,11 @@ class _Helper:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
             )
 
-    def work(self, there: There[T], take: Take, stop: threading.Event) -> T:
-        """Have it do what it takes until there is no more; what it returned.
+    def work(self, there: There[T], take: Take, stop: threading.Event) -> tuple[T, bool]:
+        """Have it do what it takes until there is no more.
+
+        Returns:
+            What it returned, and whether it was interrupted, with something left undone.
 
         Raises:
             HelperLost: it has died.
@@ -260,15 +274,12 @@ class _Helper:
                 self._hear(kind, said, take)
         except (EOFError, OSError) as error:
             self.end()
-            raise HelperLost(
-                f"a helper process ended with code {self._process.returncode} (-9: killed, by the "
-                "system where memory ran out)"
-            ) from error
-        value, failure, borrowed = said
+            raise HelperLost(self._process.returncode) from error
+        value, failure, borrowed, is_interrupted = said
         attempts.take_back(borrowed)
         if failure is not None:
             raise failure
-        return value
+        return value, is_interrupted
 
     def _hear(self, kind: str, said: Any, take: Take) -> None:
         if kind == "take":
@@ -340,7 +351,7 @@ class _Server:
             pass
         except Exception:  # what it is told cannot be read here: it is of no use
             traceback.print_exc()
-            os._exit(1)
+            os._exit(CANNOT_READ)
         # Nobody listens any more. If this process was at work, the other one has died, and whoever
         # goes on shall find the claims of both free: see `storage.claims`.
         os._exit(0)
@@ -357,7 +368,7 @@ class _Server:
                 failure = _portable(error)
         ended.set()
         return_freed_memory()
-        self._say("ended", (value, failure, borrowed))
+        self._say("ended", (value, failure, borrowed, self._stop.is_set()))
 
     def _take(self) -> int | None:
         if self._stop.is_set():

@@ -120,6 +120,29 @@ def test_what_a_helper_had_taken_when_it_died_is_done_also_by_one_that_had_ended
     assert sorted(chain.from_iterable(found)) == [0, 1]
 
 
+def test_what_an_interrupted_helper_leaves_undone_is_done(tmp_path):
+    """SIGTERM to the helper alone."""
+
+    def here(take: Take) -> list[int]:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "waits").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return list(iter(take, None))
+
+    with helped(2):
+        there = partial(interrupt_itself, tmp_path)
+        found = share(3, here, there, threading.Event(), worth=2)
+    assert sorted(chain.from_iterable(found)) == [0, 1, 2]
+
+
+def interrupt_itself(folder: Path, take: Take, stop: threading.Event) -> list[int]:
+    take()
+    (folder / "waits").touch()
+    os.kill(os.getpid(), signal.SIGTERM)
+    stop.wait()
+    return []
+
+
 def die_once_the_other_is_done(folder: Path, take: Take, stop: threading.Event) -> None:
     take()
     (folder / "taken").touch()
