@@ -65,14 +65,14 @@ def fuse_elsewhere(url: str, name: str, count: int, config: FuseConfig, infer: I
     one before.
     """
     store = ReconstructionStore.open(url)
-    key, todo = require_key(store, "tiles"), set(unfused_batches(url, count))
+    key, todo = require_key(store, "tiles"), set(unfused_batches(url, range(count)))
 
     def child(batches: list[int]) -> Child:
         return Child(
             f"{name}, tiles {batches[0]} to {batches[-1]}",
             {"url": url, "batches": batches, "config": asdict(config), "infer": asdict(infer)},
             work_key(url, key, batches),
-            lambda: unfused_batches(url, count),
+            lambda: unfused_batches(url, range(count)),
         )
 
     cut = [range(count)[i : i + BATCHES_PER_RUN] for i in range(0, count, BATCHES_PER_RUN)]

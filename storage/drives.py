@@ -134,10 +134,9 @@ def require_output(output: str) -> None:
             f"output {output} is on a web server, which takes no results; expected a local folder "
             "or object storage, s3://BUCKET/FOLDER"
         )
-    if mistyped := re.match(r"([a-z][a-z0-9+]+):/+", output):
-        if not mistyped[0].endswith("://") and mistyped[1] != "file":
-            raise ValueError(f"output {output} is no URL; did you mean {mistyped[1]}://...?")
-    elif os.path.isfile(output):
+    if mistyped := re.match(r"(s3a?|gs|gcs|abfs|az):/(?!/)", output):
+        raise ValueError(f"output {output} is no URL; did you mean {mistyped[1]}://...?")
+    if "://" not in output and os.path.isfile(output):
         raise ValueError(f"output {output} is a file; give a folder, which is made if needed")
     with suppress(StoreError):
         ReconstructionStore.attributes_at(output)

@@ -166,7 +166,8 @@ def read_rounds(
     Args:
         drive: what is read.
         groups: segments that run in lock step.
-        order: positions of the groups that are read, ascending; asked for one by one.
+        order: positions of the groups that are read, asked for one by one; frames of a group before
+            the last one are decoded again.
         open_group: says, just before the group at a position is read, which of its rounds are
             wanted.
         given_up: ends the reading once it is set.

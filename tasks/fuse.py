@@ -227,8 +227,7 @@ def fuse_tiles_stage(
         Claimed: another worker is at one of the batches.
         ValueError: the tiles are planned for other settings by now, or not at all.
     """
-    unfused = set(unfused_batches(url, max(batches, default=-1) + 1))
-    todo = [batch for batch in batches if batch in unfused]
+    todo = unfused_batches(url, batches)
     there = partial(fuse_batches, url, todo, config, infer)
     run_until_stopped(
         lambda stop: share(len(todo), partial(there, stop=stop), there, stop, WORTH_BATCHES)
@@ -258,7 +257,8 @@ def _fuse_batch(
     stop: threading.Event,
 ) -> None:
     name, info = _fused_name(batch), weights_info(infer.weights)
-    with store.claim(name) as claim:
+    with store.claims({name: 0}, stop) as claims:
+        claim = claims[name]
         require_network(store, infer, info)
         planned = _read_planned(store, batch)
         if planned["key"] != tiles_key(store, config):
@@ -286,26 +286,26 @@ def _fuse_batch(
         store.commit(name, {**record, "attempt": attempt_id()})
 
 
-def unfused_batches(url: str, batches: int) -> list[int]:
-    """Those of the first `batches` batches of tiles that are not fused.
+def unfused_batches(url: str, batches: Sequence[int]) -> list[int]:
+    """Those of the batches of tiles that are not fused.
 
     Raises:
         ValueError: the tiles are not planned.
     """
     store = ReconstructionStore.open(url)
     fused = _fused(store, batches)
-    return [batch for batch in range(batches) if batch not in fused]
+    return [batch for batch in batches if batch not in fused]
 
 
-def _fused(store: ReconstructionStore, batches: int) -> dict[int, dict[str, Any]]:
-    """Records of those of the first `batches` batches that are fused, by batch.
+def _fused(store: ReconstructionStore, batches: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """Records of those of the batches that are fused, by batch.
 
     Raises:
         ValueError: the tiles are not planned.
     """
     planned = require_key(store, "tiles")
-    records = store.read_commits(_fused_name(batch) for batch in range(batches))
-    found = {batch: records.get(_fused_name(batch), {}) for batch in range(batches)}
+    records = store.read_commits(_fused_name(batch) for batch in batches)
+    found = {batch: records.get(_fused_name(batch), {}) for batch in batches}
     return {b: r for b, r in found.items() if r.get("key") == _fused_key(planned, b)}
 
 
@@ -397,7 +397,7 @@ def merge_key(tiles: str) -> str:
 
 def _require_fused(store: ReconstructionStore, batches: int) -> dict[str, str]:
     """Digests of all tiles, by name; refuses to make a mesh with holes."""
-    fused = _fused(store, batches)
+    fused = _fused(store, range(batches))
     missing = [batch for batch in range(batches) if batch not in fused]
     if missing:
         raise ValueError(

@@ -83,12 +83,12 @@ def share(
     """Do items 0 .. `count` - 1, `here` in this process and `there` in each of its helpers.
 
     Both take one item after the other, until none is left, or `stop` is set, or one of them has
-    failed: then its error is raised once the others have ended. What a helper had taken when it
-    died is taken again by others, so that items have to bear being done twice.
+    failed: then its error is raised once the others have ended. What a helper had taken that died
+    or was interrupted is taken again by others, not in order: items have to bear being done twice.
 
     Args:
         count: items.
-        here: does all that it takes; called again for what is left of helpers that died.
+        here: does all that it takes; called again for what helpers leave undone.
         there: the same, a function of a module or a `partial` of one.
         stop: set by whoever wants it to end; `here` looks at it by itself.
         worth: for fewer items no helper is started.
@@ -115,7 +115,7 @@ class _Items:
             return self._numbers.popleft() if self._are_left() else None
 
     def put_back(self, numbers: Sequence[int]) -> None:
-        """Hand these out again: who had taken them has died."""
+        """Hand these out again: not all of them are done."""
         with self._lock:
             self._numbers.extendleft(reversed(numbers))
 
@@ -152,8 +152,7 @@ class Helpers:
         """See `share`."""
         helpers = self._helpers(count, worth, bytes_each)
         items = _Items(count, stop)
-        if helpers:
-            attempts.note(processes=len(helpers) + 1)
+        attempts.note(processes=len(helpers) + 1)
 
         def attend(helper: _Helper) -> list[T]:
             taken: list[int] = []
@@ -167,15 +166,16 @@ class Helpers:
                 value, is_interrupted = helper.work(there, take, stop)
             except HelperLost as lost:
                 log.warning("%s; its work is done without it", lost)
-                self._started.remove(helper)
                 if lost.code == CANNOT_READ:  # nor could the next one
                     self._most = 0
+                self._leave(helper)
                 items.put_back(taken)
                 return []
             except BaseException:
                 items.give_up()
                 raise
             if is_interrupted:
+                self._leave(helper)
                 items.put_back(taken)
             return [value]
 
@@ -194,23 +194,38 @@ class Helpers:
                 if helpers:
                     torch.set_num_threads(threads)
         found += [value for other in others for value in other.result()]
-        if items.are_left():  # this process had ended when a helper died
+        if items.are_left():  # this process had ended when a helper left something undone
             found.append(here(items.take))
         return found
 
     def _helpers(self, count: int, worth: int, bytes_each: int) -> list[_Helper]:
         """Those that have something to do, started as far as there is memory for them."""
-        room = free_bytes(torch.device("cpu")) // bytes_each - 1
-        wanted = min(self._most, count - 1) if count >= worth else 0
-        if wanted > max(room, len(self._started)):
-            log.warning("memory suffices for %d of %d processes", max(room, 0) + 1, wanted + 1)
+        room = free_bytes(torch.device("cpu")) - bytes_each  # less what this process will hold
+        ready: list[_Helper] = []
+        for helper in self._started[: max(0, count - 1)]:
+            more = max(0, bytes_each - helper.bytes_granted)
+            if more <= room:
+                room -= more
+                helper.bytes_granted += more
+                ready.append(helper)
+        wanted = min(self._most, count - 1) if count >= worth else len(ready)
         try:
-            while len(self._started) < min(wanted, room):
-                self._started.append(_Helper())
+            while len(ready) < wanted and room >= bytes_each:
+                room -= bytes_each
+                ready.append(_Helper(bytes_each))
+                self._started.append(ready[-1])
         except OSError as error:
-            log.warning("no more than %d processes can start: %s", len(self._started) + 1, error)
-            self._most = len(self._started)
-        return self._started[: max(0, count - 1)]
+            log.warning("no more than %d processes can start: %s", len(ready) + 1, error)
+            self._most = wanted = len(self._started)
+        if len(ready) < wanted:
+            log.warning("memory suffices for %d of %d processes", len(ready) + 1, wanted + 1)
+        return ready
+
+    def _leave(self, helper: _Helper) -> None:
+        """Do without it from now on."""
+        helper.end()
+        self._started.remove(helper)
+        attempts.note(processes=len(self._started) + 1)
 
     def close(self) -> None:
         """End all helpers, none of which has anything to do."""
@@ -237,7 +252,8 @@ class HelperLost(RuntimeError):
 class _Helper:
     """One helper, as seen from here."""
 
-    def __init__(self) -> None:
+    def __init__(self, bytes_granted: int) -> None:
+        self.bytes_granted = bytes_granted  # that it may hold
         self._connection, theirs = Pipe()
         with theirs:
             # In a process group of its own: Ctrl-C is for this process, which tells its helpers.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,7 +144,8 @@ def weights_info(weights: str | Path, cache_dir: str | Path | None = None) -> We
             return read_info(file, without_secrets(url))
     except FileNotFoundError as error:  # so fsspec calls any failure of a web server
         status = getattr(error.__cause__, "status", None)
-        reason = f"HTTP status {status}" if status else "no such file, or no such server"
+        failure = type(error.__cause__ or error).__name__  # its text may hold the whole address
+        reason = f"HTTP status {status}" if status else f"no such file, or no answer ({failure})"
         raise WeightsMissing(
             f"the weights {without_secrets(url)} cannot be read: {reason}; check the address"
         ) from None
@@ -151,8 +153,10 @@ def weights_info(weights: str | Path, cache_dir: str | Path | None = None) -> We
 
 def worth(info: WeightsInfo) -> str:
     """What results by these weights are worth, if they are bundled, else what is noted of them."""
-    if info.name in BUNDLED and info.sha256 == weights_info(info.name).sha256:
-        return BUNDLED[info.name]
+    if info.name in BUNDLED:
+        with suppress(ValueError):  # they may be missing here, or damaged
+            if info.sha256 == weights_info(info.name).sha256:
+                return BUNDLED[info.name]
     return info.notes
 
 

@@ -77,13 +77,16 @@ def local_deployments(collection: str | None, output: str | None, cron: str | No
     """Both flows as `serve` offers them.
 
     Raises:
-        ValueError: there is no such time.
+        ValueError: there is no such time, or `output` takes no results.
     """
     from pydantic import ValidationError
 
     from flows.reconstruct_collection import reconstruct_collection
     from flows.reconstruct_drive import reconstruct_drive
+    from storage.drives import require_output
 
+    if output is not None:
+        require_output(output)
     given = {"collection": collection, "output": output}
     parameters = {name: seen_from_anywhere(at) for name, at in given.items() if at is not None}
     try:

@@ -17,6 +17,8 @@ from PIL import Image
 from recordings import moving_squares, write_video
 
 from flows.cli import main
+from storage.drives import require_output
+from storage.errors import StoreMissing
 from storage.reconstruction import ReconstructionStore
 from ttt3r.config import TINY
 from ttt3r.metrics import read_kitti_indexed, read_tum
@@ -249,6 +251,19 @@ def test_output_that_takes_no_results_is_refused(run, store, tmp_path, command, 
     output = output.format(store=store, video=video)
     code, _, err = run(command, video, "--output", output, "--weights", "untrained")
     assert_one_line(code, err, reason)
+
+
+@pytest.mark.parametrize(
+    "output", ["memory:///out", "local:///data/out", "file:///out", "s3://bucket/out", "drive1:/x"]
+)
+def test_other_outputs_are_left_to_their_file_systems(monkeypatch, tmp_path, output):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ReconstructionStore, "attributes_at", raise_missing)
+    require_output(output)
+
+
+def raise_missing(url: str) -> None:
+    raise StoreMissing(url)
 
 
 @pytest.mark.parametrize("command", ["reconstruct", "plan"])
@@ -550,7 +565,9 @@ def test_weights_at_an_address_that_does_not_answer_are_said_to_be_unreadable(ru
     video = write_video(tmp_path / "v.mp4", moving_squares(4))
     given = ("--output", tmp_path / "out", "--weights", "http://127.0.0.1:1/w.safetensors")
     code, _, err = run("plan", video, *given)
-    assert_one_line(code, err, "http://127.0.0.1:1/w.safetensors cannot be read", "no such server")
+    assert_one_line(
+        code, err, "http://127.0.0.1:1/w.safetensors cannot be read", "ClientConnectorError"
+    )
 
 
 def test_weights_list_and_show_name_the_licence(run):

@@ -3,6 +3,7 @@ import json
 import logging
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,22 @@ def test_helpers_do_what_the_process_alone_would_have_done(finished, tmp_path, m
     assert chunks
     for record in chunks:
         assert attempts[f"attempts/infer-{record['attempt']}"]["cpu_seconds"] > 0
+
+
+def test_groups_that_come_out_of_order_give_the_same(finished, tmp_path, monkeypatch):
+    """As those do that a helper had taken when it died."""
+    config = replace(CONFIG, infer=replace(CONFIG.infer, segments_per_task=4))
+    lone = reconstruct_drive(str(finished.video), str(tmp_path / "alone"), config)
+    orders = []
+
+    def backwards(count, here, there, stop, *limits):
+        orders.append(list(range(count))[::-1])
+        return [here(partial(next, iter(orders[-1]), None))]
+
+    monkeypatch.setattr(infer, "share", backwards)
+    url = reconstruct_drive(str(finished.video), str(tmp_path / "backwards"), config)
+    assert [1, 0] in orders
+    assert_equal_bytes(stored(url), stored(lone))
 
 
 def commit_ids(url: str, stage: str = "") -> dict[str, str]:

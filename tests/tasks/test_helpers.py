@@ -23,6 +23,11 @@ ITEMS = 6
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def helpers_find_this_file(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+
+
 def write_down(folder: Path, take: Take, stop: threading.Event | None = None) -> list[int]:
     """Write the process's number into a file for each item; the items."""
     done = []
@@ -174,10 +179,20 @@ def test_no_more_helpers_start_than_memory_holds(caplog):
     def here(take: Take) -> list[int]:
         return list(iter(take, None))
 
-    with helped(3):
+    with helped(2):
+        found = share(4, here, fail_at_once, threading.Event(), 2, bytes_each=10**15)
+        assert found == [[0, 1, 2, 3]]
+        assert "memory suffices for 1 of 2 processes" in caplog.text
+        # Nor does one that has started for less take part.
+        with pytest.raises(LookupError):
+            share(4, wait_a_while, fail_at_once, threading.Event(), worth=2)
         found = share(4, here, fail_at_once, threading.Event(), 2, bytes_each=10**15)
     assert found == [[0, 1, 2, 3]]
-    assert "memory suffices for 1 of 3 processes" in caplog.text
+
+
+def wait_a_while(take: Take) -> None:
+    while take() is not None:
+        time.sleep(5)
 
 
 def test_without_a_helper_that_cannot_start_the_work_is_done_here(monkeypatch, caplog):
