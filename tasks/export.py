@@ -28,7 +28,7 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
         Where it was written.
 
     Raises:
-        ValueError: that stage has not finished, or there is no such part.
+        ValueError: that stage has not finished, or there is no such part, or no such folder.
         DataDamaged: what is stored is not what was committed; nothing is written.
     """
     store = ReconstructionStore.open(url)
@@ -46,6 +46,10 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
         ):
             shutil.copyfileobj(made, file)
         return target
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"there is no folder {path.parent} to write {path.name} to; create it first"
+        )
     # If that fails, an earlier file is still there.
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         os.replace(write(store, format, part, Path(folder)), path)

@@ -72,8 +72,11 @@ def fetch(
         DownloadFailed: see `download.download`; what came is kept and continued next time.
         HashMismatch: the file is not the one expected; it was removed.
         WeightsMissing: `source` is neither a known name nor a URL.
-        ValueError: the file is not weights that we can take (see `import_checkpoint`).
+        ValueError: the file is not weights that we can take (see `import_checkpoint`), or
+            `expected_sha256` is no SHA-256: nothing is fetched.
     """
+    if expected_sha256 is not None:
+        expected_sha256 = _plain_sha256(expected_sha256)
     known = KNOWN_WEIGHTS.get(source)
     if known is not None:
         return _fetch_known(known, expected_sha256, cache_dir, progress, retry)
@@ -85,6 +88,16 @@ def fetch(
         )
     destination = cached_path(url, cache_dir)
     return _Order(url, destination, expected_sha256, destination.stem).fetch(progress, retry)
+
+
+def _plain_sha256(digest: str) -> str:
+    """The digest as `file_sha256` writes it; some tools print capitals."""
+    plain = digest.strip().lower()
+    if not re.fullmatch("[0-9a-f]{64}", plain):
+        raise ValueError(
+            f"{digest!r} is no SHA-256: expected 64 hexadecimal digits, as `sha256sum` prints them"
+        )
+    return plain
 
 
 @dataclass(frozen=True)

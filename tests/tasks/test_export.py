@@ -49,6 +49,12 @@ def test_mesh_larger_than_any_other_file_is_exported(store, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["mesh.ply"]
 
 
+def test_missing_folder_is_said_to_be(store, tmp_path):
+    with pytest.raises(ValueError, match=rf"no folder {tmp_path}/none to write mesh.ply to"):
+        export_store(store.url, "ply", str(tmp_path / "none" / "mesh.ply"))
+    assert not (tmp_path / "none").exists()
+
+
 def test_mesh_that_was_too_large_for_a_format_is_said_to_be(store):
     with pytest.raises(ValueError, match="too large"):
         export_store(store.url, "glb")

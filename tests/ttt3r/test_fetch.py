@@ -184,6 +184,22 @@ def test_fetch_checks_the_hash_of_what_is_cached_too(site, tmp_path, ours):
         fetch(url, expected_sha256="0" * 64, cache_dir=tmp_path, retry=QUICK)
 
 
+def test_fetch_takes_a_hash_in_capitals(site, tmp_path, ours):
+    site.files["a.safetensors"] = ours
+    capitals = f"{hashlib.sha256(ours).hexdigest().upper()}\n"
+    path = fetch(
+        site.url("a.safetensors"), expected_sha256=capitals, cache_dir=tmp_path, retry=QUICK
+    )
+    assert path.read_bytes() == ours
+
+
+@pytest.mark.parametrize("digest", ["", "0" * 63, "0" * 65, "g" * 64, "md5:" + "0" * 60])
+def test_fetch_asks_for_nothing_where_the_hash_could_be_no_file_s(site, tmp_path, digest):
+    with pytest.raises(ValueError, match=r"no SHA-256: expected 64 hexadecimal digits"):
+        fetch(site.url("a.pth"), expected_sha256=digest, cache_dir=tmp_path, retry=QUICK)
+    assert not site.asked
+
+
 def test_fetch_removes_a_page_that_came_instead_of_weights(site, tmp_path, ours):
     site.files["a.safetensors"] = b"<!DOCTYPE html> please log in"
     with pytest.raises(ValueError, match="not a safetensors file"):
