@@ -185,7 +185,7 @@ class _Assembly:
         self._breaks: list[int] = []  # frames after a clip that is missing
         self._unreadable: list[UnreadableFrame] = []
         self._problems: list[str] = []
-        self._end_s = 0.0
+        self._next_s = 0.0  # where the next clip begins
         self._periods: list[float] = []
 
     def finish(self) -> tuple[DriveRecord, FrameTable]:
@@ -207,7 +207,7 @@ class _Assembly:
             width=first.width,
             height=first.height,
             fps=1 / float(np.median(self._periods)),
-            duration_s=self._end_s,
+            duration_s=float(table.timestamp[-1]) + self._periods[-1],
             codec=first.codec,
             rotation=(-90 * first.turns) % 360,
             cuts=tuple(cuts),
@@ -217,19 +217,27 @@ class _Assembly:
         return record, table
 
     def _add_lost(self, number: int, result: _ClipResult) -> None:
-        count = result.scan.frames if result.scan else 0
+        count, after = 0, ""
+        if result.scan:
+            times = clip_times(result.scan)
+            index, missing = positions(result.scan)
+            count = len(index) + sum(m.count for m in missing)
+            if self._columns:  # else frames after it are the first, and times count from these
+                self._next_s += float(times.seconds[-1]) + times.period_s
+        elif self._columns and number < len(self._results) - 1:
+            after = "; as nobody knows how long it is, times after it are too early"
         reason = result.error.removeprefix(f"{result.location}: ")
         self._clips.append(Clip(result.location, 0, result.size_bytes, "none", reason))
         self._unreadable.append(UnreadableFrame(number, 0, reason, count))
-        self._tell(number, f"the clip is left out: {reason}")
+        self._tell(number, f"the clip is left out: {reason}{after}")
         self._breaks.append(self._frames)
 
     def _add_clip(self, number: int, scan: ClipScan) -> None:
         times = clip_times(scan)
         index, missing = positions(scan)
         self._clips.append(clip_record(scan, times))
-        self._columns.append((self._end_s + times.seconds, index, frame_flags(scan)))
-        self._end_s += float(times.seconds[-1]) + times.period_s
+        self._columns.append((self._next_s + times.seconds, index, frame_flags(scan)))
+        self._next_s += float(times.seconds[-1]) + times.period_s
         self._periods.append(times.period_s)
         assert scan.series is not None  # set by scan_clip
         self._series.append(scan.series)
@@ -271,7 +279,7 @@ def _together(frames: Sequence[UnreadableFrame]) -> UnreadableFrame:
 def _probe_images(location: str, progress: Progress | None) -> tuple[DriveRecord, FrameTable]:
     scan = scan_images(location, progress)
     frames = len(scan.index)
-    seconds = np.arange(frames) / ASSUMED_HZ
+    seconds = (scan.index - scan.index[0]) / ASSUMED_HZ
     is_duplicate = np.where(scan.series.duplicate, DUPLICATE, 0)
     flags = (is_duplicate + KEYFRAME).astype(np.uint8)
     table = FrameTable(seconds, np.zeros(frames, np.int32), scan.index, flags)
@@ -289,7 +297,7 @@ def _probe_images(location: str, progress: Progress | None) -> tuple[DriveRecord
         width=scan.width,
         height=scan.height,
         fps=ASSUMED_HZ,
-        duration_s=frames / ASSUMED_HZ,
+        duration_s=float(seconds[-1]) + 1 / ASSUMED_HZ,
         codec=scan.codec,
         rotation=scan.rotation,
         cuts=tuple(cuts),

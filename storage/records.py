@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.wording import redacted
+
 KEYFRAME = 1  # FrameTable.flags: decoding can start at this frame
 DAMAGED = 2  # FrameTable.flags: decodes, but the decoder had to patch the picture
 DUPLICATE = 4  # FrameTable.flags: no visible change from the frame before
@@ -130,6 +132,26 @@ class FrameTable:
         """Frames of the drive that clip number `clip` holds."""
         first, stop = np.searchsorted(self.clip, [clip, clip + 1])
         return range(int(first), int(stop))
+
+    def numbers(self, record: DriveRecord) -> NDArray[np.int64]:
+        """[N] place of every frame among all of the recording, from 0, one clip behind the other.
+
+        Frames that cannot be decoded count, so that a file with a line, or an image, for every
+        frame that was recorded can be paired with those of the drive.
+
+        Raises:
+            ValueError: nobody knows how many frames a clip has that others follow.
+        """
+        before = np.zeros(len(record.clips) + 1, np.int64)
+        for number, clip in enumerate(record.clips):
+            counts = [lost.count for lost in record.unreadable if lost.clip == number]
+            if not all(counts) and (self.clip > number).any():
+                raise ValueError(
+                    f"{redacted(clip.location)} holds frames that nobody can count, so that the "
+                    "numbers of those after it are unknown; use a format with times (tum)"
+                )
+            before[number + 1] = before[number] + clip.frames + sum(counts)
+        return before[self.clip] + self.index
 
 
 @dataclass(frozen=True)

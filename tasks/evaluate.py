@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from storage.reconstruction import ReconstructionStore
 from tasks.export import choose_part
-from tasks.planned import read_plan, read_record
+from tasks.planned import frame_numbers, read_plan, read_record
 from ttt3r.images import Fit, fit
 from ttt3r.metrics import (
     associate,
@@ -24,21 +25,29 @@ from ttt3r.weights import WeightsInfo
 
 DEPTH_INVALID = (0, 65535)  # of 16-bit PNG depth
 METRES_PER_UNIT = 1e-3
+MOST_PIXELS = 2**22  # that depth is compared at: more would only take memory
 
 Array = NDArray[np.float64]
 
 
 def evaluate_store(
-    url: str, ground_truth: str, format: str, depth: str | None = None
+    url: str,
+    ground_truth: str,
+    format: str,
+    depth: str | None = None,
+    time_offset_s: float = 0.0,
 ) -> dict[str, float | int | None]:
     """Errors of the longest part of a drive.
 
     Args:
         url: the drive's store, aligned.
         ground_truth: camera-to-world poses. tum: paired by time with the frames' timestamps;
-            kitti: line i is frame i of the drive.
+            kitti: line i is frame i of the recording, frames that do not decode counted. Images
+            have no times: where the file has a line for each, line i is image i.
         format: tum or kitti.
-        depth: folder of 16-bit PNG files in millimetres, each named by its frame's number.
+        depth: folder of 16-bit PNG files in millimetres, each named by its frame's number in the
+            recording.
+        time_offset_s: what a tum file's clock shows at the recording's first frame.
 
     Returns:
         The figures of `ttt3r.metrics.evaluate_trajectory`, `frames_without_truth`, and with
@@ -52,7 +61,7 @@ def evaluate_store(
     trajectory = store.read_trajectory()
     part = choose_part(store, None)
     mine = np.flatnonzero(trajectory["part"] == part)
-    frames, truth = paired_truth(store, mine, Path(ground_truth), format)
+    frames, truth = paired_truth(store, mine, Path(ground_truth), format, time_offset_s)
     if len(frames) < 2:
         raise ValueError(
             f"only {len(frames)} of {len(mine)} frames of {url} have a pose in {ground_truth}; "
@@ -67,21 +76,44 @@ def evaluate_store(
 
 
 def paired_truth(
-    store: ReconstructionStore, mine: NDArray[np.int64], path: Path, format: str
+    store: ReconstructionStore,
+    mine: NDArray[np.int64],
+    path: Path,
+    format: str,
+    time_offset_s: float = 0.0,
 ) -> tuple[NDArray[np.int64], Array]:
     """Frames of the drive among `mine` that have a true pose, and these poses [N, 4, 4]."""
     if not path.is_file():
         raise ValueError(f"there is no ground truth file {path}")
     if format == "kitti":
-        indices, poses = read_kitti_indexed(path)
-        known = dict(zip(indices.tolist(), poses, strict=True))
-        frames = np.array([frame for frame in mine.tolist() if frame in known], np.int64)
-        return frames, np.array([known[frame] for frame in frames.tolist()]).reshape(-1, 4, 4)
+        return _paired_by_number(store, mine, *read_kitti_indexed(path))
     times, poses = read_tum(path)
     record = read_record(store)
-    timestamps = store.read_frames()["timestamp"][mine]
+    has_times = record.clips[0].backend != "images"
+    images = record.frames + sum(lost.count for lost in record.unreadable)
+    if not has_times and len(times) == images:
+        return _paired_by_number(store, mine, np.arange(images), poses)
+    timestamps = store.read_frames()["timestamp"][mine] + time_offset_s
     ours, theirs = associate(timestamps, times, 0.5 / record.fps if record.fps else 0.05)
+    if not has_times and len(ours) < len(mine) / 2:
+        raise ValueError(
+            f"images have no times, and {path} has {len(times)} poses for {images} images, so that "
+            "they cannot be paired by order either; give a file with one pose an image"
+        )
     return mine[ours], poses[theirs]
+
+
+def _paired_by_number(
+    store: ReconstructionStore,
+    mine: NDArray[np.int64],
+    numbers: NDArray[np.int64],
+    poses: Array,
+) -> tuple[NDArray[np.int64], Array]:
+    known = dict(zip(numbers.tolist(), poses, strict=True))
+    found = zip(mine.tolist(), frame_numbers(store)[mine].tolist(), strict=True)
+    pairs = [(frame, known[number]) for frame, number in found if number in known]
+    frames = np.array([frame for frame, _ in pairs], np.int64)
+    return frames, np.array([pose for _, pose in pairs]).reshape(-1, 4, 4)
 
 
 def depth_figures(
@@ -94,30 +126,35 @@ def depth_figures(
     """Depth errors over all frames of a part that have a depth image.
 
     Each part has metres of its own. The estimate is multiplied by its segment's scale and by
-    `scale` (of the trajectory).
+    `scale` (of the trajectory). Of more than `MOST_PIXELS` every so many are compared.
     """
     plan = read_plan(store)
     record = read_record(store)
     config = WeightsInfo.from_json(store.attributes["weights"]).config
     shape = fit(record.width, record.height, config.image_size, config.patch_size)
+    of_number = {number: frame for frame, number in enumerate(frame_numbers(store).tolist())}
+    images = {
+        of_number[int(path.stem)]: path
+        for path in sorted(folder.glob("*.png"))
+        if path.stem.isdigit() and int(path.stem) in of_number
+    }
+    images = {f: path for f, path in images.items() if trajectory["part"][f] == part}
+    every = math.ceil(len(images) * shape.height * shape.width / MOST_PIXELS)
     found, true = [], []
-    for path in sorted(folder.glob("*.png")):
-        if not path.stem.isdigit() or int(path.stem) >= record.frames:
-            continue
-        frame = int(path.stem)
-        if trajectory["part"][frame] != part:
-            continue
+    for frame, path in images.items():
         index = int(trajectory["segment"][frame])
         ours = store.read(plan.segments[index], "depth", frame, frame + 1)[0]
-        found.append(ours * trajectory["scale"][index] * scale)
-        true.append(read_depth(path, shape, (record.width, record.height)))
+        ours = ours * np.float32(trajectory["scale"][index] * scale)
+        truth = read_depth(path, shape, (record.width, record.height))
+        found.append(ours.ravel()[::every])
+        true.append(truth.ravel()[::every])
     if not found:
         raise ValueError(
             f"no depth image in {folder} is named by a frame of part {part} of the drive (12.png)"
         )
     figures: dict[str, float | int | None] = {"depth_frames": len(found)}
     for ending, align in (("", "none"), ("_median_scaled", "median")):
-        one = depth_metrics(np.stack(found), np.stack(true), align=align)  # type: ignore[arg-type]
+        one = depth_metrics(np.concatenate(found), np.concatenate(true), align=align)  # type: ignore[arg-type]
         figures |= {f"{name}{ending}": one[name] for name in ("abs_rel", "delta_125")}
     return figures
 
@@ -126,18 +163,25 @@ def read_depth(path: Path, shape: Fit, size: tuple[int, int]) -> NDArray[np.floa
     """True depth [h, w] in metres at the network's pixels (nearest), NaN where invalid.
 
     Raises:
-        ValueError: it is no PNG file, or of another size than the recording.
+        ValueError: it is no 16-bit PNG file, or of another size than the recording.
     """
     try:  # as PNG only: for other kinds Pillow may start a program (EPS: Ghostscript)
-        image = Image.open(path, formats=("PNG",))
+        opened = Image.open(path, formats=("PNG",))
     except UnidentifiedImageError:
         raise ValueError(f"{path.name} is no PNG file; expected 16-bit depth") from None
-    if image.size != size:
-        raise ValueError(
-            f"{path.name} is {image.size[0]} x {image.size[1]}; the recording is "
-            f"{size[0]} x {size[1]}"
+    with opened as image:
+        if not image.mode.startswith("I"):
+            raise ValueError(
+                f"{path.name} is a PNG file of mode {image.mode}; expected 16-bit grey: millimetres"
+            )
+        if image.size != size:
+            raise ValueError(
+                f"{path.name} is {image.size[0]} x {image.size[1]}; the recording is "
+                f"{size[0]} x {size[1]}"
+            )
+        resized = image.resize(
+            (shape.resized_width, shape.resized_height), Image.Resampling.NEAREST
         )
-    resized = image.resize((shape.resized_width, shape.resized_height), Image.Resampling.NEAREST)
     values = np.asarray(resized)[shape.top :, shape.left :][: shape.height, : shape.width]
     metres = values.astype(np.float32) * METRES_PER_UNIT
     metres[np.isin(values, DEPTH_INVALID)] = np.nan

@@ -8,10 +8,11 @@ import tempfile
 from pathlib import Path
 
 import fsspec
+import numpy as np
 
 from storage.drives import store_name
 from storage.reconstruction import ReconstructionStore
-from tasks.planned import longest_part
+from tasks.planned import frame_numbers, longest_part
 from ttt3r.metrics import kitti_text, tum_text
 
 
@@ -20,7 +21,8 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
 
     Args:
         url: the drive's store.
-        format: tum, kitti (camera-to-world, metres as estimated), ply or glb.
+        format: tum, kitti (camera-to-world, metres as estimated; a 13th number, the frame's, leads
+            each line where lines are not frames 0, 1, .. of the recording), ply or glb.
         to: file or URL; None: in the working directory, named after the store.
         part: trajectory part; None: the longest.
 
@@ -75,7 +77,9 @@ def write_trajectory(store: ReconstructionStore, format: str, part: int, folder:
     mine = arrays["part"] == part
     poses = arrays["cam_to_world"][mine]
     if format == "kitti":
-        text = kitti_text(poses)
+        numbers = frame_numbers(store)[mine]
+        is_whole = np.array_equal(numbers, np.arange(len(numbers)))
+        text = kitti_text(poses, None if is_whole else numbers)
     else:
         text = tum_text(store.read_frames()["timestamp"][mine], poses)
     path = folder / "trajectory.txt"

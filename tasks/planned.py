@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.reconstruction import ReconstructionStore
-from storage.records import NOWHERE, DriveRecord, Plan
+from storage.records import NOWHERE, DriveRecord, FrameTable, Plan
 from tasks.keys import require_key
 
 ASIDE = "aside"  # commits "aside/0003": why the drive goes on without a segment
@@ -27,6 +27,11 @@ def read_plan(store: ReconstructionStore) -> Plan:
 def read_record(store: ReconstructionStore) -> DriveRecord:
     """What the probe found of the drive."""
     return DriveRecord.from_json(store.attributes["drive"])
+
+
+def frame_numbers(store: ReconstructionStore) -> NDArray[np.int64]:
+    """[N] place of every frame of the drive in its recording (`FrameTable.numbers`)."""
+    return FrameTable.from_arrays(store.read_frames()).numbers(read_record(store))
 
 
 def read_placed_plan(store: ReconstructionStore) -> Plan:

@@ -317,11 +317,14 @@ def tum_text(timestamps: ArrayLike, T_world_cam: ArrayLike) -> str:
     return "".join(form % tuple(row) + "\n" for row in rows.tolist())
 
 
-def kitti_text(T_world_cam: ArrayLike) -> str:
-    """The text of a KITTI file: one 3x4 matrix a line, by rows."""
-    rows = _poses("T_world_cam", T_world_cam)[:, :3].reshape(-1, 12)
+def kitti_text(T_world_cam: ArrayLike, frames: ArrayLike | None = None) -> str:
+    """The text of a KITTI file: one 3x4 matrix a line, by rows; `frames` [N] are numbers before."""
+    T = _poses("T_world_cam", T_world_cam)[:, :3].reshape(-1, 12)
     form = " ".join(["%.12e"] * 12)
-    return "".join(form % tuple(row) + "\n" for row in rows.tolist())
+    lines = [form % tuple(row) for row in T.tolist()]
+    if frames is not None:
+        lines = [f"{n} {line}" for n, line in zip(np.asarray(frames).tolist(), lines, strict=True)]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _read_rows(path: Path, form: str, widths: tuple[int, ...]) -> tuple[Array, list[int]]:

@@ -163,12 +163,16 @@ def evaluate(
         str | None,
         location_option("Folder of 16-bit PNG depth, named by frame, millimetres."),
     ] = None,
+    time_offset: Annotated[
+        float,
+        typer.Option(help="tum: what the file's clock shows at the first frame, seconds."),
+    ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Compare a drive's trajectory, and depth, with ground truth."""
     from tasks.evaluate import evaluate_store
 
-    figures = evaluate_store(url, ground_truth, format.value, depth)
+    figures = evaluate_store(url, ground_truth, format.value, depth, time_offset)
     if as_json:
         print_json(figures)
     else:

@@ -200,6 +200,25 @@ def test_broken_clip_of_a_drive_is_left_out_and_breaks_it(tmp_path):
     assert "256 x 64" in reasons[3]
     assert set(table.clip.tolist()) == {0, 2}
     assert numbers_of(tmp_path) == list(range(24))
+    assert "2.mp4: the clip is left out" in record.problems[0]
+    assert "times after it are too early" in record.problems[0]
+    assert not any("times after" in problem for problem in record.problems[1:])
+    with pytest.raises(ValueError, match=r"2\.mp4 holds frames that nobody can count"):
+        table.numbers(record)
+
+
+def test_clip_of_another_size_takes_its_time_and_its_numbers(tmp_path):
+    encode(tmp_path / "0.mp4", range(4), width=256)
+    encode(tmp_path / "1.mp4", range(12))
+    encode(tmp_path / "2.mp4", range(10), width=256)
+    encode(tmp_path / "3.mp4", range(12, 24))
+    encode(tmp_path / "4.mp4", range(8), width=256)
+    record, table = probe_drive(str(tmp_path))
+    assert record.frames == 24
+    expected = [*range(12), *range(22, 34)]  # of 25 a second, from the first that is used
+    np.testing.assert_allclose(table.timestamp, np.array(expected) / 25, atol=1e-9)
+    assert record.duration_s == pytest.approx(34 / 25)
+    np.testing.assert_array_equal(table.numbers(record), np.array(expected) + 4)
 
 
 def test_previews_beside_clips_are_no_clips(tmp_path):
@@ -422,6 +441,9 @@ def test_images_that_cannot_be_used_are_listed(tmp_path):
     assert "truncated" in damaged.reason.lower()
     assert larger.reason.startswith("its size is 256 x 64 instead of 128 x 64 pixels")
     assert list(table.index) == [0, 1, 3, 5]
+    np.testing.assert_allclose(table.timestamp, [0, 0.1, 0.3, 0.5])
+    assert record.duration_s == pytest.approx(0.6)
+    assert list(table.numbers(record)) == [0, 1, 3, 5]
     assert numbers_of(tmp_path, 1, 4) == [1, 3, 5]
     (tmp_path / "6.jpg").write_bytes((tmp_path / "5.jpg").read_bytes())
     with pytest.raises(UnreadableVideo, match="holds 7 images, 6 when it was probed"):
