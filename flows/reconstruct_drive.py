@@ -24,7 +24,7 @@ from storage.reconstruction import ReconstructionStore
 from storage.video import UnreadableVideo, drive_name
 from storage.wording import reason_of
 from tasks import metrics
-from tasks.align import align_stage
+from tasks.align import align_stage, require_possible_focal
 from tasks.config import ReconstructionConfig
 from tasks.finished import drop_outdated, write_finished
 from tasks.helpers import helped
@@ -32,6 +32,7 @@ from tasks.infer import resolve_device
 from tasks.ledger import write_ledger
 from tasks.memory import use_one_arena
 from tasks.plan import plan_stage, segment_lengths
+from tasks.planned import read_record
 from tasks.planner import record_prediction
 from tasks.prices import Prices, read_prices
 from tasks.probe import AnotherDrive, absolute, probe_stage, recording_key
@@ -131,6 +132,7 @@ def run_stages(
     """
     check_claim = retried(claim.check)
     probe_stage(location, name, url)
+    retried(check_focal)(url, config)
     retried(drop_outdated)(location, url, config)
     retried(forget_failure)(url)
     groups = plan_stage(url, config)
@@ -145,6 +147,11 @@ def run_stages(
     retried(publish_drive)(url)
     publish_ledger(retried(write_ledger)(url, prices))
     retried(write_finished)(location, url, config)
+
+
+def check_focal(url: str, config: ReconstructionConfig) -> None:
+    """Find out before anything is dropped, or computed, that the focal length cannot be right."""
+    require_possible_focal(read_record(ReconstructionStore.open(url)), config.align)
 
 
 def forget_failure(url: str) -> None:

@@ -218,7 +218,7 @@ TRAJECTORY_ARRAYS = (
         "frame row4 col4",
         "float64",
         "m",
-        "x_world = cam_to_world @ x_cam; world is the first segment of the part",
+        "x_world = cam_to_world @ x_cam; world is the first camera of the part",
     ),
     _array(
         "seg_to_world",

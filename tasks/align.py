@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from prefect import task
 
 from storage.reconstruction import ReconstructionStore
-from storage.records import NOWHERE, Plan, Segment
+from storage.records import NOWHERE, DriveRecord, Plan, Segment
 from tasks.attempts import attempt_id, counted
 from tasks.config import AlignConfig, InferConfig
 from tasks.infer import require_inferred, segment_keys
@@ -24,6 +25,7 @@ from tasks.pipelining import prefetch
 from tasks.planned import read_aside, read_plan, read_record
 from tasks.retries import STAGE_OPTIONS
 from ttt3r.alignment import (
+    FIELD_OF_VIEW_DEG,
     AlignmentError,
     AlignSettings,
     OverlapFit,
@@ -35,11 +37,11 @@ from ttt3r.alignment import (
     drive_intrinsics,
 )
 from ttt3r.config import ModelConfig
-from ttt3r.geometry import depth_to_pointmap, intrinsics_from_focal
+from ttt3r.geometry import depth_to_pointmap, principal_point
 from ttt3r.images import fit, source_intrinsics
 from ttt3r.weights import WeightsInfo, weights_info
 
-VERSION = 4
+VERSION = 5
 # A field of view of 60 degrees, where neither the network nor the user knows the focal length.
 FALLBACK_FOCAL = 0.866
 # Frames of an overlap that are compared at most, evenly over it: bounds memory. Up to two overlaps
@@ -82,18 +84,20 @@ def align_stage(url: str, config: AlignConfig, infer: InferConfig) -> None:
     began, present = time.perf_counter(), [segment.index for segment in plan.present]
     require_inferred(store, present, infer, info)
     views = read_views(store, plan)
-    focal, spread, focal_source = camera_focal(store, views, config, info.config)
-    fits = fit_seams(store, plan, focal, AlignSettings(scale_prior_sigma=config.scale_prior_sigma))
-    placements = place_segments(plan, fits, config.scale_prior_sigma)
-    arrays = build_trajectory(store, plan, views, placements, fits, focal, info.config)
+    camera = find_camera(store, views, config, info)
+    settings = AlignSettings(scale_prior_sigma=config.scale_prior_sigma)
+    fits = fit_seams(store, plan, camera.intrinsics, settings)
+    placements = place_segments(plan, views, fits, config.scale_prior_sigma)
+    arrays = build_trajectory(store, plan, views, placements, fits, camera, info.config)
     drop_later(store, "align")
     store.write_trajectory(arrays)
     record = {
         "attempt": attempt_id(),
         "seconds": time.perf_counter() - began,
-        "focal_px_model": focal,
-        "focal_spread": spread,
-        "focal_source": focal_source,
+        "focal_px_model": float(camera.intrinsics[0, 0]),
+        "focal_spread": camera.spread,
+        "focal_source": camera.source,
+        "focal_estimate_ratio": camera.estimate_ratio,
         "seams": [{"segment": i, **fit.to_json()} for i, fit in sorted(fits.items())],
         "missing": missing,
     }
@@ -133,33 +137,75 @@ def _read_views(store: ReconstructionStore, plan: Plan, segment: Segment) -> Vie
     return Views(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def camera_focal(
-    store: ReconstructionStore, views: Mapping[int, Views], config: AlignConfig, model: ModelConfig
-) -> tuple[float, float, str]:
-    """Focal length at the network's resolution, its relative spread, and where it comes from."""
-    record = read_record(store)
+@dataclass(frozen=True, eq=False)
+class Camera:
+    """The camera of a drive, at the network's resolution."""
+
+    intrinsics: Array  # [3, 3] pixels
+    spread: float  # relative, of the estimates of the focal length; 0 where it is no estimate
+    source: str  # of the focal length: given, estimated or assumed
+    estimate_ratio: float | None = None  # of a given focal length: the network's estimate over it
+
+
+def find_camera(
+    store: ReconstructionStore, views: Mapping[int, Views], config: AlignConfig, info: WeightsInfo
+) -> Camera:
+    """The camera that the user gives, or the network sees.
+
+    Raises:
+        ValueError: see `require_possible_focal`.
+    """
+    record, model = read_record(store), info.config
     shape = fit(record.width, record.height, model.image_size, model.patch_size)
-    if config.focal_px is not None:
-        return config.focal_px * shape.resized_width / record.width, 0.0, "given"
+    intrinsics = np.eye(3)
+    intrinsics[:2, 2] = principal_point(shape.height, shape.width, info.principal_offset)
     focals = np.concatenate([view.focal for view in views.values()])
     try:
         focal, spread = drive_intrinsics(focals, shape.height, shape.width)
     except AlignmentError as error:
-        log.info("%s: %s; a field of view of 60 degrees is assumed", store.url, error)
-        return FALLBACK_FOCAL * max(shape.height, shape.width), 0.0, "assumed"
-    return focal, spread, "estimated"
+        focal = spread = 0.0
+        if config.focal_px is None:
+            log.info("%s: %s; a field of view of 60 degrees is assumed", store.url, error)
+    if config.focal_px is None:
+        source = "estimated" if focal else "assumed"
+        focal = focal or FALLBACK_FOCAL * max(shape.height, shape.width)
+        intrinsics[[0, 1], [0, 1]] = focal
+        return Camera(intrinsics, spread, source)
+    require_possible_focal(record, config)
+    scales = np.array([shape.resized_width / record.width, shape.resized_height / record.height])
+    intrinsics[[0, 1], [0, 1]] = config.focal_px * scales
+    return Camera(intrinsics, 0.0, "given", focal / intrinsics[0, 0] if focal else None)
+
+
+def require_possible_focal(record: DriveRecord, config: AlignConfig) -> None:
+    """Refuse a focal length that no camera of this recording can have.
+
+    Raises:
+        ValueError: the field of view over the longer side is outside of `FIELD_OF_VIEW_DEG`.
+    """
+    if config.focal_px is None:
+        return
+    side = max(record.width, record.height)
+    view = math.degrees(2 * math.atan(side / 2 / config.focal_px))
+    narrowest, widest = FIELD_OF_VIEW_DEG
+    if not narrowest <= view <= widest:
+        raise ValueError(
+            f"a focal length of {config.focal_px:g} pixels means that the {side} pixels of the "
+            f"picture's longer side see {view:.3g} degrees; expected {narrowest:g} to {widest:g}: "
+            "give it in pixels of the recording, not in millimetres"
+        )
 
 
 def fit_seams(
-    store: ReconstructionStore, plan: Plan, focal: float, settings: AlignSettings
+    store: ReconstructionStore, plan: Plan, intrinsics: Array, settings: AlignSettings
 ) -> dict[int, OverlapFit]:
     """For each segment that overlaps the one before it: how it lies in that one's frame."""
     fits = {}
     with closing(prefetch(_read_seams(store, plan), 1)) as seams:
         for index, (a, b) in seams:
             fits[index] = align_overlap(
-                lift(a["depth"], focal, a["cam_to_seg"]),
-                lift(b["depth"], focal, b["cam_to_seg"]),
+                lift(a["depth"], intrinsics, a["cam_to_seg"]),
+                lift(b["depth"], intrinsics, b["cam_to_seg"]),
                 a["depth"],
                 a["confidence"],
                 b["confidence"],
@@ -195,22 +241,29 @@ def _read_seam(
     return {name: np.concatenate([part[name] for part in parts]) for name in SEAM_ARRAYS}
 
 
-def lift(depth: NDArray[Any], focal: float, T_x_cam: NDArray[Any]) -> Array:
-    """Points [F, H, W, 3] in frame x of depth [F, H, W], by one focal length in pixels."""
-    frames, height, width = depth.shape
-    intrinsics = intrinsics_from_focal(torch.full((frames,), focal).double(), height, width)
-    points = depth_to_pointmap(torch.from_numpy(depth).double(), intrinsics).numpy()
+def lift(depth: NDArray[Any], intrinsics: Array, T_x_cam: NDArray[Any]) -> Array:
+    """Points [F, H, W, 3] in frame x of depth [F, H, W], by one pinhole matrix [3, 3]."""
+    cameras = torch.from_numpy(intrinsics).expand(len(depth), 3, 3)
+    points = depth_to_pointmap(torch.from_numpy(depth).double(), cameras).numpy()
     rotated = np.einsum("fij,fhwj->fhwi", T_x_cam[:, :3, :3], points)
     return rotated + T_x_cam[:, None, None, :3, 3]
 
 
-def place_segments(plan: Plan, fits: dict[int, OverlapFit], prior_sigma: float) -> dict[int, Sim3]:
-    """Segment-to-world by segment; the world of a part is its first segment's frame."""
+def place_segments(
+    plan: Plan, views: Mapping[int, Views], fits: dict[int, OverlapFit], prior_sigma: float
+) -> dict[int, Sim3]:
+    """Segment-to-world by segment; the world of a part is its first camera's frame."""
     placements: dict[int, Sim3] = {}
+    owned = plan.owner_ranges()
     for part in range(plan.parts):
-        indices = [s.index for s in plan.segments if s.part == part]
-        placed = chain(*balance_scales([fits[i] for i in indices[1:]], prior_sigma))
-        placements |= dict(zip(indices, placed, strict=True))
+        members = [s for s in plan.segments if s.part == part]
+        placed = chain(*balance_scales([fits[s.index] for s in members[1:]], prior_sigma))
+        first = members[0]
+        seen = views[first.index].cam_to_seg[owned[first.index].start - first.start]
+        camera = placed[0].apply_pose(seen)
+        back = camera[:3, :3].T
+        to_camera = Sim3(1.0, back, -back @ camera[:3, 3])
+        placements |= {s.index: to_camera.compose(p) for s, p in zip(members, placed, strict=True)}
     return placements
 
 
@@ -220,21 +273,21 @@ def build_trajectory(
     views: Mapping[int, Views],
     placements: dict[int, Sim3],
     fits: dict[int, OverlapFit],
-    focal: float,
+    camera: Camera,
     model: ModelConfig,
 ) -> dict[str, NDArray[Any]]:
     """The arrays of `trajectory/`: poses blended across the seams, placements, cameras, owners."""
     record = read_record(store)
     shape = fit(record.width, record.height, model.image_size, model.patch_size)
-    at_model = intrinsics_from_focal(torch.tensor(focal).double(), shape.height, shape.width)
+    in_source = source_intrinsics(camera.intrinsics, shape, record.width, record.height)
     return {
         "cam_to_world": blend_poses(plan, views, placements),
         "seg_to_world": _per_segment(plan, {i: p.matrix() for i, p in placements.items()}, (4, 4)),
         "scale": _per_segment(plan, {i: p.scale for i, p in placements.items()}),
         "seam_residual": _per_segment(plan, {i: fit.residual for i, fit in fits.items()}),
         "seam_inlier_share": _per_segment(plan, {i: fit.inlier_share for i, fit in fits.items()}),
-        "intrinsics": at_model.numpy(),
-        "intrinsics_source": source_intrinsics(focal, shape, record.width, record.height),
+        "intrinsics": camera.intrinsics,
+        "intrinsics_source": in_source,
         **frame_figures(plan, views),
     }
 

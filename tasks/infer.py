@@ -42,7 +42,7 @@ from ttt3r.state import State
 from ttt3r.stream import Stream
 from ttt3r.weights import WeightsInfo, load_model, weights_info
 
-VERSION = 2
+VERSION = 3
 READ_AHEAD_ROUNDS = 2  # decoded chunks of all lanes that wait for the network, per task
 WORTH_GROUPS = 4  # to infer together: the start of a helper takes as long as one or two
 PROCESS_BYTES = 800_000_000  # of one that infers on a CPU, without lanes and weights
@@ -410,7 +410,9 @@ class LaneRun:
         with clock.measure("infer"):
             images = to_device(now.images, model.device)
             predictions = self._stream.feed(images, update=torch.from_numpy(now.present))
-            tensors = chunk_tensors(predictions, self._stream.state)
+            tensors = chunk_tensors(
+                predictions, self._stream.state, self._work.info.principal_offset
+            )
         chunks = self._unfinished(now.number)
         self.computed += sum(chunk.stop - chunk.start for _, _, chunk in chunks)
         download = Download(tensors, began)
@@ -456,7 +458,9 @@ def _write(work: Work, result: RoundResult, after: Callable[[], None] | None) ->
 
     def encode(what: tuple[int, Segment, Chunk]) -> None:
         lane, segment, chunk = what
-        encoded[lane] = store.encode_chunk(segment, chunk, _of_lane(arrays, lane, chunk))
+        found = _of_lane(arrays, lane, chunk)
+        _require_poses(found["cam_to_seg"], segment, chunk)
+        encoded[lane] = store.encode_chunk(segment, chunk, found)
 
     with clock.measure("encode"):
         in_parallel(encode, result.chunks)
@@ -509,20 +513,22 @@ def _resume(
     )
 
 
-def chunk_tensors(predictions: Predictions, state: State) -> dict[str, Tensor]:
+def chunk_tensors(
+    predictions: Predictions, state: State, principal_offset: float = 0.0
+) -> dict[str, Tensor]:
     """What is stored, [L, T, ..] and [L, ..] of the state: metres, pixels, as in the layout."""
     pointmap = predictions.pointmap_cam
     if pointmap is None or predictions.confidence is None:
         raise ValueError("predictions hold no 'cam' output; the stream must be asked for it")
     height, width = pointmap.shape[-3:-1]
-    focal = estimate_focal(pointmap.float())
+    focal = estimate_focal(pointmap.float(), principal_offset)
     quantiles = torch.tensor(GATE_QUANTILES, device=pointmap.device)
     gate = torch.quantile(predictions.rate.float(), quantiles, dim=-1).movedim(0, -1)
     tensors = {
         "depth": pointmap[..., 2],
         "confidence": predictions.confidence,
         "cam_to_seg": camera_pose_to_matrix(predictions.camera_pose.float()),
-        "intrinsics": intrinsics_from_focal(focal, height, width),
+        "intrinsics": intrinsics_from_focal(focal, height, width, principal_offset),
         "descriptor": predictions.descriptor,
         "gate": gate,
         "state_tokens": state.tokens,
@@ -532,6 +538,16 @@ def chunk_tensors(predictions: Predictions, state: State) -> dict[str, Tensor]:
         **{name: tensor.float() for name, tensor in tensors.items()},
         "state_first": state.first,
     }
+
+
+def _require_poses(cam_to_seg: NDArray[np.generic], segment: Segment, chunk: Chunk) -> None:
+    """A segment without a place for each of its frames cannot be aligned: it fails by itself."""
+    lost = np.flatnonzero(~np.isfinite(cam_to_seg).all(axis=(1, 2)))
+    if len(lost):
+        raise ValueError(
+            f"the network says no finite camera pose of {len(lost)} frames of segment "
+            f"{segment.index}, the first is frame {chunk.start + lost[0]}"
+        )
 
 
 def _of_lane(

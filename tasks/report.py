@@ -35,6 +35,7 @@ STRIP_FRAMES = 6
 # Above this, neighbouring segments disagree so much that a seam can be seen.
 LARGE_SEAM_RESIDUAL = 0.1
 LARGE_FOCAL_SPREAD = 0.2
+LARGE_FOCAL_RATIO = 1.5
 NO_FRAMES = (
     "Frames of the recording are not shown, as it was not named: "
     "`ttt3r report --recording LOCATION`."
@@ -175,6 +176,12 @@ def _alignment_warnings(align: dict[str, Any]) -> list[str]:
         notes.append(
             f"Estimates of the focal length scatter by {align['focal_spread']:.0%}; if you know "
             "it, give it with --focal-px."
+        )
+    ratio = align.get("focal_estimate_ratio")
+    if ratio and not 1 / LARGE_FOCAL_RATIO <= ratio <= LARGE_FOCAL_RATIO:
+        notes.append(
+            f"The network takes the focal length for {ratio:.2g} times the one that was given with "
+            "--focal-px: make sure that it is in pixels of this recording."
         )
     return notes
 

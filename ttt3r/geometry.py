@@ -36,18 +36,31 @@ def camera_pose_to_matrix(camera_pose: Tensor) -> Tensor:
     return matrix
 
 
-def estimate_focal(pointmap: Tensor) -> Tensor:
+def principal_point(height: int, width: int, offset: float = 0.0) -> tuple[float, float]:
+    """(column, row) of the principal point: (width // 2, height // 2), specification 8.5.
+
+    Args:
+        height: pixels, of the network's input.
+        width: pixels.
+        offset: pixels in either direction from there, as the network was trained
+            (`WeightsInfo.principal_offset`).
+    """
+    return width // 2 + offset, height // 2 + offset
+
+
+def estimate_focal(pointmap: Tensor, principal_offset: float = 0.0) -> Tensor:
     """Focal length that best explains where points [..., H, W, 3] appear, in pixels [...].
 
-    Robust (Weiszfeld) fit of f in pixel - centre = f · (x/z, y/z), fx = fy, principal point
-    (W // 2, H // 2); specification 8.5. Points without a finite x/z and y/z count as (0, 0).
+    Robust (Weiszfeld) fit of f in pixel - centre = f · (x/z, y/z), fx = fy (specification 8.5),
+    the centre being `principal_point`. Points without a finite x/z and y/z count as (0, 0).
     0 where no point tells the focal length.
     """
     if pointmap.ndim < 3 or pointmap.shape[-1] != 3:
         raise ValueError(f"the pointmap is {tuple(pointmap.shape)}; expected [..., H, W, 3]")
     height, width = pointmap.shape[-3:-1]
     frames = pointmap.reshape(-1, height * width, 3)
-    offsets = _pixel_grid(height, width, pointmap) - pointmap.new_tensor([width // 2, height // 2])
+    centre = pointmap.new_tensor(principal_point(height, width, principal_offset))
+    offsets = _pixel_grid(height, width, pointmap) - centre
     at_once = max(1, _PIXELS_AT_ONCE // (height * width))
     focals = [_weiszfeld(part, offsets.flatten(0, 1)) for part in frames.split(at_once)]
     return torch.cat(focals).reshape(pointmap.shape[:-3]) if focals else frames.new_zeros(0)
@@ -78,16 +91,14 @@ def _pixel_grid(height: int, width: int, like: Tensor) -> Tensor:
     return torch.stack((x, y), dim=-1)
 
 
-def intrinsics_from_focal(focal: Tensor, height: int, width: int) -> Tensor:
-    """Pinhole matrices [..., 3, 3] of focal lengths [...], all in pixels.
-
-    The principal point is (width // 2, height // 2).
-    """
+def intrinsics_from_focal(
+    focal: Tensor, height: int, width: int, principal_offset: float = 0.0
+) -> Tensor:
+    """Pinhole matrices [..., 3, 3] of focal lengths [...], all in pixels (`principal_point`)."""
     matrix = focal.new_zeros(*focal.shape, 3, 3)
     matrix[..., 0, 0] = focal
     matrix[..., 1, 1] = focal
-    matrix[..., 0, 2] = width // 2
-    matrix[..., 1, 2] = height // 2
+    matrix[..., 0, 2], matrix[..., 1, 2] = principal_point(height, width, principal_offset)
     matrix[..., 2, 2] = 1
     return matrix
 

@@ -224,12 +224,11 @@ def normalise(images: np.ndarray | Tensor) -> Tensor:
     return images.float().div_(255).sub_(0.5).div_(0.5).movedim(-1, -3)
 
 
-def source_intrinsics(focal_px: float, shape: Fit, width: int, height: int) -> np.ndarray:
+def source_intrinsics(intrinsics: np.ndarray, shape: Fit, width: int, height: int) -> np.ndarray:
     """Pinhole matrix of the recording's own pixels: undoes crop and resize.
 
     Args:
-        focal_px: focal length in pixels of the network's input, whose principal point is
-            (w // 2, h // 2).
+        intrinsics: [3, 3] pinhole matrix, pixels of the network's input.
         shape: how frames became the network's input.
         width: of the recording, pixels.
         height: of the recording, pixels.
@@ -237,13 +236,8 @@ def source_intrinsics(focal_px: float, shape: Fit, width: int, height: int) -> n
     Returns:
         [3, 3] float64; the centre of the top-left pixel is (0, 0).
     """
-    scale_x, scale_y = shape.resized_width / width, shape.resized_height / height
-    centre_x = (shape.width // 2 + shape.left + 0.5) / scale_x - 0.5
-    centre_y = (shape.height // 2 + shape.top + 0.5) / scale_y - 0.5
-    return np.array(
-        [
-            [focal_px / scale_x, 0.0, centre_x],
-            [0.0, focal_px / scale_y, centre_y],
-            [0.0, 0.0, 1.0],
-        ]
-    )
+    scales = np.array([shape.resized_width / width, shape.resized_height / height])
+    source = np.eye(3)
+    source[[0, 1], [0, 1]] = intrinsics[[0, 1], [0, 1]] / scales
+    source[:2, 2] = (intrinsics[:2, 2] + (shape.left, shape.top) + 0.5) / scales - 0.5
+    return source

@@ -25,6 +25,7 @@ from ttt3r.heads import canonical_name
 from ttt3r.model import Model
 
 RECORD_KEY = "ttt3r"
+_OPTIONAL = ("notes", "source_sha256", "identity", "principal_offset")  # fields of WeightsInfo
 LARGEST_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors format
 
 
@@ -42,6 +43,7 @@ class WeightsInfo:
     notes: str = ""
     source_sha256: str = ""  # of the file that was imported; empty if these are the originals
     identity: str = ""  # whether source_sha256 is the publicly reported one, in words
+    principal_offset: float = 0.0  # pixels, of its training pictures (`geometry.principal_point`)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, strings and numbers."""
@@ -50,7 +52,7 @@ class WeightsInfo:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> WeightsInfo:
         """Inverse of `to_json`; ValueError names fields that are missing or unknown."""
-        _check_fields(cls, data, optional=("notes", "source_sha256", "identity"))
+        _check_fields(cls, data, optional=_OPTIONAL)
         config = data["config"]
         _check_fields(ModelConfig, config, optional=tuple(f.name for f in fields(ModelConfig)))
         return cls(**{**data, "config": ModelConfig(**config)})

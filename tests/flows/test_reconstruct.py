@@ -171,6 +171,14 @@ def test_new_calibration_redoes_alignment_and_not_inference(finished, tmp_path):
     assert ReconstructionStore.open(url).read_commit("align")["key"] != aligned["key"]
 
 
+def test_impossible_calibration_is_refused_and_leaves_what_there_is(finished, tmp_path):
+    wrong = replace(CONFIG, align=AlignConfig(focal_px=4.2))
+    output = finished.copy(tmp_path)
+    with pytest.raises(ValueError, match=r"see 165 degrees; expected 5 to 150"):
+        reconstruct_drive(str(finished.video), output, wrong)
+    assert commit_ids(f"{output}/squares.zarr").items() >= commit_ids(finished.url).items()
+
+
 def test_interrupted_drive_resumes_and_ends_with_the_same_bytes(finished, tmp_path):
     output = finished.copy(tmp_path)
     url = f"{output}/squares.zarr"

@@ -1,10 +1,25 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from storage.errors import ChunkMissing
 from storage.reconstruction import ReconstructionStore
-from tasks.align import align_stage, build_trajectory
+from tasks.align import (
+    align_stage,
+    blend_poses,
+    build_trajectory,
+    find_camera,
+    fit_seams,
+    place_segments,
+    read_views,
+)
 from tasks.config import AlignConfig
+from tasks.planned import read_plan
+from ttt3r.alignment import AlignSettings
+from ttt3r.images import fit, source_intrinsics
+from ttt3r.weights import weights_info
 
 STEP_M = 0.15
 
@@ -50,6 +65,58 @@ def test_align_takes_and_gives_focal_lengths_in_pixels_of_the_recording(large_co
     # Twice as large: pixel 0 of the depth lies between pixels 0 and 1 of the recording.
     of_recording = [[88, 0, 80.5], [0, 88, 56.5], [0, 0, 1]]
     np.testing.assert_allclose(trajectory["intrinsics_source"], of_recording)
+
+
+@pytest.mark.parametrize("focal_px", [4.2, 2000.0])
+def test_align_refuses_focal_lengths_that_no_camera_has(corridor_drive, focal_px):
+    corridor_drive.infer_perfectly()
+    with pytest.raises(ValueError, match=r"pixels of the recording, not in millimetres"):
+        align(corridor_drive, AlignConfig(focal_px=focal_px))
+
+
+def test_given_focal_length_holds_for_both_axes_of_the_recording(corridor_drive):
+    corridor_drive.infer_perfectly()
+    store = ReconstructionStore.open(corridor_drive.url)
+    store.update_attributes({"drive": {**store.attributes["drive"], "width": 848, "height": 480}})
+    views = read_views(store, read_plan(store))
+    info = weights_info("untrained")
+    camera = find_camera(store, views, AlignConfig(focal_px=500.0), info)
+    # To 80 x 45, cut to 80 x 40.
+    np.testing.assert_allclose(np.diag(camera.intrinsics), [500 * 80 / 848, 500 * 45 / 480, 1])
+    assert camera.estimate_ratio == pytest.approx(50 / (500 * 80 / 848))
+    shape = fit(848, 480, info.config.image_size, info.config.patch_size)
+    assert (shape.resized_width, shape.resized_height) == (80, 45)
+    source = source_intrinsics(camera.intrinsics, shape, 848, 480)
+    np.testing.assert_allclose(np.diag(source), [500, 500, 1])
+
+
+def test_principal_point_is_where_the_network_was_trained_to_have_it(corridor_drive):
+    corridor_drive.infer_perfectly()
+    store = ReconstructionStore.open(corridor_drive.url)
+    views = read_views(store, read_plan(store))
+    found = []
+    for offset in (0.0, weights_info("compact").principal_offset):
+        info = replace(weights_info("untrained"), principal_offset=offset)
+        found.append(find_camera(store, views, AlignConfig(), info).intrinsics[:2, 2].tolist())
+    assert found == [[40.0, 28.0], [39.5, 27.5]]  # of 80 x 56 pixels
+
+
+def test_world_is_the_first_camera_of_its_part(corridor_drive):
+    corridor_drive.infer_perfectly()
+    store = ReconstructionStore.open(corridor_drive.url)
+    plan = read_plan(store)
+    views, moved = read_views(store, plan), np.eye(4)
+    moved[:3, :3] = Rotation.from_euler("xyz", [1, -2, 3], degrees=True).as_matrix()
+    moved[:3, 3] = 0.1, -0.2, 0.3
+    views[0] = replace(views[0], cam_to_seg=moved @ views[0].cam_to_seg)
+    fits = fit_seams(
+        store,
+        plan,
+        find_camera(store, views, AlignConfig(), weights_info("untrained")).intrinsics,
+        AlignSettings(),
+    )
+    placements = place_segments(plan, views, fits, 100.0)
+    np.testing.assert_allclose(blend_poses(plan, views, placements)[0], np.eye(4), atol=1e-9)
 
 
 def test_align_refuses_segments_that_are_not_inferred(corridor_drive):

@@ -122,6 +122,14 @@ def test_new_trajectory_makes_a_new_report_even_of_the_same_mesh(fused):
     assert fused.read_commit("report")["commit_id"] != before
 
 
+@pytest.mark.parametrize(("focal_px", "is_told"), [(25.0, True), (45.0, False), (90.0, True)])
+def test_given_focal_length_far_from_what_the_network_sees_is_told(aligned, focal_px, is_told):
+    align_stage.fn(aligned.url, AlignConfig(focal_px=focal_px), aligned.config.infer)  # sees 50
+    store = fuse_drive(aligned)
+    said = f"takes the focal length for {50 / focal_px:.2g} times the one that was given"
+    assert (said in Reader(page_of(store)).text) == is_told
+
+
 def test_report_shows_frames_of_the_recording_that_is_named_only(fused, recording):
     page = page_of(fused)
     assert page.count('alt="frame"') == 0

@@ -70,6 +70,13 @@ def test_intrinsics_put_the_principal_point_at_the_halved_size():
     assert torch.equal(intrinsics_from_focal(torch.tensor(50.0), 49, 64), expected)
 
 
+def test_focal_length_is_that_about_the_principal_point_of_the_training():
+    intrinsics = intrinsics_from_focal(torch.tensor([30.0]), 24, 32, -0.5)
+    assert intrinsics[0, :2, 2].tolist() == [15.5, 11.5]
+    points = depth_to_pointmap(torch.rand(1, 24, 32) + 1, intrinsics)
+    torch.testing.assert_close(estimate_focal(points, -0.5), torch.tensor([30.0]))
+
+
 def test_depth_to_pointmap_puts_x_right_y_down_z_forward():
     intrinsics = torch.tensor([[[2.0, 0.0, 1.0], [0.0, 4.0, 1.0], [0.0, 0.0, 1.0]]])
     pointmap = depth_to_pointmap(torch.full((1, 3, 3), 4.0), intrinsics)

@@ -130,7 +130,8 @@ def test_fit_cuts_square_images_to_about_4_by_3_in_whole_patches():
 def test_source_intrinsics_undo_resize_and_crop():
     # 1000x400 is halved to 500x200, then 10 columns and 20 rows are cut from each side.
     shape = Fit(500, 200, left=10, top=20, width=480, height=160)
-    found = source_intrinsics(300.0, shape, 1000, 400)
+    camera = np.array([[300.0, 0, 240], [0, 300, 80], [0, 0, 1]])
+    found = source_intrinsics(camera, shape, 1000, 400)
     # The centre, column 240 of the crop, is column 250 of the resized image, whose middle lies
     # at 250.5 of 500 pixel widths: 501 of 1000, column 500.5 when centres are whole numbers.
     expected = [[600.0, 0.0, 500.5], [0.0, 600.0, 200.5], [0.0, 0.0, 1.0]]

@@ -8,6 +8,7 @@ from ttt3r.training.settings import TrainSettings, read_state
 from ttt3r.weights_file import WeightsInfo, save_weights
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints" / "compact.safetensors"
+_RENDERED_OFFSET = -0.5  # `synthetic.camera` puts the principal point around the middle
 _SOURCE = "trained by ttt3r.training on worlds rendered by ttt3r.synthetic"
 
 
@@ -49,5 +50,6 @@ def export(
         segment_frames=record["segment_frames"],
         trained=True,
         notes=said.strip(),
+        principal_offset=_RENDERED_OFFSET,
     )
     return save_weights(path, {k: v.half() for k, v in record["weights"].items()}, info)
