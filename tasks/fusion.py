@@ -42,7 +42,7 @@ class FusionSettings:
     tile_m: float | None = None  # edge of a tile, rounded to whole blocks; None: 256 voxels
     min_observations: int = 2  # views that must agree that a surface is there
     upsampling: int | None = None  # samples a pixel and axis; None: about two a voxel
-    confidence_quantile: float = 0.1  # share of the measurements to drop, least confident first
+    confidence_quantile: float = 0.1  # share of the measurements to drop at most, least sure first
     edge_jump: float = 0.1  # relative kink in inverse depth that marks a depth edge
     max_incidence_deg: float = 86.0  # surfaces seen more obliquely are dropped
     max_volume_bytes: int = 1_000_000_000  # bound on the volume of a tile
@@ -197,7 +197,8 @@ def choose_grid(
     block = voxel * _block_voxels(settings)
     threshold = None
     if confidences is not None and settings.confidence_quantile > 0:
-        threshold = float(np.quantile(confidences[_measured(depths)], settings.confidence_quantile))
+        known = confidences[_measured(depths) & np.isfinite(confidences)]
+        threshold = float(np.quantile(known, settings.confidence_quantile)) if len(known) else None
     return FusionGrid(
         voxel_m=voxel,
         depth_limit_m=settings.depth_limit_m or 3 * median,

@@ -28,7 +28,7 @@ from tasks.config import (
     ReconstructionConfig,
     UnfitMachine,
 )
-from tasks.infer import infer_stage
+from tasks.infer import chunk_tensors, infer_stage
 from tasks.planned import read_aside, read_plan
 from tasks.summary import progress
 from ttt3r.config import TINY
@@ -195,6 +195,26 @@ def test_gpu_that_is_taken_or_broken_sets_no_segment_aside(
     with pytest.raises(type(error)):
         reconstruct_drive(str(video), str(tmp_path / "out"), unseen)
     assert read_aside(ReconstructionStore.open(tmp_path / "out" / "squares.zarr")) == {}
+
+
+def test_segment_without_a_pose_for_each_frame_fails_by_itself(tmp_path, monkeypatch):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(22))
+    monkeypatch.setattr("flows.infer_segments.infer_stage", infer_stage.with_options(retries=0))
+    right, lost = chunk_tensors, []
+
+    def without_one(*arguments: Any) -> dict[str, torch.Tensor]:
+        tensors = right(*arguments)
+        seen = tensors["descriptor"][0, 2].clone()
+        lost[:] = lost or [seen]  # the first segment's; alone it differs by rounding
+        if torch.allclose(seen, lost[0], atol=1e-4):
+            tensors["cam_to_seg"][0, 2] = torch.nan
+        return tensors
+
+    monkeypatch.setattr("tasks.infer.chunk_tensors", without_one)
+    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    aside = read_aside(ReconstructionStore.open(url))
+    assert list(aside) == [0]
+    assert "no finite camera pose of 1 frames of segment 0, the first is frame 2" in str(aside)
 
 
 def test_weights_that_cannot_be_loaded_set_no_segment_aside(tmp_path, monkeypatch, unseen):

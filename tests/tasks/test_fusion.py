@@ -483,6 +483,9 @@ def test_choose_grid_drops_the_given_share_of_confidence():
     confidences = np.arange(100.0)
     grid = choose_grid(FusionSettings(confidence_quantile=0.2), np.ones(100), 50.0, confidences)
     assert (confidences < grid.min_confidence).sum() == 20
+    confidences[7] = np.nan
+    other = choose_grid(FusionSettings(confidence_quantile=0.2), np.ones(100), 50.0, confidences)
+    assert (confidences < other.min_confidence).sum() == 20
     everything = choose_grid(FusionSettings(confidence_quantile=0), np.ones(100), 50.0, confidences)
     assert np.isfinite(
         filter_depth(np.ones((10, 10)), confidences.reshape(10, 10), 50.0, everything)
