@@ -16,7 +16,9 @@ from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 
 SIGTERM_BEHAVIOR = "PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR"
-LEFT = "ttt3r.flow-run.left"
+LEFT = "ttt3r.flow-run.left"  # it has a slot already where it goes on
+QUEUED = "ttt3r.flow-run.queued"  # it waits for one
+EVENTS = {StateType.PENDING: LEFT, StateType.SCHEDULED: QUEUED}
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +43,13 @@ def told_when_left() -> Iterator[None]:
 
 
 def tell_if_scheduled_again(run_id: UUID) -> None:
-    """Send the event, unless the run was cancelled or goes on elsewhere already."""
+    """Send LEFT or QUEUED, unless the run was cancelled or goes on elsewhere already."""
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(run_id)
-    if run.state is not None and run.state.type in (StateType.SCHEDULED, StateType.PENDING):
+    event = EVENTS.get(run.state.type) if run.state is not None else None
+    if event is not None:
         resource = {"prefect.resource.id": f"prefect.flow-run.{run_id}"}
-        emit_event(LEFT, resource, related=[flow_of(run)])
+        emit_event(event, resource, related=[flow_of(run)])
 
 
 def flow_of(run: FlowRun) -> dict[str, str]:

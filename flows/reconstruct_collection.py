@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from prefect import flow
+from prefect.runtime import flow_run
 from pydantic import Field
 
 from flows.artifacts import publish_collection
@@ -25,7 +26,7 @@ from storage.reconstruction import ReconstructionStore
 from storage.wording import on_one_line, reason_of
 from tasks import metrics
 from tasks.attempts import ATTEMPTS
-from tasks.budget import within_budget
+from tasks.budget import forget_taken, taken_by_run, within_budget
 from tasks.config import BudgetConfig, ReconstructionConfig
 from tasks.finished import is_finished
 from tasks.helpers import helped
@@ -152,7 +153,8 @@ def reconstruct_elsewhere(
         finished = dict(zip(drives, pool.map(look, drives), strict=True))
     todo = [d for d in drives if not finished[d]]
     log.info("%d of %d drives are not finished", len(todo), len(drives))
-    taken, left = within_budget(todo, output, config, budget)
+    run = flow_run.id or ""
+    taken, left = retried(taken_by_run)(run, todo, output, config, budget)
     hold_names(taken, output)
     children = {d: drive_child(d, output, config, budget.prices) for d in taken}
     urls = {child.work: store_url(output, d.name) for d, child in children.items()}
@@ -163,6 +165,7 @@ def reconstruct_elsewhere(
                 pool.submit(record_lost, urls[child.work], DriveLost(child.error))
 
         run_children(DEPLOYMENT, output, list(children.values()), at_once, on_end)
+    retried(forget_taken)(run, output)
     return [
         outcome_of(d, output, children[d].error)
         if d in children

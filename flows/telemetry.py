@@ -24,7 +24,9 @@ from storage.wording import use_plain_records
 from tasks import metrics
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-FLUSH_MS = 5000  # a receiver that is away must not keep a machine
+# Of each export: a receiver that is away must not keep a machine.
+TIMEOUT_VARIABLES = ("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT")
+TIMEOUT_S = 3
 
 
 @contextmanager
@@ -38,11 +40,11 @@ def observed() -> Iterator[None]:
     try:
         with metrics.run_active(flow_run.flow_name or "none", queued_s()):
             if provider:
-                provider.force_flush(FLUSH_MS)
+                provider.force_flush()
             yield
     finally:
         if provider:
-            provider.force_flush(FLUSH_MS)
+            provider.force_flush()
 
 
 def queued_s() -> float | None:
@@ -65,10 +67,14 @@ def start_export() -> MeterProvider | None:
 
 @functools.cache
 def _started() -> MeterProvider:
-    """The process's exporter; its series are told apart by the flow run that it was begun for."""
-    names = {SERVICE_NAME: "ttt3r", SERVICE_INSTANCE_ID: str(flow_run.id or os.getpid())}
-    reader = PeriodicExportingMetricReader(OTLPMetricExporter())
-    provider = MeterProvider([reader], Resource.create(names))
+    """The process's exporter; its series are told apart by the attempt of a flow run at hand."""
+    attempt = f"{flow_run.id}.{flow_run.run_count}" if flow_run.id else str(os.getpid())
+    names = {SERVICE_NAME: "ttt3r", SERVICE_INSTANCE_ID: attempt}
+    is_set = any(os.environ.get(name) for name in TIMEOUT_VARIABLES)
+    exporter = OTLPMetricExporter(timeout=None if is_set else TIMEOUT_S)
+    # `observed` sends the last figures; at exit they would only be sent once more.
+    reader = PeriodicExportingMetricReader(exporter)
+    provider = MeterProvider([reader], Resource.create(names), shutdown_on_exit=False)
     set_meter_provider(provider)
     metrics.start_at_zero()
     return provider

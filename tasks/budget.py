@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 
 from storage.drives import DriveLocation
+from storage.folders import open_folder
 from tasks.config import BudgetConfig, ReconstructionConfig
 from tasks.planner import DriveEstimate, estimate_drives, known_rates, total
 from tasks.prices import Prices, read_prices
@@ -50,6 +52,44 @@ def within_budget(
     if left:
         _refuse_or_warn(estimates, left, budget, prices)
     return taken, left
+
+
+def taken_by_run(
+    run: str,
+    drives: Sequence[DriveLocation],
+    output: str,
+    config: ReconstructionConfig,
+    budget: BudgetConfig,
+) -> tuple[list[DriveLocation], list[DriveLocation]]:
+    """`within_budget` as a run decided when it began, whatever it has finished since.
+
+    A run that is moved to another machine goes on with the drives that it took, and takes no others
+    for what these needed. The names are in `<output>/budget-<run>.json` until `forget_taken`.
+
+    Args:
+        run: id of the flow run, the same on every machine.
+        drives: those that are not finished.
+        output, config, budget: see `within_budget`, also for what is raised.
+    """
+    if budget.max_gpu_hours is None and budget.max_cost is None:
+        return list(drives), []
+    folder, name = open_folder(output), _record_name(run)
+    known = folder.read(name)
+    if known is None:
+        taken, left = within_budget(drives, output, config, budget)
+        folder.write(name, json.dumps([drive.name for drive in taken]).encode())
+        return taken, left
+    names = set(json.loads(known))
+    return [d for d in drives if d.name in names], [d for d in drives if d.name not in names]
+
+
+def forget_taken(run: str, output: str) -> None:
+    """Remove what a run that has ended decided."""
+    open_folder(output).delete(_record_name(run))
+
+
+def _record_name(run: str) -> str:
+    return f"budget-{run}.json"
 
 
 def _needs(estimate: DriveEstimate, budget: BudgetConfig) -> dict[str, tuple[float, float]]:

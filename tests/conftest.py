@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,12 +42,11 @@ def shared_data() -> Path:
 
 
 @pytest.fixture
-def public_path(tmp_path: Path) -> Path:
-    """`tmp_path`, which every user may enter."""
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.name.startswith(("pytest-", "popen-")) or folder == tmp_path:
-            folder.chmod(0o755)
-    return tmp_path
+def public_path() -> Iterator[Path]:
+    """A folder that every user may enter; pytest closes its own anew whenever a session begins."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

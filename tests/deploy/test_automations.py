@@ -17,7 +17,7 @@ from prefect.server.events.schemas.events import RelatedResource, Resource
 
 from flows.fuse_tiles import fuse_tiles
 from flows.infer_segments import infer_segments
-from flows.leaving import LEFT
+from flows.leaving import LEFT, QUEUED
 from flows.reconstruct_collection import reconstruct_collection
 from flows.reconstruct_drive import reconstruct_drive
 
@@ -125,6 +125,14 @@ def move(fleet: LocalFleet, run: str) -> None:
     give_sign_of_life(fleet, run, event=LEFT)
 
 
+def queue(fleet: LocalFleet, run: str) -> None:
+    """The same where nobody takes the run yet, as the pool's slots are others'."""
+    set_state(fleet, run, "SCHEDULED", "AwaitingRetry")
+    give_sign_of_life(fleet, run)
+    time.sleep(2)
+    give_sign_of_life(fleet, run, event=QUEUED)
+
+
 def handed_out(fleet: LocalFleet, pool: str) -> list[str]:
     """Runs that a worker of the pool would get now."""
     found = fleet.ask(f"work_pools/{pool}/get_scheduled_flow_runs", {})
@@ -152,10 +160,11 @@ def test_a_run_that_falls_silent_is_lost_and_one_that_moves_or_of_another_flow_i
     fleet, tmp_path
 ):
     automate(fleet, tmp_path, "lost-runs")
-    ours, moved, killed_at_once = pool_with_runs(fleet, "silent", slots=4, runs=3)
+    ours, moved, queued, killed_at_once = pool_with_runs(fleet, "silent", slots=5, runs=4)
     (other,) = runs_of(fleet, "silent", "nightly-report", 1)
-    set_state(fleet, moved, "RUNNING", "Running")
-    move(fleet, moved)
+    for run, leave in ((moved, move), (queued, queue)):
+        set_state(fleet, run, "RUNNING", "Running")
+        leave(fleet, run)
     for run, flow_name in ((other, "nightly-report"), (ours, "infer-segments")):
         set_state(fleet, run, "RUNNING", "Running")
         give_sign_of_life(fleet, run, flow_name)
@@ -170,7 +179,7 @@ def test_a_run_that_falls_silent_is_lost_and_one_that_moves_or_of_another_flow_i
 @pytest.mark.slow
 def test_a_run_that_is_lost_before_its_first_heartbeat_gives_its_slot_back(fleet, tmp_path):
     automate(fleet, tmp_path, "lost-before-the-start")
-    *started, waiting = pool_with_runs(fleet, "before", slots=6, runs=6)
+    *started, queued, waiting = pool_with_runs(fleet, "before", slots=6, runs=7)
     others = runs_of(fleet, "before", "nightly-report", 1)
     for run in (*started, *others):
         set_state(fleet, run, "PENDING", "Pending")
@@ -179,7 +188,9 @@ def test_a_run_that_is_lost_before_its_first_heartbeat_gives_its_slot_back(fleet
     set_state(fleet, on_kubernetes, "PENDING", "InfrastructurePending")
     for run in (moved, alive):
         set_state(fleet, run, "RUNNING", "Running")
+    set_state(fleet, queued, "RUNNING", "Running")
     move(fleet, moved)
+    queue(fleet, queued)
     assert handed_out(fleet, "before") == []
     lost = set(started) - {alive}
     ended: set[str] = set()
@@ -189,7 +200,7 @@ def test_a_run_that_is_lost_before_its_first_heartbeat_gives_its_slot_back(fleet
         crashed = crashed_runs(fleet, "before")
         if crashed >= lost and not ended >= lost:
             until = time.monotonic() + 15  # the one that lives has its time, too
-            assert handed_out(fleet, "before") == [waiting]
+            assert set(handed_out(fleet, "before")) == {queued, waiting}
         ended = crashed
         time.sleep(1)
     assert ended == lost

@@ -89,7 +89,8 @@ def test_the_job_that_migrates_the_database_reaches_it_and_what_it_runs_on_is_pi
     ]
     assert {port["port"] for rule in egress for port in rule["ports"]} == reached_ports("server")
     guide = (DEPLOY.parent / "docs" / "cluster.md").read_text()
-    commands = [c.replace("\\\n", "") for c in guide.split("helm upgrade --install")[1:]]
+    installed = [c.replace("\\\n", "") for c in guide.split("helm upgrade --install")[1:]]
+    commands = [command for command in installed if " prefect/" in command.splitlines()[0]]
     versions = [re.findall(r"--version (\S+)", command.splitlines()[0]) for command in commands]
     assert len(commands) == 2  # server, workers
     assert versions[0] == versions[1] != []

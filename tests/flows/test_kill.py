@@ -21,7 +21,7 @@ from prefect.settings import PREFECT_API_URL
 from recordings import moving_squares, write_video
 
 from flows.infer_segments import infer_segments
-from flows.leaving import LEFT
+from flows.leaving import QUEUED
 from storage import upkeep
 from storage.reconstruction import ReconstructionStore
 from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
@@ -132,7 +132,7 @@ def test_sigterm_to_a_pod_commits_the_chunk_in_progress_and_schedules_the_run_ag
     assert 4 <= len(kept) < sum(len(s.chunks(4)) for s in read_plan(store_at(url)).segments)
     with get_client(sync_client=True) as client:
         assert client.read_flow_run(run.id).state.type.value == "SCHEDULED"
-        assert told(run)[-1] == LEFT  # after the last sign of life
+        assert told(run)[-1] == QUEUED  # after the last sign of life
         assert execute(run, home).wait() == 0
         assert client.read_flow_run(run.id).state.type.value == "COMPLETED"
     resumed = chunk_commits(Path(url))
@@ -170,7 +170,7 @@ def told(run: FlowRun) -> list[str]:
     body = {"filter": wanted.model_dump(mode="json"), "limit": 50}
     names: list[str] = []
     until = time.monotonic() + 20
-    while LEFT not in names and time.monotonic() < until:
+    while QUEUED not in names and time.monotonic() < until:
         time.sleep(1)
         answer = httpx.post(f"{PREFECT_API_URL.value()}/events/filter", json=body)
         found = sorted(answer.raise_for_status().json()["events"], key=lambda e: e["occurred"])

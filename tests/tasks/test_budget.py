@@ -9,7 +9,7 @@ import pytest
 from recordings import moving_squares, write_video
 
 from storage.video import list_drives
-from tasks.budget import OverBudget, within_budget
+from tasks.budget import OverBudget, forget_taken, taken_by_run, within_budget
 from tasks.config import BudgetConfig, InferConfig, ReconstructionConfig
 
 ESTIMATE_AS_NOBODY = """
@@ -56,6 +56,22 @@ def test_drives_that_fit_are_taken_in_order_and_others_left(drives, rates, tmp_p
         taken, left = within_budget(drives, str(tmp_path / "out"), CONFIG, budget)
     assert (names(taken), names(left)) == (["a", "c"], ["b"])
     assert "left for the next run: b" in caplog.text
+
+
+def test_run_that_is_moved_takes_no_more_for_what_it_has_finished(drives, rates, tmp_path):
+    # Some 20, 60 and 30 s, and a small fixed part: either a and c fit, or b alone.
+    budget = BudgetConfig(75 / 3600, rates=rates, when_over="take_what_fits")
+    output = str(tmp_path / "out")
+    taken, left = taken_by_run("first", drives, output, CONFIG, budget)
+    assert (names(taken), names(left)) == (["a", "c"], ["b"])
+    todo = drives[1:]  # a is finished
+    taken, left = taken_by_run("first", todo, output, CONFIG, budget)
+    assert (names(taken), names(left)) == (["c"], ["b"])
+    taken, left = taken_by_run("second", todo, output, CONFIG, budget)
+    assert (names(taken), names(left)) == (["b"], ["c"])
+    for run in ("first", "second"):
+        forget_taken(run, output)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_what_does_not_fit_is_refused_with_the_figures(drives, rates, tmp_path):
