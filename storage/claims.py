@@ -77,7 +77,7 @@ class Claim:
                 f"gives; if none is at work, remove {self._object_of(LAST_NUMBER)}"
             )
         self._object = self._object_of(number)
-        self._renewed = time.monotonic()
+        self._renewed = _now()
         try:
             self._folder.write_new(self._object, self._document())
         except CommitExists:
@@ -112,9 +112,9 @@ class Claim:
         Raises:
             Claimed: its holder lives.
         """
-        began, before = time.monotonic(), self._seen
+        began, before = _now(), self._seen
         numbers, found = self._seen = self._look()
-        self._seen_since = self._seen_since or time.monotonic()
+        self._seen_since = self._seen_since or _now()
         is_alive = _is_alive(found) if numbers else False
         # As text: NaN, in a record that is none of ours, is not equal to itself.
         if is_alive is None and before is not None and repr(before[1]) != repr(found):
@@ -149,7 +149,7 @@ class Claim:
         return redacted(self._folder.url)
 
     def _is_late(self) -> bool:
-        return time.monotonic() - self._renewed > LEASE_S / 2
+        return _now() - self._renewed > LEASE_S / 2
 
     def _is_mine(self) -> bool:
         return (_parsed(self._folder.read(self._object)) or {}).get("token") == self._token
@@ -163,16 +163,16 @@ class Claim:
                 log.warning("claim %r of %s not renewed: %s", self.name, self._url, error)
 
     def _renew(self) -> None:
-        began = time.monotonic()
+        began = _now()
         self.check()
         self._folder.write(self._object, self._document())
         # A write that took so long may have landed in a claim that was taken over meanwhile.
-        if time.monotonic() - began <= LEASE_S / 2:
+        if _now() - began <= LEASE_S / 2:
             self._renewed = began
 
     def _retake(self) -> None:
         """Take over the claim that was not renewed in time, unless somebody else has."""
-        began, numbers = time.monotonic(), self._numbers()
+        began, numbers = _now(), self._numbers()
         newest = self._object_of(numbers[-1]) if numbers else ""
         if newest != self._object or numbers[-1] == LAST_NUMBER or not self._is_mine():
             self._is_lost = True
@@ -288,6 +288,12 @@ def this_process() -> dict[str, Any]:
         "pid": pid,
         "started": _start_of(pid),
     }
+
+
+def _now() -> float:
+    """Seconds of a clock that goes on while the machine is suspended, where there is one."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
 def _machine() -> str:

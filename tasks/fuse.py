@@ -260,12 +260,7 @@ def _fuse_batch(
     with store.claims({name: 0}, stop) as claims:
         claim = claims[name]
         require_network(store, infer, info)
-        planned = _read_planned(store, batch)
-        if planned["key"] != tiles_key(store, config):
-            raise ValueError(
-                f"the tiles of {store.url} are planned for other settings than these; another "
-                "run has planned them anew, this one is of no use any more"
-            )
+        planned = _require_planned(store, batch, config)
         key = _fused_key(planned["key"], batch)
         if find_key(store, name) == key:
             return
@@ -274,10 +269,12 @@ def _fuse_batch(
         drive = DriveInput.from_store(store, info.config)
         source = DepthSource(store, drive.plan, part, config.frame_step)
         source.take_views(config.view_change, planned["depth_m"])
-        frames = until_stopped(colored_frames(drive, source, tiles, grid), stop)
+        frames = until_stopped(colored_frames(drive, source, tiles, grid, stop), stop)
         meshes = fuse_tiles(tiles, frames, grid)
         made = {tile_name(part, t.index): write_ply(m) for t, m in zip(tiles, meshes, strict=True)}
         require_inferred(store, source.owners(source.frames[frames_of(tiles)]), infer, info)
+        # Tiles of all plans have the same names: those of an earlier one must not come last.
+        _require_planned(store, batch, config)
         claim.check()
         files = {n: store.put_file(n, data) for n, data in made.items()}
         seconds = time.perf_counter() - began
@@ -323,6 +320,17 @@ def _read_planned(store: ReconstructionStore, batch: int) -> dict[str, Any]:
     return record
 
 
+def _require_planned(store: ReconstructionStore, batch: int, config: FuseConfig) -> dict[str, Any]:
+    """The record of a batch, as long as it is of these settings."""
+    planned = _read_planned(store, batch)
+    if planned["key"] != tiles_key(store, config) or find_key(store, "tiles") != planned["key"]:
+        raise ValueError(
+            f"the tiles of {store.url} are planned for other settings than these; another "
+            "run has planned them anew, this one is of no use any more"
+        )
+    return planned
+
+
 def _fused_name(batch: int) -> str:
     return f"fuse/{batch:04d}"
 
@@ -334,24 +342,37 @@ def tile_name(part: int, index: TileIndex) -> str:
 
 
 def colored_frames(
-    drive: DriveInput, source: DepthSource, tiles: Sequence[Tile], grid: FusionGrid
+    drive: DriveInput,
+    source: DepthSource,
+    tiles: Sequence[Tile],
+    grid: FusionGrid,
+    given_up: threading.Event,
 ) -> Iterator[FusionFrame]:
-    """The frames that `tiles` need, with their colours, in order."""
+    """The frames that `tiles` need, with their colours, in order.
+
+    Raises:
+        GivenUp: `given_up` was set.
+    """
     numbers = source.frames[frames_of(tiles)].tolist()
-    with closing(prefetch(read_some(drive, numbers), READ_AHEAD)) as colors:
+    with closing(prefetch(read_some(drive, numbers, given_up), READ_AHEAD)) as colors:
         for frame, color in zip(source.read(numbers, grid), colors, strict=True):
             yield replace(frame, color=color)
 
 
-def read_some(drive: DriveInput, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+def read_some(
+    drive: DriveInput, numbers: Sequence[int], given_up: threading.Event | None = None
+) -> Iterator[np.ndarray]:
     """Preprocessed RGB frames [h, w, 3] of the drive, `numbers` ascending.
 
     Between two of them frames are decoded, as video asks for, and let go; longer gaps are
     sought over.
+
+    Raises:
+        GivenUp: `given_up` was set.
     """
     wanted = set(numbers)
     for start, stop in runs_of(numbers, SKIPPED_FRAMES):
-        decoded = read_frames(drive.record, drive.frames, start, stop)
+        decoded = read_frames(drive.record, drive.frames, start, stop, given_up=given_up)
         for number, frame in zip(range(start, stop), decoded, strict=True):
             if number in wanted:
                 yield preprocess_fast(frame, drive.config.image_size, drive.config.patch_size)

@@ -29,7 +29,7 @@ from tasks.config import AnotherConfiguration, InferConfig, UnfitMachine
 from tasks.frames import DriveInput, Lanes, Round, read_rounds
 from tasks.helpers import Take, share
 from tasks.interruption import run_until_stopped
-from tasks.keys import drop_later, require_key, stage_key
+from tasks.keys import drop_later, find_key, require_key, stage_key
 from tasks.lanes import is_out_of_memory, lane_bytes, settle_for_fewer, settled_lanes
 from tasks.pipelining import BackgroundWriter, Clock, prefetch
 from tasks.plan import require_network
@@ -158,6 +158,7 @@ class Work:
 
     store: ReconstructionStore
     drive: DriveInput
+    plan_key: str
     keys: dict[int, str]  # by segment
     model: Model
     config: InferConfig
@@ -171,18 +172,33 @@ class Work:
         config: InferConfig,
         info: WeightsInfo,
     ) -> Work:
-        """Load the weights and what the store knows of the drive."""
+        """Load the weights and what the store knows of the drive.
+
+        Raises:
+            AnotherConfiguration: the drive is planned anew since `segments` were read.
+        """
         model, info = _cached_model(
             config.weights, info.sha256, resolve_device(config), resolve_precision(config)
         )
         resizer = model.device if model.device.type == "cuda" else None
+        plan_key = find_key(store, "plan")  # read first: what is planned meanwhile is another
         drive = DriveInput.from_store(store, info.config, resizer)
+        if plan_key is None or not set(segments) <= set(drive.plan.segments):
+            raise planned_anew(store)
         keys = segment_keys(store, drive.plan, segments, config, info)
-        return cls(store, drive, keys, model, config, info)
+        return cls(store, drive, plan_key, keys, model, config, info)
 
     def is_done(self, segment: Segment) -> bool:
         """Whether every chunk of the segment is committed under its key."""
         return is_segment_done(self.store, self.drive.plan, segment, self.keys[segment.index])
+
+
+def planned_anew(store: ReconstructionStore) -> AnotherConfiguration:
+    """What ends a run of segments that are none of the drive's any more."""
+    return AnotherConfiguration(
+        f"{redacted(store.url)} has been planned anew, for another recording or other segments: a "
+        "run of those before is of no use any more"
+    )
 
 
 def unfinished_segments(url: str, indices: Sequence[int], config: InferConfig) -> list[int]:
@@ -343,6 +359,8 @@ class LaneRun:
         self._claim(wanted)
         if wanted:  # else another worker has finished them since they were looked at
             require_network(work.store, work.config, work.info)
+            if find_key(work.store, "plan") != work.plan_key:
+                raise planned_anew(work.store)
             # What was made without segments that were set aside stays while these are tried again.
             left_out = (work.store.read_commit("align") or {}).get("missing", ())
             if any(segment.index not in left_out for segment in wanted):

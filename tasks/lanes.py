@@ -46,26 +46,35 @@ def settled_lanes(
     Batches of other sizes round otherwise: a resumed run must take the lanes of the first.
     """
     key = lanes_key(store, config, info)
-    record = store.read_commit(COMMIT)
-    if record is None or record.get("key") != key:
-        lanes = choose_lanes(drive, device) if config.lanes == "auto" else config.lanes
-        store.drop_commits(COMMIT)
-        try:
-            store.commit(COMMIT, {"key": key, "lanes": lanes}, exclusive=True)
-        except CommitExists:  # another worker of this drive was first
-            return settled_lanes(store, drive, config, info, device)
-        return lanes
-    return int(record["lanes"])
+    record = store.read_commit(_commit_name(key))
+    if record is not None:
+        return int(record["lanes"])
+    lanes = choose_lanes(drive, device) if config.lanes == "auto" else config.lanes
+    try:
+        store.commit(_commit_name(key), {"key": key, "lanes": lanes}, exclusive=True)
+    except CommitExists:  # another worker of this drive was first
+        return settled_lanes(store, drive, config, info, device)
+    return lanes
 
 
 def settle_for_fewer(
     store: ReconstructionStore, config: InferConfig, info: WeightsInfo, lanes: int
 ) -> int:
-    """Record half of `lanes` for the rest of the drive, after they did not fit; return it."""
-    fewer = lanes // 2
+    """Record half of `lanes` for the rest of the drive, after they did not fit; return it.
+
+    Less if another worker of the drive has recorded less.
+    """
+    key = lanes_key(store, config, info)
+    recorded = (store.read_commit(_commit_name(key)) or {}).get("lanes", lanes)
+    fewer = min(lanes // 2, int(recorded))
     log.warning("%s: %d lanes do not fit into memory; going on with %d", store.url, lanes, fewer)
-    store.commit(COMMIT, {"key": lanes_key(store, config, info), "lanes": fewer, "reduced": True})
+    store.commit(_commit_name(key), {"key": key, "lanes": fewer, "reduced": True})
     return fewer
+
+
+def _commit_name(key: str) -> str:
+    """Each choice has a name of its own, so that only one worker can be the first to make it."""
+    return f"{COMMIT}/{key[:16]}"
 
 
 def choose_lanes(drive: DriveInput, device: torch.device) -> int:

@@ -8,7 +8,7 @@ from recordings import moving_squares, write_video
 from flows.reconstruct_drive import reconstruct_drive
 from storage.reconstruction import ReconstructionStore
 from tasks.align import align_stage
-from tasks.config import FuseConfig, InferConfig, PlanConfig, ReconstructionConfig
+from tasks.config import AlignConfig, FuseConfig, InferConfig, PlanConfig, ReconstructionConfig
 from tasks.finished import is_finished
 
 CONFIG = ReconstructionConfig(
@@ -34,6 +34,23 @@ def test_drive_is_finished_until_its_video_its_configuration_or_a_commit_changes
     reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
     assert is_finished(str(video), url, CONFIG)
     write_video(video, moving_squares(21))
+    assert not is_finished(str(video), url, CONFIG)
+
+
+def results(url: str) -> set[str]:
+    names = ReconstructionStore.open(url).commit_names()
+    return {name for name in names if not name.startswith("attempts/")}
+
+
+def test_run_of_another_configuration_that_is_killed_leaves_nothing_finished(tmp_path):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(20))
+    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    other = replace(CONFIG, align=AlignConfig(focal_px=60.0))
+    before = results(url)
+    with pytest.MonkeyPatch.context() as patch:  # killed after all its stages
+        patch.setattr("flows.reconstruct_drive.write_finished", lambda *_: None)
+        reconstruct_drive(str(video), str(tmp_path / "out"), other)
+    assert results(url) == before - {"finished"}  # so their names do not tell
     assert not is_finished(str(video), url, CONFIG)
 
 

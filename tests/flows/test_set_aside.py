@@ -1,5 +1,7 @@
 """A segment that cannot be computed costs itself, not the drive."""
 
+import json
+import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,10 +17,11 @@ from prefect.exceptions import TerminationSignal
 from recordings import moving_squares, write_video
 from seaweed import SeaweedProcess
 
-from flows.infer_segments import infer_segments
+from flows.infer_segments import infer_alone, infer_segments
 from flows.reconstruct_drive import reconstruct_drive, report_stage
-from storage import upkeep
+from storage import claims, upkeep
 from storage.errors import Claimed, DataDamaged, StoreUnavailable
+from storage.layout import segment_claim
 from storage.reconstruction import ReconstructionStore
 from tasks.config import (
     AnotherConfiguration,
@@ -29,7 +32,7 @@ from tasks.config import (
     UnfitMachine,
 )
 from tasks.infer import chunk_tensors, infer_stage
-from tasks.planned import read_aside, read_plan
+from tasks.planned import aside_commit, read_aside, read_plan
 from tasks.summary import progress
 from ttt3r.config import TINY
 from ttt3r.model import Model
@@ -215,6 +218,51 @@ def test_segment_without_a_pose_for_each_frame_fails_by_itself(tmp_path, monkeyp
     aside = read_aside(ReconstructionStore.open(url))
     assert list(aside) == [0]
     assert "no finite camera pose of 1 frames of segment 0, the first is frame 2" in str(aside)
+
+
+def leave_claim_of_the_dead(store: ReconstructionStore, index: int, deaths: int) -> None:
+    """What a process leaves that was killed at a segment after `deaths` others were."""
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    record = {"machine": claims._machine(), "pid": process.pid, "started": "1", "progress": 0}
+    name = f"claims/{segment_claim(index)}/000001.json"
+    store.folder.write(name, json.dumps({**record, "deaths": deaths}).encode())
+
+
+def test_segment_that_kills_its_process_again_and_again_is_set_aside(tmp_path, monkeypatch):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(22))
+    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    store = ReconstructionStore.open(url)
+    monkeypatch.setattr("flows.infer_segments.infer_stage", infer_stage.with_options(retries=0))
+    right, tried = infer_alone, []
+
+    def alone(url: str, index: int, config: InferConfig) -> Exception | None:
+        tried.append(index)
+        if index == 1:  # what the segment left when it was tried together is taken over by now
+            leave_claim_of_the_dead(store, 1, deaths=4)
+        return right(url, index, config)
+
+    monkeypatch.setattr("flows.infer_segments.infer_alone", alone)
+    for deaths, expected in ((3, []), (4, [1])):
+        for name in ("infer/0000", "infer/0001"):
+            store.drop_commits(name)
+        leave_claim_of_the_dead(store, 1, deaths)
+        reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+        assert list(read_aside(store)) == expected
+    assert "died 5 times in a row at chunk 0" in read_aside(store)[1]["reason"]
+
+
+def test_segment_at_which_the_process_died_alone_waits_for_the_run_after_the_next(tmp_path):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(22))
+    url = reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    store = ReconstructionStore.open(url)
+    store.drop_commits("infer/0001")
+    began = {"attempts": 1, "time": "", "reason": "unknown", "is_running": True}
+    store.commit(aside_commit(1), began)
+    reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    assert read_aside(store)[1]["reason"] == "the process died while it was computed"
+    reconstruct_drive(str(video), str(tmp_path / "out"), CONFIG)
+    assert read_aside(store) == {}
 
 
 def test_weights_that_cannot_be_loaded_set_no_segment_aside(tmp_path, monkeypatch, unseen):

@@ -110,6 +110,25 @@ def test_depth_is_that_of_the_recorded_frame_and_of_some_pixels_of_very_many(
         assert figures["abs_rel"] == pytest.approx(0, abs=2e-3)
 
 
+def test_depth_is_compared_in_metres_of_the_truth(corridor_drive, tmp_path):
+    corridor_drive.infer_perfectly()
+    store = ReconstructionStore.open(corridor_drive.url)
+    align_stage.fn(store.url, AlignConfig(scale_prior_sigma=100.0), corridor_drive.config.infer)
+    trajectory, plan = store.read_trajectory(), read_plan(store)
+    assert trajectory["scale"][1] > 1.2 * trajectory["scale"][0]  # segments have units of their own
+    twice = trajectory["cam_to_world"]
+    twice[:, :3, 3] *= 2
+    (tmp_path / "kitti.txt").write_text(kitti_text(twice))
+    for frame in (3, 35):
+        owner = trajectory["segment"][frame]
+        depth = store.read(plan.segments[owner], "depth", frame, frame + 1)[0]
+        millimetres = np.round(2000 * depth * trajectory["scale"][owner]).astype(np.uint16)
+        Image.fromarray(millimetres).save(tmp_path / f"{frame}.png")
+    figures = evaluate_store(store.url, str(tmp_path / "kitti.txt"), "kitti", str(tmp_path))
+    assert figures["abs_rel"] == pytest.approx(0, abs=2e-3)
+    assert figures["delta_125"] == 1
+
+
 def test_depth_of_eight_bits_is_no_depth(corridor_drive, tmp_path):
     corridor_drive.infer_perfectly()
     store = ReconstructionStore.open(corridor_drive.url)

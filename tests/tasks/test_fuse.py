@@ -1,13 +1,15 @@
+import threading
 from dataclasses import replace
 
 import fsspec
 import numpy as np
 import pytest
 
-from storage import upkeep
+from storage import upkeep, video
 from storage.errors import ChunkMissing, Claimed, DataDamaged
 from storage.local_folder import LocalFolder
 from storage.reconstruction import ReconstructionStore
+from storage.records import DriveRecord
 from tasks import fuse
 from tasks.align import align_stage
 from tasks.config import AlignConfig, AnotherConfiguration, FuseConfig
@@ -15,6 +17,8 @@ from tasks.frames import DriveInput
 from tasks.fuse import fuse_tiles_stage, merge_tiles_stage, plan_tiles_stage, read_some, runs_of
 from tasks.fusion import choose_grid
 from tasks.meshes import read_ply, weld, write_ply
+from tasks.plan import plan_stage
+from tasks.planned import read_plan
 from ttt3r.weights import weights_info
 
 VOXEL_M = 0.1
@@ -68,6 +72,109 @@ def small_tiles(monkeypatch):
         return choose_grid(replace(settings, tile_m=3.0, max_volume_bytes=3_000_000), *rest)
 
     monkeypatch.setattr(fuse, "choose_grid", choose)
+
+
+def test_batch_of_an_earlier_plan_writes_nothing_over_the_new_one_s(
+    aligned, small_tiles, monkeypatch
+):
+    infer, store = aligned.config.infer, ReconstructionStore.open(aligned.url)
+    coarser, begun = replace(CONFIG, voxel_m=0.15), []
+    plan_tiles_stage.fn(aligned.url, CONFIG)
+    right = fuse.require_inferred
+
+    def meanwhile(*arguments):
+        if not begun:
+            begun.append(1)
+            for batch in range(plan_tiles_stage.fn(aligned.url, coarser)):
+                if batch != 4:  # which this run claims
+                    fuse_tiles_stage.fn(aligned.url, [batch], coarser, infer)
+        return right(*arguments)
+
+    monkeypatch.setattr(fuse, "require_inferred", meanwhile)
+    with pytest.raises(ValueError, match="planned for other settings than these"):
+        fuse_tiles_stage.fn(aligned.url, [4], CONFIG, infer)
+    batches = plan_tiles_stage.fn(aligned.url, coarser)
+    assert batches > 5
+    fuse_tiles_stage.fn(aligned.url, range(batches), coarser, infer)
+    assert upkeep.verify(store) == []
+    merge_tiles_stage.fn(aligned.url, coarser)
+
+
+def test_fusion_that_is_stopped_waits_for_no_frame(aligned, small_tiles, monkeypatch):
+    store = ReconstructionStore.open(aligned.url)
+    record = DriveRecord.from_json(store.attributes["drive"])
+    clips = tuple(replace(clip, is_seekable=False) for clip in record.clips)
+    store.update_attributes({"drive": replace(record, clips=clips).to_json()})
+    batches = plan_tiles_stage.fn(aligned.url, CONFIG)
+    stop, decoded, right = threading.Event(), [], video.decode_steps
+
+    def stopped_on_the_way(*arguments, **named):
+        for step in right(*arguments, **named):
+            decoded.append(step)
+            if len(decoded) == 3:
+                stop.set()
+            yield step
+
+    monkeypatch.setattr(video, "decode_steps", stopped_on_the_way)
+    numbers = iter([batches - 1])  # the last tiles, of the last frames, from the first on
+    infer = aligned.config.infer
+    fuse.fuse_batches(aligned.url, range(batches), CONFIG, infer, lambda: next(numbers, None), stop)
+    assert 3 <= len(decoded) < 8
+    assert store.commit_names("fuse") == []
+    fuse_tiles_stage.fn(aligned.url, [batches - 1], CONFIG, infer)  # not claimed any more
+    assert len(decoded) > 20
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"confidence_cut": 0.0}, lambda grid, _: grid["min_confidence"]),
+        ({"min_observations": 3}, lambda grid, _: grid["settings"]["min_observations"]),
+        ({"frame_step": 2}, lambda _, frames: frames),
+        ({"view_change": 0.5}, lambda _, frames: frames),
+        ({"depth_limit_m": 4.0}, lambda grid, _: grid["depth_limit_m"]),
+    ],
+)
+def test_settings_reach_the_plan_of_tiles(aligned, change, what):
+    store, found = ReconstructionStore.open(aligned.url), []
+    for config in (CONFIG, replace(CONFIG, **change)):
+        batches = plan_tiles_stage.fn(aligned.url, config)
+        records = [store.read_commit(f"tiles/{batch:04d}") for batch in range(batches)]
+        runs = [run for r in records for tile in r["tiles"] for run in tile["frames"]]
+        frames = {frame for start, stop in runs for frame in range(start, stop)}
+        found.append(what(records[0]["grid"], len(frames)))
+    assert found[0] != found[1]
+
+
+def test_preview_has_no_more_triangles_than_it_should(aligned):
+    config = replace(CONFIG, preview_triangles=150)
+    fuse_tiles_stage.fn(
+        aligned.url, range(plan_tiles_stage.fn(aligned.url, config)), config, aligned.config.infer
+    )
+    merge_tiles_stage.fn(aligned.url, config)
+    preview = read_ply(ReconstructionStore.open(aligned.url).get_file("fusion/preview.ply"))
+    assert 0 < len(preview.triangles) <= 150
+
+
+def test_parts_get_meshes_of_their_own_and_the_longest_the_drive_s(corridor_drive):
+    drive, store = corridor_drive, ReconstructionStore.open(corridor_drive.url)
+    record = DriveRecord.from_json(store.attributes["drive"])
+    store.update_attributes({"drive": replace(record, cuts=(14,)).to_json()})
+    plan_stage.fn(drive.url, drive.config)
+    plan = read_plan(store)
+    assert [s.part for s in plan.segments] == [0, 1, 1]
+    drive = replace(drive, scales=(1.0, 1.25, 1.25))
+    drive.infer_perfectly()
+    align_stage.fn(drive.url, AlignConfig(scale_prior_sigma=100.0), drive.config.infer)
+    fuse_drive(drive)
+    merged = store.read_commit("fuse/merged")
+    assert [m["folder"] for m in merged["meshes"]] == ["fusion/part0000", "fusion"]
+    for mesh, frame in zip(merged["meshes"], (13, 39), strict=True):
+        # Fused up to some six metres before the last camera, in metres of the part's own world.
+        far = read_ply(store.get_file(f"{mesh['folder']}/mesh.ply")).vertices[:, 2].max()
+        last = store.read_trajectory()["cam_to_world"][frame, 2, 3]
+        assert far == pytest.approx(last + 6, abs=0.6)
+    assert upkeep.verify(store) == []
 
 
 def test_fuse_puts_the_walls_where_they_are_without_a_step_at_the_seam(fused):
@@ -263,8 +370,8 @@ def test_only_wanted_frames_are_prepared_and_long_gaps_are_not_decoded(corridor_
     decoded, prepared = [], []
     read, prepare = fuse.read_frames, fuse.preprocess_fast
 
-    def spy_read(record, table, start, stop):
-        for number, frame in enumerate(read(record, table, start, stop), start):
+    def spy_read(record, table, start, stop, **named):
+        for number, frame in enumerate(read(record, table, start, stop, **named), start):
             decoded.append(number)
             yield frame
 

@@ -12,7 +12,14 @@ from tasks import lanes as lanes_module
 from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
 from tasks.frames import DriveInput
 from tasks.infer import infer_stage
-from tasks.lanes import choose_lanes, free_bytes, is_out_of_memory, left_by_limits
+from tasks.lanes import (
+    choose_lanes,
+    free_bytes,
+    is_out_of_memory,
+    left_by_limits,
+    settle_for_fewer,
+    settled_lanes,
+)
 from tasks.plan import plan_stage
 from tasks.planned import read_plan
 from tasks.probe import probe_stage
@@ -37,6 +44,26 @@ def planned(tmp_path):
         return url
 
     return make
+
+
+def test_workers_that_begin_together_take_the_same_lanes(planned, monkeypatch):
+    url = planned("drive")
+    stores = [ReconstructionStore.open(url) for _ in range(2)]
+    info, device = weights_info("untrained"), torch.device("cpu")
+    drive = DriveInput.from_store(stores[0], info.config)
+    found = {}
+
+    def other_first(*_):
+        monkeypatch.setattr(lanes_module, "choose_lanes", lambda *_: 16)
+        found["other"] = settled_lanes(stores[1], drive, CONFIG.infer, info, device)
+        return 5
+
+    monkeypatch.setattr(lanes_module, "choose_lanes", other_first)
+    assert settled_lanes(stores[0], drive, CONFIG.infer, info, device) == found["other"] == 16
+    assert settle_for_fewer(stores[0], CONFIG.infer, info, 16) == 8
+    assert settle_for_fewer(stores[0], CONFIG.infer, info, 8) == 4
+    assert settle_for_fewer(stores[1], CONFIG.infer, info, 16) == 4  # not what was found too many
+    assert settled_lanes(stores[1], drive, CONFIG.infer, info, device) == 4
 
 
 def lanes_of(url: str) -> dict[str, int]:

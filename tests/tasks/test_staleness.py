@@ -12,7 +12,7 @@ from tasks.config import AlignConfig, AnotherConfiguration, PlanConfig, Reconstr
 from tasks.infer import infer_stage
 from tasks.lanes import settled_lanes
 from tasks.plan import plan_stage
-from tasks.planned import read_plan
+from tasks.planned import aside_commit, read_aside, read_plan
 from tasks.summary import progress
 
 LATER = ("align", "tiles", "fuse/0000", "fuse/merged", "report")
@@ -91,11 +91,34 @@ def test_configuration_that_changes_while_weights_are_loaded_ends_the_run_that_l
     assert finished.commits("infer") == kept
 
 
+def test_segments_of_an_earlier_plan_replace_none_of_the_new_one(corridor_drive, monkeypatch):
+    drive, store = corridor_drive, ReconstructionStore.open(corridor_drive.url)
+    other = replace(drive.config, plan=PlanConfig(30, 10, 8))
+    kept: dict[str, object] = {}
+
+    def settled_meanwhile(*arguments):
+        if not kept:
+            kept["begun"] = True
+            plan_stage.fn(drive.url, other)
+            infer_stage.fn(drive.url, (0, 1), other.infer)
+            align_stage.fn(drive.url, other.align, other.infer)
+            kept.update(store.commits("infer") | store.commits("align"))
+        return settled_lanes(*arguments)
+
+    monkeypatch.setattr("tasks.infer.settled_lanes", settled_meanwhile)
+    with pytest.raises(AnotherConfiguration, match="planned anew"):
+        infer_stage.fn(drive.url, (0, 1), drive.config.infer)
+    assert kept.pop("begun")
+    assert store.commits("infer") | store.commits("align") == kept
+
+
 def test_new_plan_removes_what_the_old_one_had(finished, corridor_drive):
+    finished.commit(aside_commit(1), {"attempts": 1, "time": "", "reason": "", "is_running": False})
     plan_stage.fn(finished.url, replace(corridor_drive.config, plan=PlanConfig(40, 8, 8)))
     assert not set(LATER) & set(finished.commit_names())
     assert [s.index for s in read_plan(finished).segments] == [0]
     assert list(upkeep.describe(finished)["segments"]) == ["0000"]
+    assert read_aside(finished) == {}
 
 
 def test_new_calibration_takes_back_the_mesh(finished, corridor_drive):
@@ -118,8 +141,8 @@ def test_align_reads_long_overlaps_in_part(finished, monkeypatch):
     before = finished.read_trajectory()["scale"]
     monkeypatch.setattr(align, "SEAM_FRAMES", 4)
     store, plan = finished, read_plan(finished)
-    focal = float(store.read_trajectory()["intrinsics"][0, 0])
-    fits = align.fit_seams(store, plan, focal, align.AlignSettings())
+    intrinsics = store.read_trajectory()["intrinsics"]
+    fits = align.fit_seams(store, plan, intrinsics, align.AlignSettings())
     assert fits[1].frames == 4
     np.testing.assert_allclose(fits[1].sim3.scale, before[1] / before[0], rtol=0.05)
 
