@@ -70,7 +70,8 @@ def main() -> None:
         )
     except TyperException as error:
         if said := error.format_message():  # nothing where the help was asked for by no argument
-            fail(said.replace("Value error, ", ""), USER_ERROR)
+            hint = "; quote a glob: 'LOGS/*.mp4'" if "unexpected extra arg" in said else ""
+            fail(said.replace("Value error, ", "") + hint, USER_ERROR)
         sys.exit(USER_ERROR)
     except Exception as error:
         if os.environ.get("TTT3R_TRACEBACK"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,6 +19,12 @@ from types import SimpleNamespace
 
 MOST_BYTES = 500_000_000  # of the database; a drive takes some 0.4 MB
 LOCK = "ttt3r.lock"  # held, shared, by every process whose server uses the folder
+# Settings that name a server, or the database of the embedded one.
+SERVERS = (
+    "PREFECT_API_URL",
+    "PREFECT_API_DATABASE_CONNECTION_URL",
+    "PREFECT_SERVER_DATABASE_CONNECTION_URL",
+)
 DATABASE = ("prefect.db", "prefect.db-wal", "prefect.db-shm")
 
 
@@ -29,10 +36,10 @@ def prefect_cache() -> Path:
 def quiet_prefect() -> None:
     """Keep Prefect's home in the cache directory and its log off the terminal.
 
-    Whoever has set up Prefect already, keeps his server, profile and logging.
+    Whoever has set up Prefect already, keeps his server, profile and logging. A server of his that
+    runs for others leaves a home, too: our runs are none of its, nor is its database ours.
     """
-    home = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect"))
-    if not home.exists():
+    if not is_set_up():
         os.environ.setdefault("PREFECT_HOME", str(prefect_cache()))
         with suppress(OSError):  # Prefect says what is wrong when it is needed
             Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
@@ -41,6 +48,21 @@ def quiet_prefect() -> None:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     # The first start of its own server sets up a database: slow on a busy machine.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")
+
+
+def is_set_up() -> bool:
+    """Whether the user names a server or home of Prefect, in the environment or by his profile."""
+    named = ("PREFECT_HOME", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH", *SERVERS)
+    if any(name in os.environ for name in named):
+        return True
+    try:
+        profiles = tomllib.loads((Path.home() / ".prefect" / "profiles.toml").read_text())
+        mine = profiles["profiles"][profiles["active"]]
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, LookupError, TypeError):
+        return True  # Prefect says what is wrong with it
+    return any(name in mine for name in SERVERS)
 
 
 def use_home(home: Path, most_bytes: int = MOST_BYTES) -> int:

@@ -24,7 +24,7 @@ from storage.reconstruction import ReconstructionStore
 from storage.video import UnreadableVideo, drive_name
 from storage.wording import reason_of
 from tasks import metrics
-from tasks.align import align_stage, require_possible_focal
+from tasks.align import ImpossibleFocal, align_stage, require_possible_focal
 from tasks.config import ReconstructionConfig
 from tasks.finished import drop_outdated, write_finished
 from tasks.helpers import helped
@@ -92,7 +92,7 @@ def reconstruct_drive(
         try:
             with ReconstructionStore.create(url, {}).claim("drive") as claim:
                 run_stages(location, name, url, config, spread, table, claim)
-        except (AnotherDrive, Claimed, ClaimLost):  # no failure of the drive of this store
+        except (AnotherDrive, Claimed, ClaimLost, ImpossibleFocal):  # no failure of this drive
             raise
         except UnreadableVideo as error:
             record_failure(url, error, location)

@@ -97,6 +97,8 @@ def list_drives(
         roots = _roots(collection)
         found = [location for root in roots for location in _drives_in(root, 0, root == collection)]
     if not found:
+        if "://" not in collection and not has_magic(collection) and not os.path.exists(collection):
+            raise ValueError(f"{collection}: there is no such file or folder; check the path")
         raise ValueError(
             f"{collection}: no drive is found; expected a video file "
             f"({_some(VIDEO_SUFFIXES, '.mp4 .mov .mkv .avi')}), a folder of videos, of two or "
@@ -135,7 +137,7 @@ def require_output(output: str) -> None:
             "or object storage, s3://BUCKET/FOLDER"
         )
     if mistyped := re.match(r"(s3a?|gs|gcs|abfs|az):/(?!/)", output):
-        raise ValueError(f"output {output} is no URL; did you mean {mistyped[1]}://...?")
+        raise ValueError(f"output {output} is no URL; expected {mistyped[1]}://BUCKET/FOLDER")
     if "://" not in output and os.path.isfile(output):
         raise ValueError(f"output {output} is a file; give a folder, which is made if needed")
     with suppress(StoreError):

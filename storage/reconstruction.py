@@ -317,8 +317,8 @@ class ReconstructionStore:
         record = self._commits.read(stage)
         if record is None:
             raise ChunkMissing(
-                f"{group} of {redacted(self.url)} is not finished: no commit {stage!r}; run the "
-                f"{stage} stage again"
+                f"{group} of {redacted(self.url)} is not finished: no commit {stage!r}; "
+                "run `ttt3r reconstruct` again"
             )
         written = {path.rpartition("/")[2] for path in mapping_in(record, "digests")}
         names = [spec.name for spec in specs if spec.name in written]

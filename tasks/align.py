@@ -153,7 +153,7 @@ def find_camera(
     """The camera that the user gives, or the network sees.
 
     Raises:
-        ValueError: see `require_possible_focal`.
+        ImpossibleFocal: see `require_possible_focal`.
     """
     record, model = read_record(store), info.config
     shape = fit(record.width, record.height, model.image_size, model.patch_size)
@@ -177,11 +177,15 @@ def find_camera(
     return Camera(intrinsics, 0.0, "given", focal / intrinsics[0, 0] if focal else None)
 
 
+class ImpossibleFocal(ValueError):
+    """No camera has the focal length that is given: a mistake of the call, not of the drive."""
+
+
 def require_possible_focal(record: DriveRecord, config: AlignConfig) -> None:
     """Refuse a focal length that no camera of this recording can have.
 
     Raises:
-        ValueError: the field of view over the longer side is outside of `FIELD_OF_VIEW_DEG`.
+        ImpossibleFocal: the field of view over the longer side is outside of `FIELD_OF_VIEW_DEG`.
     """
     if config.focal_px is None:
         return
@@ -189,7 +193,7 @@ def require_possible_focal(record: DriveRecord, config: AlignConfig) -> None:
     view = math.degrees(2 * math.atan(side / 2 / config.focal_px))
     narrowest, widest = FIELD_OF_VIEW_DEG
     if not narrowest <= view <= widest:
-        raise ValueError(
+        raise ImpossibleFocal(
             f"a focal length of {config.focal_px:g} pixels means that the {side} pixels of the "
             f"picture's longer side see {view:.3g} degrees; expected {narrowest:g} to {widest:g}: "
             "give it in pixels of the recording, not in millimetres"

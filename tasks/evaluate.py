@@ -50,7 +50,8 @@ def evaluate_store(
         time_offset_s: what a tum file's clock shows at the recording's first frame.
 
     Returns:
-        The figures of `ttt3r.metrics.evaluate_trajectory`, `frames_without_truth`, and with
+        The figures of `ttt3r.metrics.evaluate_trajectory`, `frames_without_truth`,
+        `frames_elsewhere` (of the drive, in other parts or in none: not evaluated), and with
         `depth` also `abs_rel`, `delta_125` (both after the trajectory's scale),
         `abs_rel_median_scaled` and `delta_125_median_scaled`.
 
@@ -69,6 +70,7 @@ def evaluate_store(
         )
     figures = dict(evaluate_trajectory(trajectory["cam_to_world"][frames], truth))
     figures["frames_without_truth"] = len(mine) - len(frames)
+    figures["frames_elsewhere"] = len(trajectory["part"]) - len(mine)
     if depth is not None:
         scale = float(figures["scale"] or 1.0)
         figures |= depth_figures(store, trajectory, part, Path(depth), scale)
@@ -84,7 +86,7 @@ def paired_truth(
 ) -> tuple[NDArray[np.int64], Array]:
     """Frames of the drive among `mine` that have a true pose, and these poses [N, 4, 4]."""
     if not path.is_file():
-        raise ValueError(f"there is no ground truth file {path}")
+        raise ValueError(f"there is no ground truth file {path}; expected a local file")
     if format == "kitti":
         return _paired_by_number(store, mine, *read_kitti_indexed(path))
     times, poses = read_tum(path)
@@ -94,7 +96,15 @@ def paired_truth(
     if not has_times and len(times) == images:
         return _paired_by_number(store, mine, np.arange(images), poses)
     timestamps = store.read_frames()["timestamp"][mine] + time_offset_s
-    ours, theirs = associate(timestamps, times, 0.5 / record.fps if record.fps else 0.05)
+    try:
+        ours, theirs = associate(timestamps, times, 0.5 / record.fps if record.fps else 0.05)
+    except ValueError as error:
+        if timestamps[0] <= times[-1] and times[0] <= timestamps[-1]:
+            raise
+        raise ValueError(
+            f"{error}; if the file has a clock of its own, give what it shows at the recording's "
+            f"first frame as --time-offset (its first pose is at {times[0]:.6f} s)"
+        ) from None
     if not has_times and len(ours) < len(mine) / 2:
         raise ValueError(
             f"images have no times, and {path} has {len(times)} poses for {images} images, so that "
@@ -140,6 +150,8 @@ def depth_figures(
     }
     images = {f: path for f, path in images.items() if trajectory["part"][f] == part}
     every = math.ceil(len(images) * shape.height * shape.width / MOST_PIXELS)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder} of depth images; expected a local one")
     found, true = [], []
     for frame, path in images.items():
         index = int(trajectory["segment"][frame])

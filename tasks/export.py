@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+from numpy.typing import NDArray
 
 from storage.drives import store_name
 from storage.reconstruction import ReconstructionStore
@@ -40,6 +41,8 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
     target = to or f"{store_name(url)}.{ending}"
     write = copy_mesh if format in ("ply", "glb") else write_trajectory
     path = Path(target)
+    if path.is_dir():
+        raise ValueError(f"{target} is a folder; give the file to write in it")
     if "://" in target or (path.exists() and not path.is_file()):  # a pipe is no file to replace
         with (
             tempfile.TemporaryDirectory() as folder,
@@ -58,6 +61,28 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
     return target
 
 
+def describe_part(url: str, format: str, part: int | None = None) -> str:
+    """What a user should know of an exported part; "" where that is nothing."""
+    store = ReconstructionStore.open(url)
+    part = choose_part(store, part)
+    of_frame = store.read_trajectory()["part"]
+    mine = np.flatnonzero(of_frame == part)
+    words = []
+    if len(mine) < len(of_frame):
+        words.append(
+            f"part {part} of {int(of_frame.max()) + 1}: frames {mine[0]} to {mine[-1]}, "
+            f"{len(mine)} of {len(of_frame)}"
+        )
+    if format == "kitti" and not _is_whole(store, mine):
+        words.append("lines begin with the frame's number, which other readers of KITTI may refuse")
+    return "; ".join(words)
+
+
+def _is_whole(store: ReconstructionStore, mine: NDArray[np.int64]) -> bool:
+    """Whether frames are the first of the recording, without a gap."""
+    return np.array_equal(frame_numbers(store)[mine], np.arange(len(mine)))
+
+
 def choose_part(store: ReconstructionStore, part: int | None) -> int:
     """`part`, or the longest one if None."""
     of_frame = store.read_trajectory()["part"]
@@ -74,12 +99,10 @@ def choose_part(store: ReconstructionStore, part: int | None) -> int:
 def write_trajectory(store: ReconstructionStore, format: str, part: int, folder: Path) -> Path:
     """Write the part's trajectory into a folder."""
     arrays = store.read_trajectory()
-    mine = arrays["part"] == part
+    mine = np.flatnonzero(arrays["part"] == part)
     poses = arrays["cam_to_world"][mine]
     if format == "kitti":
-        numbers = frame_numbers(store)[mine]
-        is_whole = np.array_equal(numbers, np.arange(len(numbers)))
-        text = kitti_text(poses, None if is_whole else numbers)
+        text = kitti_text(poses, None if _is_whole(store, mine) else frame_numbers(store)[mine])
     else:
         text = tum_text(store.read_frames()["timestamp"][mine], poses)
     path = folder / "trajectory.txt"

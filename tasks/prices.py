@@ -83,12 +83,13 @@ def read_prices(location: str) -> Prices:
     """The price table in a TOML file; path or URL.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not a price table; says what is wrong.
+        ValueError: there is none, or it is not a price table; says what is wrong.
     """
     try:
         data = read_document(location, LARGEST_TABLE_BYTES)
         return TypeAdapter(Prices).validate_python(tomllib.loads(data.decode()))
+    except FileNotFoundError:
+        reason = "there is no such file"
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -158,6 +158,7 @@ def run_drive(
     """Reconstruct one drive; its failure is in what is returned, not raised."""
     from flows.reconstruct_collection import outcome_of, record_of
     from flows.reconstruct_drive import reconstruct_drive
+    from tasks.align import ImpossibleFocal
     from tasks.budget import within_budget
     from tasks.infer import device_kind, resolve_device
     from tasks.probe import AnotherDrive
@@ -169,7 +170,7 @@ def run_drive(
         given = (drive.location, output, config, drive.name)
         reconstruct_drive(*given, prices=budget.prices, processes=processes)
         return outcome_of(drive, output, None)
-    except AnotherDrive:
+    except (AnotherDrive, ImpossibleFocal):
         raise
     except Exception as failure:
         if os.environ.get("TTT3R_TRACEBACK"):

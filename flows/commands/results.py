@@ -70,6 +70,8 @@ def inspect(
         print_json({**upkeep.describe(store), "figures": summarise(store), "damaged": damaged})
     else:
         print_figures(summarise(store))
+    if damaged == []:
+        say("all that is committed is there and undamaged", err=True)
     if damaged:
         names = ", ".join(damaged)
         fail(f"{len(damaged)} damaged: {names}; run `ttt3r repair {url}`", WORK_ERROR)
@@ -123,9 +125,11 @@ def export(
     ] = None,
 ) -> None:
     """Write the trajectory (tum, kitti) or the mesh (ply, glb) to a file."""
-    from tasks.export import export_store
+    from tasks.export import describe_part, export_store
 
     say(export_store(url, format.value, to, part))
+    if words := describe_part(url, format.value, part):
+        say(words, err=True)
 
 
 @app.command()

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 
 def test_a_night_that_cannot_begin_is_counted_as_failed(video, tmp_path, counted):
     logs, out = str(video.parent), str(tmp_path / "out")
-    with pytest.raises(ValueError, match="no drive is found"):
+    with pytest.raises(ValueError, match="there is no such file or folder"):
         reconstruct_collection(str(tmp_path / "nowhere"), out, CONFIG)
     assert counted("ttt3r.collections") == {"failed": 1}
     other = replace(CONFIG, infer=InferConfig(weights="nothing-of-this-name"))
@@ -88,7 +88,7 @@ def test_a_recording_that_stays_unreadable_fails_once(tmp_path, counted):
 
 def test_a_drive_that_fails_by_no_fault_of_its_recording_fails_each_time(video, tmp_path, counted):
     for _ in range(2):
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(ValueError, match="is not a price table: there is no such file"):
             reconstruct_drive(
                 str(video), str(tmp_path / "out"), CONFIG, prices=str(tmp_path / "none.toml")
             )

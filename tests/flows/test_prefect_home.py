@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
-from flows.prefect_home import DATABASE, nobody_watches, prefect_cache, unwatched, use_home
+from flows.prefect_home import (
+    DATABASE,
+    is_set_up,
+    nobody_watches,
+    prefect_cache,
+    unwatched,
+    use_home,
+)
 
 HOLD = "import sys, time; from pathlib import Path; from flows.prefect_home import use_home; "
 
@@ -69,6 +76,28 @@ def test_only_a_server_that_nobody_has_set_up_is_not_watched(monkeypatch, name, 
     if value is not None:
         monkeypatch.setenv(name, value)
     assert nobody_watches() is expected
+
+
+@pytest.mark.parametrize(
+    ("profiles", "expected"),
+    [
+        (None, False),  # as of a server that was started there
+        ('active = "ephemeral"\n[profiles.ephemeral]\nPREFECT_LOGGING_LEVEL = "INFO"', False),
+        ('active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "http://host/api"', True),
+        ('active = "x"\n[profiles.mine]\nPREFECT_API_URL = "http://host/api"', True),
+    ],
+)
+def test_home_of_a_server_for_others_is_not_ours(tmp_path, monkeypatch, profiles, expected):
+    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".prefect").mkdir()
+    (tmp_path / ".prefect" / "prefect.db").touch()
+    if profiles:
+        (tmp_path / ".prefect" / "profiles.toml").write_text(profiles)
+    assert is_set_up() is expected
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
+    assert is_set_up()
 
 
 def listening(pid: int) -> set[str]:

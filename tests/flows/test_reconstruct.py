@@ -176,7 +176,7 @@ def test_impossible_calibration_is_refused_and_leaves_what_there_is(finished, tm
     output = finished.copy(tmp_path)
     with pytest.raises(ValueError, match=r"see 165 degrees; expected 5 to 150"):
         reconstruct_drive(str(finished.video), output, wrong)
-    assert commit_ids(f"{output}/squares.zarr").items() >= commit_ids(finished.url).items()
+    assert commit_ids(f"{output}/squares.zarr") == commit_ids(finished.url)  # no failure of it
 
 
 def test_interrupted_drive_resumes_and_ends_with_the_same_bytes(finished, tmp_path):

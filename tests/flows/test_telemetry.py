@@ -129,7 +129,7 @@ def test_a_night_that_cannot_begin_is_told_before_its_process_ends(tmp_path):
             text=True,
             timeout=900,
         )
-    assert "no drive is found" in done.stderr, done.stderr[-2000:]
+    assert "there is no such file or folder" in done.stderr, done.stderr[-2000:]
     assert received.values("ttt3r.collections", "outcome") == {"failed": 1}
     assert received.values("ttt3r.runs.active", "flow") == {"reconstruct-collection": 0}
 

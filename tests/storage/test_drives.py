@@ -257,7 +257,9 @@ def test_number_signs_and_question_marks_are_letters_of_a_remote_name(seaweed, t
 
 def test_nothing_found_says_what_was_looked_for(tmp_path):
     touch(tmp_path, "notes.txt")
-    for location in (tmp_path, tmp_path / "none", f"{tmp_path}/*.mp4"):
+    with pytest.raises(ValueError, match="there is no such file or folder; check the path"):
+        list_drives(str(tmp_path / "none"))
+    for location in (tmp_path, f"{tmp_path}/*.mp4"):
         with pytest.raises(ValueError, match=r"no drive is found; expected a video file"):
             list_drives(str(location))
 

@@ -9,7 +9,7 @@ from storage.reconstruction import ReconstructionStore
 from tasks.align import align_stage
 from tasks.config import AlignConfig
 from tasks.evaluate import evaluate_store, paired_truth
-from tasks.export import export_store
+from tasks.export import describe_part, export_store
 from tasks.planned import aside_commit, read_plan
 from tasks.probe import probe_stage
 from ttt3r.metrics import kitti_text, read_kitti_indexed, tum_text
@@ -70,7 +70,7 @@ def test_truth_that_meets_images_by_chance_is_refused(damaged_folder, tmp_path):
 def test_truth_may_have_a_clock_of_its_own(corridor_drive, tmp_path):
     store, mine = ReconstructionStore.open(corridor_drive.url), np.arange(40)
     path = write_truth(tmp_path / "t.txt", "tum", along_x(40), np.arange(40) / 10 + 1.7e9)
-    with pytest.raises(ValueError, match="no timestamps within"):
+    with pytest.raises(ValueError, match=r"no timestamps .*--time-offset .* 1700000000\.0+ s"):
         paired_truth(store, mine, path, "tum")
     frames, truth = paired_truth(store, mine, path, "tum", 1.7e9)
     assert frames.tolist() == truth[:, 0, 3].tolist() == mine.tolist()
@@ -83,8 +83,12 @@ def test_kitti_export_of_a_later_part_tells_its_frames(corridor_drive, tmp_path)
     align_stage.fn(store.url, AlignConfig(), corridor_drive.config.infer)
     path = export_store(store.url, "kitti", str(tmp_path / "kitti.txt"))
     assert read_kitti_indexed(path)[0].tolist() == [*range(16, 40)]
+    said = describe_part(store.url, "kitti")
+    assert said.startswith("part 0 of 1: frames 16 to 39, 24 of 40; lines begin with the frame's")
+    assert describe_part(store.url, "ply") == "part 0 of 1: frames 16 to 39, 24 of 40"
     figures = evaluate_store(store.url, path, "kitti")
     assert (figures["frames"], figures["frames_without_truth"]) == (24, 0)
+    assert figures["frames_elsewhere"] == 16
     assert figures["ate_none_m"] == pytest.approx(0, abs=1e-6)
 
 

@@ -49,6 +49,11 @@ def test_mesh_larger_than_any_other_file_is_exported(store, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["mesh.ply"]
 
 
+def test_folder_is_no_file_to_write(store, tmp_path):
+    with pytest.raises(ValueError, match="is a folder; give the file"):
+        export_store(store.url, "ply", str(tmp_path))
+
+
 def test_missing_folder_is_said_to_be(store, tmp_path):
     with pytest.raises(ValueError, match=rf"no folder {tmp_path}/none to write mesh.ply to"):
         export_store(store.url, "ply", str(tmp_path / "none" / "mesh.ply"))
