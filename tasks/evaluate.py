@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -165,8 +165,9 @@ def depth_figures(
             f"no depth image in {folder} is named by a frame of part {part} of the drive (12.png)"
         )
     figures: dict[str, float | int | None] = {"depth_frames": len(found)}
-    for ending, align in (("", "none"), ("_median_scaled", "median")):
-        one = depth_metrics(np.concatenate(found), np.concatenate(true), align=align)  # type: ignore[arg-type]
+    ways: dict[str, Literal["none", "median"]] = {"": "none", "_median_scaled": "median"}
+    for ending, align in ways.items():
+        one = depth_metrics(np.concatenate(found), np.concatenate(true), align=align)
         figures |= {f"{name}{ending}": one[name] for name in ("abs_rel", "delta_125")}
     return figures
 
