@@ -297,12 +297,13 @@ def _encode_column(column: dict[str, Any]) -> dict[str, Any]:
 
 def tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures that matter most, with their labels."""
+    triangles = "triangles" if summary["parts"] == 1 else "triangles, all parts"
     shown = [
         (f"{summary['frames']:,}", "frames"),
         (f"{summary['duration_s']:.1f} s", "of video"),
         (f"{summary['length_m_estimated']:.1f} m", "path, estimated"),
         (f"{summary['segments']}", "segments"),
-        (f"{summary['mesh_triangles']:,}", "triangles"),
+        (f"{summary['mesh_triangles']:,}", triangles),
     ]
     if "inference_frames_per_s" in summary:
         shown.append((f"{summary['inference_frames_per_s']:.1f}", "frames/s through the network"))

@@ -215,3 +215,6 @@ def print_result(outcome: dict[str, Any]) -> None:
     ):
         if store.list_files(name):
             say(f"  {label:<8}{store.file_url(name)}")
+    others = len((store.read_commit("fuse/merged") or {}).get("meshes", ())) - 1
+    if others > 0:
+        say(f"  others  {store.file_url('fusion/part*/mesh.ply')} (shorter parts: {others})")

@@ -118,6 +118,21 @@ def test_segment_that_is_set_aside_gives_exit_code_3(run, prefect_server, tmp_pa
     assert "1 segments were set aside" in err
 
 
+def test_meshes_of_all_parts_of_a_drive_are_named(run, prefect_server, tmp_path):
+    dark = [frame // 8 for frame in moving_squares(12, seed=1)]
+    video = write_video(tmp_path / "cut.mp4", [*moving_squares(12), *dark])
+    call = ("reconstruct", video, "--output", tmp_path / "out", "--weights", "untrained")
+    call += ("--segment-frames", 12, "--overlap-frames", 2, "--chunk-frames", 6, "--voxel-m", 0.1)
+    code, out, _ = run(*call)
+    assert code == 0
+    url = tmp_path / "out" / "cut.zarr"
+    assert f"{url}/fusion/mesh.ply" in out
+    assert f"{url}/fusion/part*/mesh.ply (shorter parts: 1)" in out
+    assert len(list(url.glob("fusion/part*/mesh.ply"))) == 1
+    report = (url / "report/report.html").read_text()
+    assert "triangles, all parts" in report
+
+
 def test_failed_drive_is_one_line_and_exit_code_1_and_its_store_says_why(
     run, prefect_server, tmp_path
 ):
