@@ -89,8 +89,9 @@ class FuseConfig:
     depth_limit_m: Positive | None = None
     """Depth beyond this is not fused; None: three times the median depth."""
     confidence_cut: Share = 0.1
-    """Share of the least confident measurements that is not fused, at most: confidence is stored in
-    steps of an eighth, and of those that are equally confident all or none are fused."""
+    """Share of the least confident measurements within the depth limit that is not fused, as nearly
+    as may be: confidence is stored in steps of an eighth, and of those that are equally confident
+    all or none are fused."""
     min_observations: Annotated[int, Field(ge=1)] = 2
     """Fused frames that must agree that a surface is there."""
     smallest_piece: Annotated[int, Field(ge=1)] = 50

@@ -56,7 +56,7 @@ from tasks.tile_merge import TileIndex, TileSet, merge_tiles
 from ttt3r.images import preprocess_fast
 from ttt3r.weights import weights_info
 
-VERSION = 5
+VERSION = 6
 MERGE_VERSION = 1
 SAMPLED_FRAMES = 50  # of a part, to choose the grid
 READ_AHEAD = 4  # frames

@@ -42,7 +42,7 @@ class FusionSettings:
     tile_m: float | None = None  # edge of a tile, rounded to whole blocks; None: 256 voxels
     min_observations: int = 2  # views that must agree that a surface is there
     upsampling: int | None = None  # samples a pixel and axis; None: about two a voxel
-    confidence_quantile: float = 0.1  # share of the measurements to drop at most, least sure first
+    confidence_quantile: float = 0.1  # share of what is within the limit to drop
     edge_jump: float = 0.1  # relative kink in inverse depth that marks a depth edge
     max_incidence_deg: float = 86.0  # surfaces seen more obliquely are dropped
     max_volume_bytes: int = 1_000_000_000  # bound on the volume of a tile
@@ -195,18 +195,32 @@ def choose_grid(
     median = median_depth(depths)
     voxel = settings.voxel_m or float(np.clip(median / focal_px, median / 250, median / 40))
     block = voxel * _block_voxels(settings)
+    limit = settings.depth_limit_m or 3 * median
     threshold = None
     if confidences is not None and settings.confidence_quantile > 0:
-        known = confidences[_measured(depths) & np.isfinite(confidences)]
-        threshold = float(np.quantile(known, settings.confidence_quantile)) if len(known) else None
+        # Sky, which is beyond the limit, is seen without confidence: it would be all that is cut.
+        known = confidences[_measured(depths) & (depths <= limit) & np.isfinite(confidences)]
+        threshold = _nearest_cut(known, settings.confidence_quantile)
     return FusionGrid(
         voxel_m=voxel,
-        depth_limit_m=settings.depth_limit_m or 3 * median,
+        depth_limit_m=limit,
         min_confidence=threshold,
         tile_blocks=max(2, round((settings.tile_m or 256 * voxel) / block)),
         upsampling=settings.upsampling or int(np.clip(round(2 * median / focal_px / voxel), 1, 3)),
         settings=settings,
     )
+
+
+def _nearest_cut(values: np.ndarray, share: float) -> float | None:
+    """The value below which lies the share of `values` nearest to `share`; None without values.
+
+    Stored confidence has few values, so that a quantile may have a third of all on its one side.
+    """
+    if not len(values):
+        return None
+    levels, counts = np.unique(values, return_counts=True)
+    below = (np.cumsum(counts) - counts) / len(values)
+    return float(levels[np.abs(below - share).argmin()])
 
 
 def median_depth(depths: np.ndarray) -> float:

@@ -492,6 +492,20 @@ def test_choose_grid_drops_the_given_share_of_confidence():
     ).all()
 
 
+def test_confidence_of_what_is_too_far_to_be_fused_does_not_count():
+    depths = np.concatenate([np.full(60, 1.0), np.full(40, 50.0)])
+    confidences = np.concatenate([np.linspace(1, 2, 60), np.ones(40)])
+    grid = choose_grid(FusionSettings(confidence_quantile=0.1), depths, 50.0, confidences)
+    assert (confidences[:60] < grid.min_confidence).sum() == 6
+
+
+@pytest.mark.parametrize(("unsure", "dropped"), [(13, 13), (19, 19), (21, 0)])
+def test_of_equally_confident_measurements_as_many_are_dropped_as_come_nearest(unsure, dropped):
+    confidences = np.concatenate([np.ones(unsure), np.full(100 - unsure, 2.0)])
+    grid = choose_grid(FusionSettings(confidence_quantile=0.1), np.ones(100), 50.0, confidences)
+    assert (confidences < grid.min_confidence).sum() == dropped
+
+
 def test_tiles_too_large_for_memory_are_refused():
     with pytest.raises(ValueError, match="use smaller tiles"):
         choose_grid(FusionSettings(voxel_m=0.01, tile_m=50.0), np.ones(1), 100.0)
