@@ -48,6 +48,7 @@ FRAMES_PER_READ = 8  # images that are decoded together: the least that a read c
 LEAST_STRIP_ROWS = 4  # of an image; lower strips cost more than they save
 ROWS_PER_OBJECT = 65536  # arrays that are written as a whole
 GATE_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+MOTION_COSTS = "motion_costs"  # in a chunk's record: see `ttt3r.motion_scale`
 Packing = Literal["blosc", "pcodec"]
 FIXED_SIZES = {"row3": 3, "col3": 3, "row4": 4, "col4": 4}  # dimensions of one length always
 
@@ -228,6 +229,13 @@ TRAJECTORY_ARRAYS = (
         "x_world = seg_to_world @ x_seg, a similarity: scale times rotation, and translation",
     ),
     _array("scale", "segment_index", "float64", "1", "world metres per segment metre"),
+    _array(
+        "motion_scale",
+        "segment_index",
+        "float64",
+        "1",
+        "what translations of cam_to_seg are multiplied by first, to be metres of its depth",
+    ),
     _array(
         "seam_residual",
         "segment_index",

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from prefect import task
 
+from storage.layout import MOTION_COSTS, chunk_commit
 from storage.reconstruction import ReconstructionStore
 from storage.records import NOWHERE, DriveRecord, Plan, Segment
 from tasks.attempts import attempt_id, counted
@@ -39,14 +40,16 @@ from ttt3r.alignment import (
 from ttt3r.config import ModelConfig
 from ttt3r.geometry import depth_to_pointmap, principal_point
 from ttt3r.images import fit, source_intrinsics
+from ttt3r.motion_scale import SCALES, motion_scales
 from ttt3r.weights import WeightsInfo, weights_info
 
-VERSION = 5
+VERSION = 6
 # A field of view of 60 degrees, where neither the network nor the user knows the focal length.
 FALLBACK_FOCAL = 0.866
 # Frames of an overlap that are compared at most, evenly over it: bounds memory. Up to two overlaps
 # more are read meanwhile.
 SEAM_FRAMES = 32
+UNTOLD = np.zeros(len(SCALES))  # what pictures say of motions that nobody compared
 
 VIEW_ARRAYS = ("cam_to_seg", "confidence", "gate", "intrinsics")
 SEAM_ARRAYS = ("depth", "confidence", "cam_to_seg")
@@ -83,12 +86,14 @@ def align_stage(url: str, config: AlignConfig, infer: InferConfig) -> None:
         return
     began, present = time.perf_counter(), [segment.index for segment in plan.present]
     require_inferred(store, present, infer, info)
-    views = read_views(store, plan)
+    motions = read_motion_scales(store, plan)
+    views = read_views(store, plan, motions)
     camera = find_camera(store, views, config, info)
     settings = AlignSettings(scale_prior_sigma=config.scale_prior_sigma)
-    fits = fit_seams(store, plan, camera.intrinsics, settings)
+    fits = fit_seams(store, plan, camera.intrinsics, motions, settings)
     placements = place_segments(plan, views, fits, config.scale_prior_sigma)
     arrays = build_trajectory(store, plan, views, placements, fits, camera, info.config)
+    arrays["motion_scale"] = _per_segment(plan, motions)
     drop_later(store, "align")
     store.write_trajectory(arrays)
     record = {
@@ -117,24 +122,45 @@ def align_key(
     return stage_key("align", VERSION, segments, config)
 
 
-def read_views(store: ReconstructionStore, plan: Plan) -> dict[int, Views]:
+def read_motion_scales(store: ReconstructionStore, plan: Plan) -> dict[int, float]:
+    """What the motions of each segment that has a part are to be multiplied by, as pictures say."""
+    records, costs = store.commits("infer"), []
+    for segment in plan.present:
+        names = [chunk_commit(segment.index, c.index) for c in segment.chunks(plan.chunk_frames)]
+        # A listing may be older than what is there.
+        chunks = [records.get(name) or store.read_commit(name) or {} for name in names]
+        costs.append(sum(np.asarray(c.get(MOTION_COSTS, UNTOLD)) for c in chunks))
+    scales = motion_scales(np.stack(costs)).tolist()
+    return {segment.index: scale for segment, scale in zip(plan.present, scales, strict=True)}
+
+
+def read_views(
+    store: ReconstructionStore, plan: Plan, motions: Mapping[int, float]
+) -> dict[int, Views]:
     """What the segments that have a part say of their frames, by segment."""
-    return {segment.index: _read_views(store, plan, segment) for segment in plan.present}
+    return {s.index: _read_views(store, plan, s, motions[s.index]) for s in plan.present}
 
 
-def _read_views(store: ReconstructionStore, plan: Plan, segment: Segment) -> Views:
+def _read_views(store: ReconstructionStore, plan: Plan, segment: Segment, motion: float) -> Views:
     parts = []
     for chunk in segment.chunks(plan.chunk_frames):  # a segment may be as long as the drive
         read = store.read_many(segment, VIEW_ARRAYS, chunk.start, chunk.stop)
         parts.append(
             (
-                read["cam_to_seg"].astype(np.float64),
+                with_motion(read["cam_to_seg"], motion),
                 np.median(read["confidence"], axis=(1, 2)),
                 read["gate"][:, 2],
                 read["intrinsics"][:, 0, 0],
             )
         )
     return Views(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+def with_motion(cam_to_seg: NDArray[Any], scale: float) -> Array:
+    """Poses [F, 4, 4] whose translations are multiplied by `scale`."""
+    scaled = cam_to_seg.astype(np.float64)
+    scaled[:, :3, 3] *= scale
+    return scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,22 +227,28 @@ def require_possible_focal(record: DriveRecord, config: AlignConfig) -> None:
 
 
 def fit_seams(
-    store: ReconstructionStore, plan: Plan, intrinsics: Array, settings: AlignSettings
+    store: ReconstructionStore,
+    plan: Plan,
+    intrinsics: Array,
+    motions: Mapping[int, float],
+    settings: AlignSettings,
 ) -> dict[int, OverlapFit]:
     """For each segment that overlaps the one before it: how it lies in that one's frame."""
     fits = {}
     with closing(prefetch(_read_seams(store, plan), 1)) as seams:
         for index, (a, b) in seams:
+            poses_a = with_motion(a["cam_to_seg"], motions[index - 1])
+            poses_b = with_motion(b["cam_to_seg"], motions[index])
             fits[index] = align_overlap(
-                lift(a["depth"], intrinsics, a["cam_to_seg"]),
-                lift(b["depth"], intrinsics, b["cam_to_seg"]),
+                lift(a["depth"], intrinsics, poses_a),
+                lift(b["depth"], intrinsics, poses_b),
                 a["depth"],
                 a["confidence"],
                 b["confidence"],
                 settings,
                 depth_b=b["depth"],
-                T_a_cam=a["cam_to_seg"],
-                T_b_cam=b["cam_to_seg"],
+                T_a_cam=poses_a,
+                T_b_cam=poses_b,
             )
     return fits
 

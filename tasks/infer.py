@@ -18,7 +18,7 @@ from prefect import task
 from torch import Tensor
 
 from storage.errors import ChunkMissing
-from storage.layout import GATE_QUANTILES, chunk_commit, segment_claim
+from storage.layout import GATE_QUANTILES, MOTION_COSTS, chunk_commit, segment_claim
 from storage.objects import in_parallel
 from storage.reconstruction import EncodedChunk, ReconstructionStore
 from storage.records import Chunk, Plan, Segment
@@ -38,11 +38,12 @@ from tasks.retries import DRIVE_ERRORS, STAGE_OPTIONS
 from tasks.transfer import Download, mark, to_device
 from ttt3r.geometry import camera_pose_to_matrix, estimate_focal, intrinsics_from_focal
 from ttt3r.model import Model, Predictions
+from ttt3r.motion_scale import motion_costs
 from ttt3r.state import State
 from ttt3r.stream import Stream
 from ttt3r.weights import WeightsInfo, load_model, weights_info
 
-VERSION = 3
+VERSION = 4
 READ_AHEAD_ROUNDS = 2  # decoded chunks of all lanes that wait for the network, per task
 WORTH_GROUPS = 4  # to infer together: the start of a helper takes as long as one or two
 PROCESS_BYTES = 800_000_000  # of one that infers on a CPU, without lanes and weights
@@ -431,6 +432,9 @@ class LaneRun:
             tensors = chunk_tensors(
                 predictions, self._stream.state, self._work.info.principal_offset
             )
+            assert predictions.pointmap_cam is not None
+            costs = _motion_costs(images, tensors, predictions.pointmap_cam, now.present)
+            tensors[MOTION_COSTS] = costs
         chunks = self._unfinished(now.number)
         self.computed += sum(chunk.stop - chunk.start for _, _, chunk in chunks)
         download = Download(tensors, began)
@@ -472,6 +476,7 @@ def _write(work: Work, result: RoundResult, after: Callable[[], None] | None) ->
     result.download.wait()
     with clock.measure("download"):
         arrays = result.download.arrays()
+    costs = arrays.pop(MOTION_COSTS)
     encoded: dict[int, EncodedChunk] = {}
 
     def encode(what: tuple[int, Segment, Chunk]) -> None:
@@ -496,8 +501,12 @@ def _write(work: Work, result: RoundResult, after: Callable[[], None] | None) ->
     }
 
     commits = []
-    for _, segment, chunk in result.chunks:
-        own = {"key": work.keys[segment.index], "frames_inferred": chunk.stop - chunk.start}
+    for lane, segment, chunk in result.chunks:
+        own = {
+            "key": work.keys[segment.index],
+            "frames_inferred": chunk.stop - chunk.start,
+            MOTION_COSTS: [round(float(cost), 4) for cost in costs[lane]],
+        }
         commits.append((segment, chunk, own | shared))
     store.commit_chunks(commits)
     for segment, chunk, record in commits:
@@ -556,6 +565,18 @@ def chunk_tensors(
         **{name: tensor.float() for name, tensor in tensors.items()},
         "state_first": state.first,
     }
+
+
+def _motion_costs(
+    images: Tensor, tensors: dict[str, Tensor], pointmap: Tensor, present: NDArray[np.bool_]
+) -> Tensor:
+    """`motion_costs` of the frames that each lane has, [L, S]; `tensors` as `chunk_tensors`."""
+    rows = []
+    for lane, count in enumerate(present.sum(axis=1).tolist()):
+        matrices = tensors["intrinsics"][lane, :count]
+        of_lane = images[lane, :count], pointmap[lane, :count], tensors["cam_to_seg"][lane, :count]
+        rows.append(motion_costs(*of_lane, matrices))
+    return torch.stack(rows)
 
 
 def _require_poses(cam_to_seg: NDArray[np.generic], segment: Segment, chunk: Chunk) -> None:

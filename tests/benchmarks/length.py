@@ -33,10 +33,11 @@ import numpy as np
 import torch
 
 from ttt3r.alignment import OverlapFit, align_overlap, balance_scales, chain
-from ttt3r.geometry import camera_pose_to_matrix
+from ttt3r.geometry import camera_pose_to_matrix, estimate_focal, intrinsics_from_focal
 from ttt3r.images import fit, preprocess
 from ttt3r.metrics import depth_metrics, evaluate_trajectory, read_tum
 from ttt3r.model import Model
+from ttt3r.motion_scale import motion_costs, motion_scales
 from ttt3r.state import UPDATE_RULES
 from ttt3r.stream import Stream
 from ttt3r.synthetic import HELD_OUT_SEED, camera_path, render_chunks
@@ -143,14 +144,16 @@ Part = tuple[np.ndarray, np.ndarray, np.ndarray]  # of a segment: poses, points,
 
 
 def see_segments(
-    model: Model, rule: str, images: np.ndarray, length: int, overlap: int
+    model: Model, offset: float, rule: str, images: np.ndarray, length: int, overlap: int
 ) -> tuple[list[int], list[Part]]:
     """First frames of the segments of one sequence, and what the network says of each.
 
-    The last segment goes on with the last frame, so that all are equally long.
+    The last segment goes on with the last frame, so that all are equally long. Motions are as large
+    as pictures say, as in the pipeline; `offset` is that of the weights' principal point.
     """
     starts = list(range(0, max(1, len(images) - overlap), length - overlap))
     parts: list[Part] = []
+    costs = []
     for first in range(0, len(starts), 16):
         lanes = [
             images[np.minimum(np.arange(s, s + length), len(images) - 1)]
@@ -159,18 +162,26 @@ def see_segments(
         found = Stream(model, len(lanes), rule, frozenset({"cam"})).feed(np.stack(lanes))
         assert found.pointmap_cam is not None
         assert found.confidence is not None
-        poses = camera_pose_to_matrix(found.camera_pose).double().numpy()
-        parts += list(zip(poses, found.pointmap_cam.numpy(), found.confidence.numpy(), strict=True))
+        poses, points = camera_pose_to_matrix(found.camera_pose), found.pointmap_cam
+        matrices = intrinsics_from_focal(estimate_focal(points, offset), *points.shape[2:4], offset)
+        for k, lane in enumerate(lanes):
+            n = min(length, len(images) - starts[first + k])
+            given = torch.from_numpy(lane[:n]), points[k, :n], poses[k, :n], matrices[k, :n]
+            costs.append(motion_costs(*given).numpy())
+        told = poses.double().numpy(), points.numpy(), found.confidence.numpy()
+        parts += list(zip(*told, strict=True))
+    for (T, _, _), scale in zip(parts, motion_scales(np.stack(costs)), strict=True):
+        T[:, :3, 3] *= scale
     return starts, parts
 
 
 def run_segments(
-    model: Model, rule: str, pieces: list[Piece], length: int, overlap: int
+    model: Model, offset: float, rule: str, pieces: list[Piece], length: int, overlap: int
 ) -> tuple[Truth, Track]:
     """One sequence cut into segments that run as lanes and are aligned by Sim(3)."""
     images = np.concatenate([piece[0][0] for piece in pieces])
     T = np.concatenate([piece[1][0] for piece in pieces])
-    starts, parts = see_segments(model, rule, images, length, overlap)
+    starts, parts = see_segments(model, offset, rule, images, length, overlap)
     seams = [fit_seam(a, b, length - overlap) for a, b in pairwise(parts)]
     placed = chain(*balance_scales(seams))
     track, truth = Track(), Truth(T=[T[None]])
@@ -241,9 +252,9 @@ def _mean(values: list[Any]) -> float | None:
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One record per length and rule."""
-    model, _ = load_model(options.weights)
+    model, info = load_model(options.weights)
     if options.segment_frames:
-        return _measure_segments(model, options)
+        return _measure_segments(model, info.principal_offset, options)
     sides = (model.config.image_size, model.config.patch_size)
     if options.video:
         pieces = recorded(options.video, options.ground_truth, *sides)
@@ -269,7 +280,9 @@ def _world(options: argparse.Namespace) -> str:
     return Path(options.video).parent.name if options.video else options.world
 
 
-def _measure_segments(model: Model, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _measure_segments(
+    model: Model, offset: float, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """One record per length and rule; with --metres per rule, `frames` is a mean."""
     rows: dict[tuple[Any, ...], list[dict[str, float | None]]] = {}
     for pieces in one_by_one(options, (model.config.image_size, model.config.patch_size)):
@@ -280,7 +293,7 @@ def _measure_segments(model: Model, options: argparse.Namespace) -> list[dict[st
                 truth, track = Truth(T=[piece[1] for piece in pieces]), None
             else:
                 truth, track = run_segments(
-                    model, rule, pieces, options.segment_frames, options.overlap
+                    model, offset, rule, pieces, options.segment_frames, options.overlap
                 )
             for n in lengths:
                 row = figures(truth, track, n) | {"frames": n}

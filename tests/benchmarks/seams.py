@@ -44,12 +44,12 @@ def true_scales(
 
 
 def measure(
-    model: Model, rule: str, pieces: list[Piece], length: int, overlap: int
+    model: Model, offset: float, rule: str, pieces: list[Piece], length: int, overlap: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of one drive: claimed and true errors of its seams [K-1, 2], and scales of segments [K]."""
     images = np.concatenate([piece[0][0] for piece in pieces])
     depth = np.concatenate([piece[2][0] for piece in pieces if piece[2] is not None])
-    starts, parts = see_segments(model, rule, images, length, overlap)
+    starts, parts = see_segments(model, offset, rule, images, length, overlap)
     scales = true_scales([points for _, points, _ in parts], starts, depth, length)
     fits = [fit_seam(a, b, length - overlap) for a, b in pairwise(parts)]
     errors = np.log([fit.scale for fit in fits]) - np.diff(scales)
@@ -92,11 +92,16 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     options.world, options.video = "streets", None
-    model, _ = load_model(options.weights)
+    model, info = load_model(options.weights)
     seams, scales = [], []
     for pieces in one_by_one(options, (model.config.image_size, model.config.patch_size)):
         of_drive, of_segments = measure(
-            model, options.rule, pieces, options.segment_frames, options.overlap
+            model,
+            info.principal_offset,
+            options.rule,
+            pieces,
+            options.segment_frames,
+            options.overlap,
         )
         seams.append(of_drive)
         scales.append(of_segments)

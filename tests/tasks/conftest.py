@@ -6,14 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from recordings import write_video
 
+from storage.layout import MOTION_COSTS
 from storage.reconstruction import ReconstructionStore
 from tasks.config import InferConfig, PlanConfig, ReconstructionConfig
 from tasks.infer import segment_keys
 from tasks.plan import plan_stage
 from tasks.planned import read_plan
 from tasks.probe import probe_stage
+from ttt3r.geometry import depth_to_pointmap
+from ttt3r.motion_scale import motion_costs
 from ttt3r.weights import weights_info
 
 # The network's own size, so that frames are neither resized nor cropped.
@@ -58,17 +62,25 @@ class Corridor:
         shutil.copytree(self.url, url)
         return replace(self, url=url)
 
-    def infer_perfectly(self) -> None:
-        """Write and commit what a network without error would: each segment in its own frame."""
+    def infer_perfectly(self, said_motion: tuple[float, ...] = (1.0, 1.0)) -> None:
+        """Write and commit what a network without error would: each segment in its own frame.
+
+        With `said_motion` it errs in how far each segment's camera goes, by these factors.
+        """
         store = ReconstructionStore.open(self.url)
         plan, info = read_plan(store), weights_info(self.config.infer.weights)
         keys = segment_keys(store, plan, plan.segments, self.config.infer, info)
-        for segment, scale in zip(plan.segments, self.scales, strict=True):
+        for segment, scale, said in zip(plan.segments, self.scales, said_motion, strict=True):
             store.create_segment(segment, plan.chunk_frames, HEIGHT, WIDTH, 2, (1, 4), (1, 8))
             for chunk in segment.chunks(plan.chunk_frames):
-                arrays = self._arrays(range(chunk.start, chunk.stop), segment.start, scale)
+                frames = range(chunk.start, chunk.stop)
+                arrays = self._arrays(frames, segment.start, scale)
+                arrays["cam_to_seg"][:, :3, 3] *= said
                 store.write_chunk(segment, chunk, arrays)
-                store.commit_chunk(segment, chunk, {"key": keys[segment.index]})
+                costs = self._motion_costs(frames, arrays)
+                store.commit_chunk(
+                    segment, chunk, {"key": keys[segment.index], MOTION_COSTS: costs}
+                )
 
     def infer_one_chunk_otherwise(self) -> None:
         """Leave a chunk of the second segment as one of another rule."""
@@ -77,6 +89,16 @@ class Corridor:
         info = weights_info(other.weights)
         key = segment_keys(store, plan, [plan.segments[1]], other, info)[1]
         store.commit(name, {**(store.read_commit(name) or {}), "key": key})
+
+    @staticmethod
+    def _motion_costs(frames: range, arrays: dict[str, np.ndarray]) -> list[float]:
+        views = [(frame * STEP_M, *corridor(frame * STEP_M)) for frame in frames]
+        striped = [color * ((z + depth) % 2 < 1)[..., None] for z, depth, color in views]
+        images = np.stack(striped).astype(np.uint8)
+        matrices = torch.from_numpy(arrays["intrinsics"])
+        points = depth_to_pointmap(torch.from_numpy(arrays["depth"]), matrices)
+        T_seg_cam = torch.from_numpy(arrays["cam_to_seg"])
+        return motion_costs(torch.from_numpy(images), points, T_seg_cam, matrices).tolist()
 
     @staticmethod
     def _arrays(frames: range, first: int, scale: float) -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ from ttt3r.images import fit, source_intrinsics
 from ttt3r.weights import weights_info
 
 STEP_M = 0.15
+NO_CHANGE = {0: 1.0, 1: 1.0}  # of the motions of the two segments
 
 
 def align(drive, config=AlignConfig(scale_prior_sigma=100.0)):  # noqa: B008 (frozen)
@@ -39,6 +40,14 @@ def test_align_joins_segments_of_different_units_into_one_straight_path(corridor
     steps = np.diff(position[:, 2]) / scale[0]
     np.testing.assert_allclose(steps, STEP_M, rtol=0.02)
     np.testing.assert_allclose(position[:, :2], 0, atol=2e-3)
+
+
+def test_align_makes_motions_as_large_as_the_pictures_say(corridor_drive):
+    corridor_drive.infer_perfectly(said_motion=(0.6, 1.4))
+    trajectory = align(corridor_drive).read_trajectory()
+    np.testing.assert_allclose(trajectory["motion_scale"], [1 / 0.6, 1 / 1.4], rtol=0.1)
+    steps = np.diff(trajectory["cam_to_world"][:, 2, 3]) / trajectory["scale"][0]
+    np.testing.assert_allclose(steps, STEP_M, rtol=0.15)
 
 
 def test_align_finds_the_focal_length_of_the_recording(corridor_drive):
@@ -78,7 +87,7 @@ def test_given_focal_length_holds_for_both_axes_of_the_recording(corridor_drive)
     corridor_drive.infer_perfectly()
     store = ReconstructionStore.open(corridor_drive.url)
     store.update_attributes({"drive": {**store.attributes["drive"], "width": 848, "height": 480}})
-    views = read_views(store, read_plan(store))
+    views = read_views(store, read_plan(store), NO_CHANGE)
     info = weights_info("untrained")
     camera = find_camera(store, views, AlignConfig(focal_px=500.0), info)
     # To 80 x 45, cut to 80 x 40.
@@ -93,7 +102,7 @@ def test_given_focal_length_holds_for_both_axes_of_the_recording(corridor_drive)
 def test_principal_point_is_where_the_network_was_trained_to_have_it(corridor_drive):
     corridor_drive.infer_perfectly()
     store = ReconstructionStore.open(corridor_drive.url)
-    views = read_views(store, read_plan(store))
+    views = read_views(store, read_plan(store), NO_CHANGE)
     found = []
     for offset in (0.0, weights_info("compact").principal_offset):
         info = replace(weights_info("untrained"), principal_offset=offset)
@@ -105,7 +114,7 @@ def test_world_is_the_first_camera_of_its_part(corridor_drive):
     corridor_drive.infer_perfectly()
     store = ReconstructionStore.open(corridor_drive.url)
     plan = read_plan(store)
-    views, moved = read_views(store, plan), np.eye(4)
+    views, moved = read_views(store, plan, NO_CHANGE), np.eye(4)
     moved[:3, :3] = Rotation.from_euler("xyz", [1, -2, 3], degrees=True).as_matrix()
     moved[:3, 3] = 0.1, -0.2, 0.3
     views[0] = replace(views[0], cam_to_seg=moved @ views[0].cam_to_seg)
@@ -113,6 +122,7 @@ def test_world_is_the_first_camera_of_its_part(corridor_drive):
         store,
         plan,
         find_camera(store, views, AlignConfig(), weights_info("untrained")).intrinsics,
+        NO_CHANGE,
         AlignSettings(),
     )
     placements = place_segments(plan, views, fits, 100.0)

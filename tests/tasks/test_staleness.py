@@ -142,7 +142,8 @@ def test_align_reads_long_overlaps_in_part(finished, monkeypatch):
     monkeypatch.setattr(align, "SEAM_FRAMES", 4)
     store, plan = finished, read_plan(finished)
     intrinsics = store.read_trajectory()["intrinsics"]
-    fits = align.fit_seams(store, plan, intrinsics, align.AlignSettings())
+    motions = align.read_motion_scales(store, plan)
+    fits = align.fit_seams(store, plan, intrinsics, motions, align.AlignSettings())
     assert fits[1].frames == 4
     np.testing.assert_allclose(fits[1].sim3.scale, before[1] / before[0], rtol=0.05)
 
