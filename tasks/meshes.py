@@ -97,14 +97,24 @@ def sorted_triangles(triangles: np.ndarray) -> np.ndarray:
 
 def label_pieces(mesh: Mesh) -> np.ndarray:
     """Number of the connected piece that each vertex belongs to, int32 [V], from 0."""
+    a, b, c = mesh.triangles.T
+    links = np.stack([np.concatenate([a, b]), np.concatenate([b, c])], axis=1)
+    return label_linked(links, len(mesh.vertices))
+
+
+def label_linked(links: np.ndarray, count: int) -> np.ndarray:
+    """Number of the group that each of `count` things is in, int32 [count], from 0.
+
+    Args:
+        links: [N,2] pairs of things, by number, that are in one group.
+    """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    a, b, c = mesh.triangles.T
-    ends = np.concatenate([a, b]), np.concatenate([b, c])
-    size = len(mesh.vertices)
-    links = coo_array((np.ones(len(ends[0]), bool), ends), shape=(size, size))
-    return np.asarray(connected_components(links, directed=False)[1], np.int32)
+    if not count:
+        return np.zeros(0, np.int32)
+    graph = coo_array((np.ones(len(links), bool), tuple(links.T)), shape=(count, count))
+    return np.asarray(connected_components(graph, directed=False)[1], np.int32)
 
 
 def keep_triangles(mesh: Mesh, is_kept: np.ndarray) -> Mesh:

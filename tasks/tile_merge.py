@@ -3,13 +3,14 @@
 Neighbouring tiles share the vertices along their border, equal to the last bit. Tiles are
 read one by one, twice: first to see which loose pieces are small once they are followed
 through all tiles, then to write what is kept. Held meanwhile are a tile, the borders of
-tiles whose neighbours are still to come, and the material of the preview.
+tiles whose neighbours are still to come, a few numbers for each piece at a border, and the
+material of the preview.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tasks.meshes import (
     decimate,
     is_new_row,
     keep_triangles,
+    label_linked,
     label_pieces,
     sorted_triangles,
     weld,
@@ -83,66 +85,49 @@ class Frontier:
                 self._tables.pop(done, None)
 
 
-class Pieces:
-    """How large the pieces are that reach into other tiles: union-find over their parts."""
+def measure_pieces(tiles: TileSet) -> dict[TileIndex, np.ndarray]:
+    """Follow through all tiles the pieces that touch a tile's border.
 
-    def __init__(self) -> None:
-        self._parent: list[int] = []
-        self._triangles: list[int] = []
-        self._first: dict[TileIndex, int] = {}
-
-    def add_tile(self, index: TileIndex, triangles: np.ndarray) -> int:
-        """Add the parts that touch the border of a tile, by size; return the first's number."""
-        self._first[index] = len(self._parent)
-        self._parent += range(len(self._parent), len(self._parent) + len(triangles))
-        self._triangles += triangles.tolist()
-        return self._first[index]
-
-    def join(self, a: int, b: int) -> None:
-        """Say that two parts are one piece."""
-        a, b = sorted((self._root(a), self._root(b)))
-        if a != b:
-            self._parent[b] = a
-            self._triangles[a] += self._triangles[b]
-
-    def sizes(self, index: TileIndex, count: int) -> np.ndarray:
-        """Triangles [count] of the whole pieces of a tile's parts, in the order of `add_tile`."""
-        first = self._first[index]
-        numbers = range(first, first + count)
-        return np.array([self._triangles[self._root(n)] for n in numbers], np.int64)
-
-    def _root(self, number: int) -> int:
-        while self._parent[number] != number:
-            self._parent[number] = self._parent[self._parent[number]]
-            number = self._parent[number]
-        return number
-
-
-def measure_pieces(tiles: TileSet) -> Pieces:
-    """Follow the pieces through all tiles."""
-    pieces, frontier = Pieces(), Frontier(tiles.indices)
+    Returns:
+        For each tile the triangles, int64 [P], that those pieces have in all tiles, in the order
+        of their numbers in the tile.
+    """
+    frontier, sizes, links, count = Frontier(tiles.indices), [], [], 0
     for index in tiles.indices:
         mesh = tiles.read(index)
         rows = tiles.border_rows(index, mesh)
         piece, triangles = _pieces_of(mesh)
         touching, part = np.unique(piece[rows], return_inverse=True)
-        numbers = pieces.add_tile(index, triangles[touching]) + part.astype(np.int64)
+        numbers = count + part.astype(np.int64)
         positions = mesh.vertices[rows]
         found = frontier.find(index, positions)
         pairs = np.stack([found, numbers], axis=1)[found != UNKNOWN]
-        for a, b in np.unique(pairs, axis=0).tolist():
-            pieces.join(a, b)
+        links.append(np.unique(pairs, axis=0))
+        sizes.append(triangles[touching])
+        count += len(touching)
         frontier.add(index, positions, numbers)
-    return pieces
+    return dict(zip(tiles.indices, _whole_sizes(sizes, links), strict=True))
 
 
-def kept_tiles(tiles: TileSet, pieces: Pieces, min_triangles: int) -> Iterator[Mesh]:
+def _whole_sizes(sizes: list[np.ndarray], links: list[np.ndarray]) -> list[np.ndarray]:
+    """The sizes [P] of each tile's parts, with those of all parts that are linked to them."""
+    if not sizes:
+        return []
+    size = np.concatenate(sizes)
+    whole = label_linked(np.concatenate(links), len(size))
+    # Sums in float64 are exact far beyond any number of triangles.
+    total = np.bincount(whole, size).astype(np.int64)
+    return np.split(total[whole], np.cumsum([len(s) for s in sizes])[:-1])
+
+
+def kept_tiles(
+    tiles: TileSet, sizes: Mapping[TileIndex, np.ndarray], min_triangles: int
+) -> Iterator[Mesh]:
     """Every tile without the pieces that have fewer than `min_triangles` in all tiles."""
     for index in tiles.indices:
         mesh = tiles.read(index)
         piece, triangles = _pieces_of(mesh)
-        touching = np.unique(piece[tiles.border_rows(index, mesh)])
-        triangles[touching] = pieces.sizes(index, len(touching))
+        triangles[np.unique(piece[tiles.border_rows(index, mesh)])] = sizes[index]
         yield keep_triangles(mesh, triangles[piece[mesh.triangles[:, 0]]] >= min_triangles)
 
 
