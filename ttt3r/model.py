@@ -140,8 +140,8 @@ class _Flags:
         cls, first: Tensor, shape: tuple[int, int], update: Any, reset: Any, device: torch.device
     ) -> _Flags:
         lanes, frames = shape
-        learns = _as_flags("update", update, shape, default=True)
-        resets = _as_flags("reset", reset, shape, default=False)
+        learns = np.ascontiguousarray(as_flags("update", update, shape, default=True).T)
+        resets = np.ascontiguousarray(as_flags("reset", reset, shape, default=False).T)
         if update is None and reset is None and bool(first.all()):
             # Made where they are used: a recording must not read the host's memory.
             starts = torch.zeros(frames + 1, lanes, dtype=torch.bool, device=device)
@@ -155,16 +155,16 @@ def _to_device(flags: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(flags).to(device, non_blocking=True)
 
 
-def _as_flags(name: str, given: Any, shape: tuple[int, int], *, default: bool) -> np.ndarray:
-    """[L, T] flags of any kind as [T, L] bool on the host."""
+def as_flags(name: str, given: Any, shape: tuple[int, int], *, default: bool) -> np.ndarray:
+    """Flags [L, T] of any kind as bool on the host; None is `default` throughout."""
     if given is None:
-        return np.full(shape[::-1], default)
+        return np.full(shape, default)
     flags = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
     if flags.shape != shape or flags.dtype != bool:
         raise ValueError(
             f"{name} is {flags.dtype} {flags.shape}; expected bool [lanes, frames] = {shape}"
         )
-    return np.ascontiguousarray(flags.T)
+    return flags
 
 
 class Model(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ttt3r.images import as_tensor, normalise
-from ttt3r.model import Model, Predictions
+from ttt3r.model import Model, Predictions, as_flags
 from ttt3r.state import State, find_rule
 
 
@@ -81,8 +81,8 @@ class Stream:
                 f"{self.lanes} lanes and at least one frame"
             )
         frames = images.shape[1]
-        update = _flags("update", update, images, default=True)
-        reset = _flags("reset", reset, images, default=False)
+        update = as_flags("update", update, (self.lanes, frames), default=True)
+        reset = as_flags("reset", reset, (self.lanes, frames), default=False)
         parts, state = [], self.state
         for start in range(0, frames, self._frames_at_once):
             now = slice(start, start + self._frames_at_once)
@@ -98,21 +98,6 @@ class Stream:
             parts.append(predictions)
         self.state = state
         return Predictions.concatenate(parts)
-
-
-def _flags(
-    name: str, given: np.ndarray | Tensor | None, images: Tensor, *, default: bool
-) -> Tensor:
-    """[L, T] bool on the CPU."""
-    shape = tuple(images.shape[:2])
-    if given is None:
-        return torch.full(shape, default)
-    flags = torch.as_tensor(given).cpu()
-    if tuple(flags.shape) != shape or flags.dtype != torch.bool:
-        raise ValueError(
-            f"{name} is {flags.dtype} {tuple(flags.shape)}; expected bool [lanes, frames] = {shape}"
-        )
-    return flags
 
 
 @dataclass(frozen=True)
