@@ -127,7 +127,7 @@ def write_ledger(url: str, prices: Prices | None = None) -> dict[str, Any]:
     """
     store = ReconstructionStore.open(url)
     inputs = [require_key(store, stage) for stage in ("align", "fuse/merged")]
-    key = stage_key(LEDGER, VERSION, inputs, prices.to_json() if prices else None)
+    key = stage_key(LEDGER, VERSION, inputs, prices)
     known = store.read_commit(LEDGER)
     if known is not None and known["key"] == key:
         return known
@@ -215,11 +215,12 @@ def _money(
 ) -> dict[str, Any]:
     """Cost in all, as predicted, per video-hour and kilometre; None without a price for it."""
     hours = {kind: device["seconds"] / 3600 for kind, device in devices.items()}
-    cost = prices.cost_on(hours, used.cpu_hours, used.stored_bytes)
+    cost = prices.cost(hours, used.cpu_hours, used.stored_bytes)
     expected = []  # of the whole drive on each kind, and the share of it
     for kind, share in shares_of(devices).items():
-        usage = {f.name: by_device.get(kind, {}).get(f.name) for f in fields(Usage)}
-        expected.append((prices.cost(**usage, device_kind=kind), share))
+        whole = Usage(*(by_device.get(kind, {}).get(f.name) for f in fields(Usage)))
+        cost_there = prices.cost({kind: whole.gpu_hours}, whole.cpu_hours, whole.stored_bytes)
+        expected.append((cost_there, share))
     return {
         "currency": prices.currency,
         "cost": cost,

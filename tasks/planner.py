@@ -263,8 +263,8 @@ def _estimate(
         left = predict(rates, Work.of(record, plan), shares)
     cost = None
     if prices is not None and left is not None:
-        kind = rates.device_kind if rates is not None else ""
-        cost = 0.0 if left is NOTHING else prices.cost(**asdict(left), device_kind=kind)
+        hours = {rates.device_kind: left.gpu_hours} if rates is not None else {}
+        cost = prices.cost(hours, left.cpu_hours, left.stored_bytes)
     sizes = (record.frames, record.duration_s, len(plan.segments))
     return DriveEstimate(drive.name, drive.location, stage, *sizes, left, cost)
 

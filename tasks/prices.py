@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -32,34 +31,26 @@ class Prices:
     months_stored: Price = 1.0
     """Months of storage that count to the cost of a drive."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
     def cost(
         self,
-        gpu_hours: float | None,
+        hours_by_kind: Mapping[str, float | None],
         cpu_hours: float | None,
         stored_bytes: float | None,
-        device_kind: str,
     ) -> float | None:
-        """Money for resources; None where one of them, or the device's price, is not known."""
-        return self.cost_on({device_kind: gpu_hours}, cpu_hours, stored_bytes)
+        """Money for resources; None where one of them, or a device's price, is not known.
 
-    def cost_on(
-        self,
-        gpu_hours: Mapping[str, float | None],
-        cpu_hours: float | None,
-        stored_bytes: float | None,
-    ) -> float | None:
-        """The same where several kinds of device infer: their hours, by kind."""
+        Args:
+            hours_by_kind: of machines that infer, by kind of device.
+            cpu_hours: of the machines of the other stages.
+            stored_bytes: for `months_stored`.
+        """
         if stored_bytes is None and not self.per_gb_month * self.months_stored:
             stored_bytes = 0.0
         if cpu_hours is None or stored_bytes is None:
             return None
         stored = stored_bytes / 1e9 * self.per_gb_month * self.months_stored
         cost = cpu_hours * self.per_cpu_hour + stored
-        for device_kind, hours in gpu_hours.items():
+        for device_kind, hours in hours_by_kind.items():
             per_hour = self.per_gpu_hour.get(device_kind)
             if hours is None or per_hour is None:
                 return None

@@ -18,12 +18,12 @@ cpu = 0.1
 def test_cost_is_hours_and_storage_times_their_prices(tmp_path):
     (tmp_path / "prices.toml").write_text(TABLE)
     prices = read_prices(str(tmp_path / "prices.toml"))
-    assert prices.cost(2.0, 5.0, 10e9, "NVIDIA H100") == pytest.approx(8.0 + 0.5 + 0.6)
-    assert prices.cost(2.0, None, 10e9, "NVIDIA H100") is None
-    assert prices.cost(2.0, 5.0, 10e9, "NVIDIA A10") is None
+    assert prices.cost({"NVIDIA H100": 2.0}, 5.0, 10e9) == pytest.approx(8.0 + 0.5 + 0.6)
+    assert prices.cost({"NVIDIA H100": 2.0}, None, 10e9) is None
+    assert prices.cost({"NVIDIA A10": 2.0}, 5.0, 10e9) is None
     mixed = {"NVIDIA H100": 2.0, "cpu": 10.0}
-    assert prices.cost_on(mixed, 5.0, 10e9) == pytest.approx(8.0 + 1.0 + 0.5 + 0.6)
-    assert prices.cost_on({**mixed, "NVIDIA A10": 1.0}, 5.0, 10e9) is None
+    assert prices.cost(mixed, 5.0, 10e9) == pytest.approx(8.0 + 1.0 + 0.5 + 0.6)
+    assert prices.cost({**mixed, "NVIDIA A10": 1.0}, 5.0, 10e9) is None
     with pytest.raises(ValueError, match="'NVIDIA H100', 'cpu', none for 'NVIDIA A10'"):
         prices.require_price("NVIDIA A10")
 
@@ -49,4 +49,4 @@ def test_what_is_no_price_table_is_said(tmp_path, text, said):
 
 def test_the_table_in_deploy_is_one():
     prices = read_prices(str(Path(__file__).parents[2] / "deploy" / "prices.toml"))
-    assert prices.cost(1.0, 1.0, 1e9, "cpu") > 0
+    assert prices.cost({"cpu": 1.0}, 1.0, 1e9) > 0
