@@ -48,7 +48,7 @@ from tasks.infer import require_inferred
 from tasks.interruption import run_until_stopped
 from tasks.keys import drop_later, find_key, require_key, stage_key
 from tasks.meshes import Mesh, MeshWriter, read_ply, write_glb, write_ply
-from tasks.pipelining import prefetch, until_stopped
+from tasks.pipelining import prefetch
 from tasks.plan import require_network
 from tasks.planned import longest_part, read_placed_plan, read_plan
 from tasks.retries import STAGE_OPTIONS
@@ -269,7 +269,7 @@ def _fuse_batch(
         drive = DriveInput.from_store(store, info.config)
         source = DepthSource(store, drive.plan, part, config.frame_step)
         source.take_views(config.view_change, planned["depth_m"])
-        frames = until_stopped(colored_frames(drive, source, tiles, grid, stop), stop)
+        frames = colored_frames(drive, source, tiles, grid, stop)
         meshes = fuse_tiles(tiles, frames, grid)
         made = {tile_name(part, t.index): write_ply(m) for t, m in zip(tiles, meshes, strict=True)}
         require_inferred(store, source.owners(source.frames[frames_of(tiles)]), infer, info)

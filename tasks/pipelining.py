@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, TypeVar
 
-from storage.errors import GivenUp
-
 T = TypeVar("T")
 
 
@@ -67,18 +65,6 @@ def prefetch(
     finally:
         stop.set()
         thread.join()
-
-
-def until_stopped(items: Iterable[T], stop: threading.Event) -> Iterator[T]:
-    """`items`, as long as they are wanted.
-
-    Raises:
-        GivenUp: `stop` was set.
-    """
-    for item in items:
-        if stop.is_set():
-            raise GivenUp("stopped")
-        yield item
 
 
 class BackgroundWriter:
