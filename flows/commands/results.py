@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,22 +10,8 @@ from flows.commands.options import AsJson, StoreUrl, location_argument, location
 from flows.commands.printing import WORK_ERROR, fail, print_figures, print_json, say
 
 app = typer.Typer()
-
-
-class ExportFormat(StrEnum):
-    """What `export` writes."""
-
-    tum = "tum"
-    kitti = "kitti"
-    ply = "ply"
-    glb = "glb"
-
-
-class TrajectoryFormat(StrEnum):
-    """What ground truth comes in."""
-
-    tum = "tum"
-    kitti = "kitti"
+TrajectoryFormat = Literal["tum", "kitti"]
+ExportFormat = Literal["tum", "kitti", "ply", "glb"]
 
 
 @app.command()
@@ -127,8 +112,8 @@ def export(
     """Write the trajectory (tum, kitti) or the mesh (ply, glb) to a file."""
     from tasks.export import describe_part, export_store
 
-    say(export_store(url, format.value, to, part))
-    if words := describe_part(url, format.value, part):
+    say(export_store(url, format, to, part))
+    if words := describe_part(url, format, part):
         say(words, err=True)
 
 
@@ -176,7 +161,7 @@ def evaluate(
     """Compare a drive's trajectory, and depth, with ground truth."""
     from tasks.evaluate import evaluate_store
 
-    figures = evaluate_store(url, ground_truth, format.value, depth, time_offset)
+    figures = evaluate_store(url, ground_truth, format, depth, time_offset)
     if as_json:
         print_json(figures)
     else:
