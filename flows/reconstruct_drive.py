@@ -18,7 +18,7 @@ from flows.leaving import told_when_left
 from flows.telemetry import observed
 from storage.claims import Claim
 from storage.credentials import refuse_credentials
-from storage.drives import require_output, store_url
+from storage.drives import absolute, require_output, store_url
 from storage.errors import Claimed, ClaimLost, StoreError
 from storage.reconstruction import ReconstructionStore
 from storage.video import UnreadableVideo, drive_name
@@ -35,7 +35,7 @@ from tasks.plan import plan_stage, segment_lengths
 from tasks.planned import read_record
 from tasks.planner import record_prediction
 from tasks.prices import Prices, read_prices
-from tasks.probe import AnotherDrive, absolute, probe_stage, recording_key
+from tasks.probe import AnotherDrive, probe_stage, recording_key
 from tasks.report import report_stage
 from tasks.retries import retried
 from ttt3r.state import find_rule

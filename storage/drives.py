@@ -147,6 +147,12 @@ def require_output(output: str) -> None:
         )
 
 
+def absolute(location: str) -> str:
+    """The location as stores record it, which is found from any working directory."""
+    fs, path = url_to_fs(location)
+    return str(path) if isinstance(fs, LocalFileSystem) else location.rstrip("/")
+
+
 def store_name(url: str) -> str:
     """Name of the drive whose reconstruction is at `url`: "street" of "out/street.zarr"."""
     return url.rstrip("/").rpartition("/")[2].removesuffix(".zarr")
@@ -160,7 +166,7 @@ def hold_name(url: str, location: str) -> None:
     Raises:
         StoreUnavailable, NotAStore, StoreTooNew: as of `ReconstructionStore.create`.
     """
-    held = {"location": _whole(location)}
+    held = {"location": absolute(location)}
     try:
         store = ReconstructionStore.open(url)
     except StoreMissing:
@@ -298,8 +304,8 @@ def _kept(locations: Sequence[str], holders: Mapping[str, str | None]) -> dict[i
     """By its position, the name of the store of each drive that has one."""
     by_length = sorted(holders, key=len, reverse=True)
     held = {holders[name]: name for name in by_length if holders[name] is not None}
-    wholes = [_whole(location) for location in locations]
-    return {i: held[whole] for i, whole in enumerate(wholes) if whole in held}
+    places = map(absolute, locations)
+    return {i: held[place] for i, place in enumerate(places) if place in held}
 
 
 def _taken_over(
@@ -350,13 +356,7 @@ def _holder(url: str) -> str | None:
         return None
     drive = attributes.get("drive", attributes)
     location = drive.get("location") if isinstance(drive, dict) else None
-    return location.rstrip("/") if isinstance(location, str) else None
-
-
-def _whole(location: str) -> str:
-    """The location as stores record it: a local path is absolute."""
-    fs, path = url_to_fs(location)
-    return str(path if isinstance(fs, LocalFileSystem) else location).rstrip("/")
+    return location.rstrip("/") or location if isinstance(location, str) else None
 
 
 def _parts(location: str) -> list[str]:

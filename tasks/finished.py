@@ -11,6 +11,7 @@ import hashlib
 import logging
 from typing import Any
 
+from storage.drives import absolute
 from storage.errors import StoreError
 from storage.reconstruction import ReconstructionStore
 from tasks import align, fuse, infer, plan, probe, report
@@ -28,7 +29,7 @@ VERSIONS = [stage.VERSION for stage in (probe, plan, infer, align, fuse, report)
 
 def finished_key(location: str, config: ReconstructionConfig) -> str:
     """Key of all that decides a drive's result: its files, the configuration, the weights."""
-    return _key(probe.fingerprint(probe.absolute(location)), config)
+    return _key(probe.fingerprint(absolute(location)), config)
 
 
 def _key(files: list[list[Any]], config: ReconstructionConfig) -> str:
@@ -44,7 +45,7 @@ def write_finished(location: str, url: str, config: ReconstructionConfig) -> Non
     a folder into which clips are still copied, is finished as it was: the next run probes it again.
     """
     store = ReconstructionStore.open(url)
-    files = probe.fingerprint(probe.absolute(location))
+    files = probe.fingerprint(absolute(location))
     if find_key(store, "probe") != probe.fingerprint_key(files):
         log.warning("%s: the recording changed meanwhile; the next run takes it up", location)
         return

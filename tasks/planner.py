@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from storage.bounds import ILLEGIBLE
-from storage.drives import DriveLocation, store_url
+from storage.drives import DriveLocation, absolute, store_url
 from storage.errors import StoreError, StoreRefused
 from storage.glance import glance_at
 from storage.media import UnreadableVideo
@@ -31,7 +31,7 @@ from tasks.ledger import LEDGER, PREDICTED, Usage, observed
 from tasks.plan import plan_drive
 from tasks.planned import read_aside, read_plan, read_record
 from tasks.prices import Prices
-from tasks.probe import absolute, recording_key
+from tasks.probe import recording_key
 from tasks.rates import (
     BYTES,
     CPU_STAGES,

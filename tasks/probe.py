@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import fsspec
 from prefect import task
 
-from storage.drives import drive_files
+from storage.drives import absolute, drive_files
 from storage.errors import GivenUp, StoreError, StoreUnavailable
 from storage.failures import explaining
 from storage.media import file_name, is_file, is_there
@@ -35,12 +35,6 @@ log = logging.getLogger(__name__)
 
 class AnotherDrive(ValueError):
     """The store holds the result of another recording, which would be lost."""
-
-
-def absolute(location: str) -> str:
-    """The location as it is found from any working directory."""
-    fs, path = fsspec.core.url_to_fs(location)
-    return str(path) if "file" in fs.protocol else location.rstrip("/")
 
 
 def fingerprint(location: str) -> list[list[Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from prefect import task
 
-from storage.drives import drive_files
+from storage.drives import absolute, drive_files
 from storage.reconstruction import ReconstructionStore
 from storage.records import NOWHERE
 from storage.wording import redacted
@@ -25,7 +25,7 @@ from tasks.keys import find_key, require_key, stage_key
 from tasks.meshes import read_ply
 from tasks.pipelining import prefetch
 from tasks.planned import longest_part, read_aside, read_plan, read_record
-from tasks.probe import absolute, relocated
+from tasks.probe import relocated
 from tasks.retries import STAGE_OPTIONS
 from tasks.summary import busy_seconds, summarise
 from ttt3r.weights import WeightsInfo, worth
