@@ -18,10 +18,10 @@ from flows.leaving import told_when_left
 from flows.telemetry import observed
 from storage.claims import Claim
 from storage.credentials import refuse_credentials
-from storage.drives import absolute, require_output, store_url
+from storage.drives import absolute, drive_name, require_output, store_url
 from storage.errors import Claimed, ClaimLost, StoreError
+from storage.media import UnreadableVideo
 from storage.reconstruction import ReconstructionStore
-from storage.video import UnreadableVideo, drive_name
 from storage.wording import reason_of
 from tasks import metrics
 from tasks.align import ImpossibleFocal, align_stage, require_possible_focal

@@ -2,7 +2,8 @@
 
 An object is either there as a whole or not there: a reader never sees half of one, whenever
 the writer dies. Names are relative, with "/" between parts. Objects whose last part starts
-with "." or ends with ".partial" are unfinished writes and never listed.
+with "." or ends with ".partial" are unfinished writes of a local folder: its `sizes` leaves
+them out, `objects` lists them.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from storage.decord_windows import DecordFailure, decode_window, read_windows, window_target
-from storage.drives import DriveLocation, drive_name, is_collection, list_drives
 from storage.errors import GivenUp
 from storage.failures import explaining
 from storage.images import read_images
@@ -33,20 +32,7 @@ from storage.media import (
     open_video,
     upright_size,
 )
-from storage.probe import probe_drive, probe_video
 from storage.records import DUPLICATE, KEYFRAME, DriveRecord, FrameTable
-
-__all__ = [
-    "DriveLocation",
-    "FrameTable",
-    "UnreadableVideo",
-    "drive_name",
-    "is_collection",
-    "list_drives",
-    "probe_drive",
-    "probe_video",
-    "read_frames",
-]
 
 log = logging.getLogger(__name__)
 

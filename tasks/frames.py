@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from storage.reconstruction import ReconstructionStore
-from storage.records import Chunk, DriveRecord, Plan, Segment
-from storage.video import FrameTable, read_frames
+from storage.records import Chunk, DriveRecord, FrameTable, Plan, Segment
+from storage.video import read_frames
 from tasks.pipelining import Clock, timed
 from tasks.planned import read_plan, read_record
 from tasks.transfer import to_device

@@ -17,9 +17,9 @@ from storage.drives import absolute, drive_files
 from storage.errors import GivenUp, StoreError, StoreUnavailable
 from storage.failures import explaining
 from storage.media import file_name, is_file, is_there
+from storage.probe import probe_drive
 from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord, FrameTable
-from storage.video import probe_drive
 from storage.wording import redacted
 from tasks.attempts import attempt_id, counted
 from tasks.interruption import run_until_stopped

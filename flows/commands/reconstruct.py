@@ -29,7 +29,7 @@ from flows.commands.settings import (
 from flows.prefect_home import nobody_watches, prefect_cache, shelter_server, unwatched, use_home
 
 if TYPE_CHECKING:
-    from storage.video import DriveLocation
+    from storage.drives import DriveLocation
     from tasks.config import BudgetConfig, ReconstructionConfig
 
 app = typer.Typer()
@@ -113,8 +113,7 @@ def run_reconstruction(
     """Run the flow that fits the input, show its progress, print what came out."""
     from flows.progress import progress_of
     from flows.reconstruct_drive import check_config
-    from storage.drives import require_output, store_url
-    from storage.video import is_collection, list_drives
+    from storage.drives import is_collection, list_drives, require_output, store_url
     from tasks.prices import read_prices
     from tasks.probe import may_take_over
     from tasks.retries import retried

@@ -37,8 +37,10 @@ from campaigns.bad_files import GROUP, SECRET, BadInput, all_bad_inputs, encode
 from numbered_video import RATE, number_in
 
 from storage.errors import StoreRefused
+from storage.media import UnreadableVideo
+from storage.probe import probe_drive
 from storage.records import DriveRecord, FrameTable
-from storage.video import UnreadableVideo, probe_drive, read_frames
+from storage.video import read_frames
 
 LIMIT_S = 120.0  # a case; it takes a second or two alone on a core
 LARGEST_MIB = 1800.0  # resident, above the process that forks

@@ -66,10 +66,11 @@ from storage.layout import FRAME_ARRAYS, SEGMENT_ARRAYS, by_name
 from storage.local_folder import LocalFolder
 from storage.media import UnreadableVideo, natural_key
 from storage.objects import MOST_DOCUMENT_BYTES, check_name
+from storage.probe import probe_drive
 from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord, Plan, Segment
 from storage.shards import shard_reader, unpack
-from storage.video import probe_drive, read_frames
+from storage.video import read_frames
 from storage.wording import redacted
 from ttt3r.checkpoint_import import model_tensors
 from ttt3r.download import without_secrets

@@ -11,14 +11,14 @@ import pytest
 from campaigns.bad_files import TEXTS, with_long_text
 from PIL import Image
 
-from storage.drives import hold_name
+from storage.drives import drive_name, hold_name, is_collection, list_drives
 from storage.glance import glance_at
-from storage.video import drive_name, is_collection, list_drives, probe_drive
+from storage.probe import probe_drive
 from tasks.summary import list_stores
 
 PROBE_AND_TELL_OF_PROGRAMS = """
 import sys
-from storage.video import probe_drive
+from storage.probe import probe_drive
 sys.addaudithook(lambda event, _: event == "subprocess.Popen" and print("a program is started"))
 record, _ = probe_drive(sys.argv[1])
 print(record.unreadable[0].reason)
@@ -26,7 +26,7 @@ print(record.unreadable[0].reason)
 
 LIST_AS_NOBODY = """
 import os, sys
-from storage.video import list_drives
+from storage.drives import list_drives
 list_drives(sys.argv[1])  # loads what it needs
 if os.getuid() == 0:
     os.setuid(65534)  # root may read everything

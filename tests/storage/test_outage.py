@@ -18,7 +18,8 @@ from storage.drives import list_drives
 from storage.errors import StoreRefused, StoreUnavailable
 from storage.glance import glance_at
 from storage.media import UnreadableVideo
-from storage.video import probe_drive, read_frames
+from storage.probe import probe_drive
+from storage.video import read_frames
 from tasks.probe import fingerprint
 from tasks.summary import list_stores
 

@@ -9,8 +9,10 @@ import av
 import numpy as np
 import pytest
 
+from storage.media import UnreadableVideo
+from storage.probe import probe_drive, probe_video
 from storage.records import DriveRecord, FrameTable
-from storage.video import UnreadableVideo, probe_drive, probe_video, read_frames
+from storage.video import read_frames
 
 # name: frames that decode, width and height after rotation, degrees clockwise, decoder
 ODDBALL = {

@@ -16,10 +16,13 @@ from numbered_video import X264, encode, number_in, picture
 from PIL import Image
 
 from storage import probe
+from storage.drives import list_drives
 from storage.errors import GivenUp
+from storage.media import UnreadableVideo
+from storage.probe import probe_drive, probe_video
 from storage.records import FrameTable
 from storage.scenes import SceneSeries, hard_cuts
-from storage.video import UnreadableVideo, list_drives, probe_drive, probe_video, read_frames
+from storage.video import read_frames
 
 OPEN_GOP = {"x264-params": "keyint=10:min-keyint=10:scenecut=0:bframes=2:open-gop=1"}
 X265 = {"x265-params": "keyint=10:min-keyint=10:scenecut=0:log-level=none"}

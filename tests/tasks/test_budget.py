@@ -8,13 +8,13 @@ import sys
 import pytest
 from recordings import moving_squares, write_video
 
-from storage.video import list_drives
+from storage.drives import list_drives
 from tasks.budget import OverBudget, forget_taken, taken_by_run, within_budget
 from tasks.config import BudgetConfig, InferConfig, ReconstructionConfig
 
 ESTIMATE_AS_NOBODY = """
 import os, sys
-from storage.video import list_drives
+from storage.drives import list_drives
 from tasks.config import InferConfig, ReconstructionConfig
 from tasks.planner import estimate_drives
 config = ReconstructionConfig(infer=InferConfig(weights="untrained"))
