@@ -254,7 +254,7 @@ def render(
     return template.render(
         drive=record,
         location=redacted(record.location),
-        tiles=tiles(summary),
+        headline_figures=headline_figures(summary),
         warnings=notes,
         parts=summary["parts"],
         plotly_js=Markup(f"<script>{get_plotlyjs()}</script>"),
@@ -295,7 +295,7 @@ def _encode_column(column: dict[str, Any]) -> dict[str, Any]:
     return {"frame": column["frame"], "time": column["time"], "cells": cells}
 
 
-def tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
+def headline_figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures that matter most, with their labels."""
     triangles = "triangles" if summary["parts"] == 1 else "triangles, all parts"
     shown = [
