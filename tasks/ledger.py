@@ -13,7 +13,7 @@ from tasks import metrics
 from tasks.attempts import ATTEMPTS
 from tasks.keys import require_key, stage_key
 from tasks.prices import Prices
-from tasks.rates import BYTES, GPU_STAGES, Observation, Work
+from tasks.rates import BYTES, GPU_STAGES, Observation, Workload
 from tasks.summary import path_length
 
 VERSION = 3
@@ -162,7 +162,7 @@ def _figures(store: ReconstructionStore, prices: Prices | None) -> dict[str, Any
         "weights_sha256": attributes["weights"]["sha256"],
         "device_kind": main_device(spent),
         "devices": devices,
-        **asdict(Work.of(drive, plan)),
+        **asdict(Workload.of(drive, plan)),
         "video_s": drive.duration_s,
         "km_estimated": km,
         "seconds": dict(spent.seconds),
@@ -235,7 +235,7 @@ def observed(ledger: Mapping[str, Any]) -> list[Observation]:
     if "megapixels" not in ledger:
         return []
     names = ("frames", "frames_inferred", "megapixels", "segments")
-    work = Work(**{name: ledger[name] for name in names})
+    work = Workload(**{name: ledger[name] for name in names})
     seconds, lost = ledger["seconds"], ledger["lost_seconds"]
     amounts = {stage: value - lost.get(stage, 0.0) for stage, value in seconds.items()}
     amounts[BYTES] = ledger["used"][BYTES]

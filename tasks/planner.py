@@ -38,7 +38,7 @@ from tasks.rates import (
     GPU_STAGES,
     Observation,
     Rates,
-    Work,
+    Workload,
     by_most_common_device,
     fit_rates,
     read_benchmark,
@@ -153,7 +153,7 @@ def _observe_unfinished(store: ReconstructionStore, sha256: str) -> list[Observa
     if not seconds or not done:
         return []
     record = read_record(store)
-    work = Work.of(record, read_plan(store))
+    work = Workload.of(record, read_plan(store))
     source = f"{record.name} (unfinished)"
     return [
         Observation(source, kind, work.scaled(done / chunks * share), {"infer": seconds[kind]})
@@ -171,7 +171,7 @@ def _shares(store: ReconstructionStore, kinds: Collection[str]) -> dict[str, flo
     return {k: frames[k] / frames.total() for k in kinds if frames[k]}
 
 
-def predict(rates: Rates, work: Work, shares: Mapping[str, float]) -> Usage:
+def predict(rates: Rates, work: Workload, shares: Mapping[str, float]) -> Usage:
     """What is left of a drive's work; `shares` of the stages that are left, 1 if not named.
 
     Hours that infer are those of rates plus the share that drives lost to killed attempts.
@@ -205,7 +205,7 @@ def record_prediction(url: str, config: ReconstructionConfig) -> None:
     others = [other for other in _stores_in(url.rpartition("/")[0]) if other != url]
     # Every drive's run looks: if each looked at all, that would be a look for each pair of drives.
     seen = observations(others[:ENOUGH], config.infer.weights)
-    work = Work.of(read_record(store), read_plan(store))
+    work = Workload.of(read_record(store), read_plan(store))
     by_device = {}
     for kind in {observation.device_kind for observation in seen}:
         rates = fit_rates(by_most_common_device(seen, kind))
@@ -260,7 +260,7 @@ def _estimate(
     stage = "new" if store is None else next((s for s in STAGES if shares[s]), "done")
     left = NOTHING if stage == "done" else None
     if rates is not None and left is None:
-        left = predict(rates, Work.of(record, plan), shares)
+        left = predict(rates, Workload.of(record, plan), shares)
     cost = None
     if prices is not None and left is not None:
         hours = {rates.device_kind: left.gpu_hours} if rates is not None else {}

@@ -42,7 +42,7 @@ NOISE, SHARE_SPREAD = 0.1, 0.5  # relative: of one drive's figure, and of a prio
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What a drive asks for."""
 
     frames: float
@@ -51,15 +51,15 @@ class Work:
     segments: float
 
     @classmethod
-    def of(cls, record: DriveRecord, plan: Plan) -> Work:
+    def of(cls, record: DriveRecord, plan: Plan) -> Workload:
         """The work of a drive that is cut by `plan`."""
         inferred = sum(segment.frames for segment in plan.segments)
         pixels = record.frames * record.width * record.height
         return cls(record.frames, inferred, pixels / 1e6, len(plan.segments))
 
-    def scaled(self, share: float) -> Work:
+    def scaled(self, share: float) -> Workload:
         """A share of it."""
-        return Work(*(getattr(self, f.name) * share for f in fields(self)))
+        return Workload(*(getattr(self, f.name) * share for f in fields(self)))
 
     def units(self) -> NDArray[np.float64]:
         """[5]: one, and the amounts, in the order of `PRIOR_SHARES`."""
@@ -72,7 +72,7 @@ class Observation:
 
     source: str  # drive, or file of a benchmark
     device_kind: str
-    work: Work
+    work: Workload
     amounts: Mapping[str, float]
     lost_share: float = 0.0  # of the seconds that infer: attempts that were killed or failed
     share_inferred: float = 1.0  # of the frames: other kinds of device inferred the others
@@ -92,7 +92,7 @@ class Rates:
     lost_share: float
     sources: tuple[str, ...]
 
-    def predict(self, work: Work) -> dict[str, float]:
+    def predict(self, work: Workload) -> dict[str, float]:
         """Seconds of every stage that is known, and `stored_bytes`; losses are not in it."""
         units = work.units()
         return {name: float(units @ per_unit) for name, per_unit in self.per_unit.items()}
@@ -161,7 +161,7 @@ def read_benchmark(file: str, recommended_frames: int) -> list[Observation]:
 
 def _from_throughput(file: str, data: dict[str, Any]) -> Observation:
     frames = 1000.0
-    work = Work(frames, frames, 0.0, 0.0)
+    work = Workload(frames, frames, 0.0, 0.0)
     kind = str(data.get("device_kind", data.get("device", "cpu")))
     return Observation(file, kind, work, {"infer": frames / data["frames_per_second"]})
 
@@ -170,7 +170,7 @@ def _from_pipeline(file: str, row: dict[str, Any], recommended_frames: int) -> O
     width, height = map(int, row["video_size"].split("x"))
     frames, seconds = int(row["frames"]), row["run"]["stage_seconds"]
     record = DriveRecord("", "", (), frames, width, height, 0.0, 0.0, "", 0)
-    work = Work.of(record, plan_drive(record, PlanConfig(), recommended_frames))
+    work = Workload.of(record, plan_drive(record, PlanConfig(), recommended_frames))
     amounts = {name: seconds[name] for name in ("probe", "plan", "infer", "align", "report")}
     amounts["fuse"] = sum(seconds[name] for name in seconds if name.endswith("-tiles"))
     # Files of earlier versions do not have these.

@@ -446,14 +446,14 @@ def compact_case(output: str) -> Case:
 
     from storage.reconstruction import ReconstructionStore
     from tasks.ledger import LEDGER
-    from tasks.rates import Work, fit_rates
+    from tasks.rates import Workload, fit_rates
     from tasks.summary import list_stores
 
     found = [ReconstructionStore.open(url).read_commit(LEDGER) for url in list_stores(output)]
     rates = fit_rates([observation(ledger, "cpu") for ledger in found if ledger])
     segment, frames = 8, 36_000.0
     inferred = frames * segment / 6
-    work = Work(frames, inferred, frames * 1280 * 720 / 1e6, inferred / segment)
+    work = Workload(frames, inferred, frames * 1280 * 720 / 1e6, inferred / segment)
     took = rates.predict(work)
     infer_s = took["infer"] / inferred
     return Case(

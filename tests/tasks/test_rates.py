@@ -10,7 +10,7 @@ from tasks.rates import (
     BYTES,
     CPU_STAGES,
     Observation,
-    Work,
+    Workload,
     by_most_common_device,
     fit,
     fit_rates,
@@ -18,8 +18,8 @@ from tasks.rates import (
 )
 
 
-def work(frames: int, megapixels_each: float = 0.25) -> Work:
-    return Work(frames, 1.25 * frames, megapixels_each * frames, frames / 6)
+def work(frames: int, megapixels_each: float = 0.25) -> Workload:
+    return Workload(frames, 1.25 * frames, megapixels_each * frames, frames / 6)
 
 
 def test_one_drive_is_predicted_as_it_was_and_one_twice_as_long_nearly_twice():
