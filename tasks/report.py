@@ -30,7 +30,7 @@ from tasks.retries import STAGE_OPTIONS
 from tasks.summary import busy_seconds, summarise
 from ttt3r.weights import WeightsInfo, worth
 
-VERSION = 3
+VERSION = 4
 STRIP_FRAMES = 6
 # Above this, neighbouring segments disagree so much that a seam can be seen.
 LARGE_SEAM_RESIDUAL = 0.1
@@ -257,6 +257,7 @@ def render(
         headline_figures=headline_figures(summary),
         warnings=notes,
         parts=summary["parts"],
+        starts_drive=trajectory["part"][0] == part,
         plotly_js=Markup(f"<script>{get_plotlyjs()}</script>"),
         top_view=embed(figures.top_view(trajectory, part)),
         scene=embed(figures.scene(mesh, trajectory, part)) if len(mesh.triangles) else None,

@@ -1,6 +1,7 @@
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,13 +13,14 @@ import pytest
 from storage import upkeep
 from storage.errors import DataDamaged
 from storage.reconstruction import ReconstructionStore
-from storage.records import Plan, Segment
+from storage.records import DriveRecord, Plan, Segment
 from tasks import fuse
 from tasks import report_figures as figures
 from tasks.align import align_stage
 from tasks.config import AlignConfig, FuseConfig
 from tasks.fuse import fuse_tiles_stage, merge_tiles_stage, plan_tiles_stage
 from tasks.meshes import Mesh
+from tasks.plan import plan_stage
 from tasks.report import embed, report_stage
 
 EVIL = "</script><script>alert(1)</script>"
@@ -120,6 +122,32 @@ def test_new_trajectory_makes_a_new_report_even_of_the_same_mesh(fused):
     fused.commit("align", {**fused.read_commit("align"), "key": "another"})
     report_stage.fn(fused.url)
     assert fused.read_commit("report")["commit_id"] != before
+
+
+def test_world_is_said_to_be_that_of_the_part_that_is_shown(corridor_drive, fused_once, tmp_path):
+    drive, store = corridor_drive, ReconstructionStore.open(corridor_drive.url)
+    record = DriveRecord.from_json(store.attributes["drive"])
+    store.update_attributes({"drive": replace(record, cuts=(14,)).to_json()})
+    plan_stage.fn(drive.url, drive.config)
+    drive = replace(drive, scales=(1.0, 1.25, 1.25))
+    drive.infer_perfectly()
+    align_stage.fn(drive.url, AlignConfig(), drive.config.infer)
+    text = Reader(page_of(fuse_drive(drive))).text
+    assert "the camera of the first frame of this part. Shown: the longest of 2 parts" in text
+    whole = ReconstructionStore.open(fused_once.copy(tmp_path / "whole").url)
+    assert "the camera of the first frame. " in Reader(page_of(whole)).text
+
+
+def test_colours_of_the_strip_are_said_to_be_of_their_own_frame(fused):
+    depth, sure = np.linspace(1, 5, 100).reshape(10, 10), np.linspace(1, 2, 100).reshape(10, 10)
+    for one, other in zip(
+        figures.strip_cells(None, depth, sure),
+        figures.strip_cells(None, depth * 3, sure**3),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, atol=2)  # so they do not compare
+    said = "Both are relative to their own frame: colours of two frames do not compare."
+    assert said in Reader(page_of(fused)).text
 
 
 @pytest.mark.parametrize(("focal_px", "is_told"), [(25.0, True), (45.0, False), (90.0, True)])
