@@ -35,7 +35,7 @@ STRIP_FRAMES = 6
 # Above this, neighbouring segments disagree so much that a seam can be seen.
 LARGE_SEAM_RESIDUAL = 0.1
 LARGE_FOCAL_SPREAD = 0.2
-LARGE_FOCAL_RATIO = 1.5
+LARGE_FOCAL_RATIO = 1.25
 NO_FRAMES = (
     "Frames of the recording are not shown, as it was not named: "
     "`ttt3r report --recording LOCATION`."
@@ -80,7 +80,7 @@ def report_stage(url: str, recording: str | None = None, anew: bool = False) -> 
     trajectory = store.read_trajectory()
     part = longest_part(trajectory["part"])
     columns = strip(store, trajectory, recording)
-    notes = warnings(store) + ([] if recording is not None else [NO_FRAMES])
+    notes = warnings(store, trajectory) + ([] if recording is not None else [NO_FRAMES])
     page = render(store, trajectory, part, columns, notes)
     contents = {
         "report/report.html": page.encode(),
@@ -108,7 +108,7 @@ def report_key(store: ReconstructionStore, has_frames: bool) -> str:
     return stage_key("report", VERSION, stages, shown, *left_out)
 
 
-def warnings(store: ReconstructionStore) -> list[str]:
+def warnings(store: ReconstructionStore, trajectory: figures.Arrays) -> list[str]:
     """What a user should know before trusting the result, in plain words."""
     record = read_record(store)
     plan = read_plan(store)
@@ -129,7 +129,8 @@ def warnings(store: ReconstructionStore) -> list[str]:
         )
     align = store.read_commit("align") or {}
     notes += _missing_warnings(store, align.get("missing", ()))
-    notes += _alignment_warnings(align)
+    notes += _seam_warnings(align)
+    notes += _focal_warnings(align, float(trajectory["intrinsics_source"][0, 0]))
     notes.append(
         "Metres are the network's estimate: nothing outside the video (GNSS, a known "
         "trajectory) fixes the scale."
@@ -156,7 +157,7 @@ def _missing_warnings(store: ReconstructionStore, missing: Sequence[int]) -> lis
     return notes
 
 
-def _alignment_warnings(align: dict[str, Any]) -> list[str]:
+def _seam_warnings(align: dict[str, Any]) -> list[str]:
     notes = []
     residuals = [s["residual"] for s in align["seams"] if s["residual"] is not None]
     bad = sum(residual > LARGE_SEAM_RESIDUAL for residual in residuals)
@@ -167,23 +168,31 @@ def _alignment_warnings(align: dict[str, Any]) -> list[str]:
         )
     if any(s["method"] == "poses" for s in align["seams"]):
         notes.append("Some seams had too few valid points and were joined by poses alone.")
+    return notes
+
+
+def _focal_warnings(align: dict[str, Any], focal_px: float) -> list[str]:
     if align["focal_source"] == "assumed":
-        notes.append(
+        return [
             "The focal length could not be estimated; a field of view of 60 degrees is assumed. "
             "Give the true one with --focal-px."
-        )
-    elif align["focal_spread"] > LARGE_FOCAL_SPREAD:
-        notes.append(
-            f"Estimates of the focal length scatter by {align['focal_spread']:.0%}; if you know "
-            "it, give it with --focal-px."
-        )
+        ]
+    if align["focal_source"] == "estimated":
+        spread = align["focal_spread"]
+        scatter = f", from estimates that scatter by {spread:.0%}"
+        return [
+            f"The focal length, {focal_px:.0f} pixels of the recording, is the network's estimate"
+            f"{scatter if spread > LARGE_FOCAL_SPREAD else ''}, and widths and heights in the mesh "
+            "are only as right as it is: if you know the camera's, give it with --focal-px."
+        ]
     ratio = align.get("focal_estimate_ratio")
     if ratio and not 1 / LARGE_FOCAL_RATIO <= ratio <= LARGE_FOCAL_RATIO:
-        notes.append(
+        return [
             f"The network takes the focal length for {ratio:.2g} times the one that was given with "
-            "--focal-px: make sure that it is in pixels of this recording."
-        )
-    return notes
+            "--focal-px, which was used: make sure that it is in pixels of this recording. If it "
+            "is, the network errs."
+        ]
+    return []
 
 
 def strip(

@@ -150,12 +150,25 @@ def test_colours_of_the_strip_are_said_to_be_of_their_own_frame(fused):
     assert said in Reader(page_of(fused)).text
 
 
-@pytest.mark.parametrize(("focal_px", "is_told"), [(25.0, True), (45.0, False), (90.0, True)])
+@pytest.mark.parametrize(
+    ("focal_px", "is_told"),
+    [(25.0, True), (39.0, True), (41.0, False), (60.0, False), (64.0, True)],
+)
 def test_given_focal_length_far_from_what_the_network_sees_is_told(aligned, focal_px, is_told):
     align_stage.fn(aligned.url, AlignConfig(focal_px=focal_px), aligned.config.infer)  # sees 50
     store = fuse_drive(aligned)
     said = f"takes the focal length for {50 / focal_px:.2g} times the one that was given"
-    assert (said in Reader(page_of(store)).text) == is_told
+    text = Reader(page_of(store)).text
+    assert (said in text) == is_told
+    assert "is the network's estimate, and widths" not in text
+
+
+@pytest.mark.parametrize(("spread", "scatter"), [(0.1, ""), (0.3, ", from estimates that scatter")])
+def test_estimated_focal_length_is_said_to_be_one_once(fused, spread, scatter):
+    fused.commit("align", {**fused.read_commit("align"), "focal_spread": spread})
+    text = Reader(page_of(fused)).text
+    assert f"focal length, 50 pixels of the recording, is the network's estimate{scatter}" in text
+    assert text.count("give it with --focal-px") == 1
 
 
 def test_report_shows_frames_of_the_recording_that_is_named_only(fused, recording):
