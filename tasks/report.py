@@ -40,7 +40,6 @@ NO_FRAMES = (
     "Frames of the recording are not shown, as it was not named: "
     "`ttt3r report --recording LOCATION`."
 )
-PASSING = ("stage", "error", "chunks_done")  # figures of a summary that are soon out of date
 # What the seconds in the chunks' commits were spent on: `<name>_seconds`.
 BUSY_WITH = {
     "prepare": "claiming segments and sizing their arrays",
@@ -53,6 +52,30 @@ BUSY_WITH = {
     "encode": "compressing",
     "write": "writing",
 }
+# How the page names figures of a summary, in which order and in what unit.
+FIGURES = {
+    "drive": ("drive", "{}"),
+    "recording": ("recording", "{}"),
+    "duration_s": ("duration", "{:.1f} s"),
+    "frames": ("frames", "{:,}"),
+    "frames_unreadable": ("frames that do not decode", "{:,}"),
+    "frames_without_pose": ("frames without a pose", "{:,}"),
+    "parts": ("parts", "{:,}"),
+    "segments": ("segments", "{:,}"),
+    "set_aside": ("segments set aside", "{}"),
+    "chunks": ("chunks", "{:,}"),
+    "device": ("device", "{}"),
+    "inference_frames_per_s": ("speed of the network", "{:.1f} frames/s"),
+    "inference_limited_by": ("inference is limited by", "{}"),
+    "length_m_estimated": ("length of the path, estimated", "{:.1f} m"),
+    "median_confidence": ("median confidence", "{:.2f}"),
+    "focal_px": ("focal length", "{:.1f} pixels of the recording"),
+    "focal_source": ("focal length is", "{}"),
+    "seam_residual_median": ("seam residual, median", "{:.1%} of the depth"),
+    "seam_residual_worst": ("seam residual, worst", "{:.1%} of the depth"),
+    "mesh_triangles": ("triangles of all meshes", "{:,}"),
+}
+GRID_SHOWN = ("voxel_m", "depth_limit_m", "min_confidence")
 # What the page shows beside results: a change redoes the page and nothing else.
 SHOWN_ATTRIBUTES = ("drive", "plan", "configuration", "weights", "versions")
 
@@ -352,15 +375,61 @@ def limit(infer: list[dict[str, Any]]) -> str:
 
 
 def facts(store: ReconstructionStore, summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What ran: weights and licence, configuration, versions."""
+    """What ran: weights and licence, figures, settings as they were used, versions."""
     attributes = store.attributes
     info = WeightsInfo.from_json(attributes["weights"])
     rows = [
         ("weights", f"{info.name} ({info.source}), sha256 {info.sha256}"),
         ("licence of the weights", info.licence),
     ]
-    rows += [(n, str(v)) for n, v in summary.items() if v is not None and n not in PASSING]
+    for name, (label, form) in FIGURES.items():
+        if summary.get(name) not in (None, []):
+            rows.append((label, form.format(summary[name])))
+    used = used_settings(store, summary)
     for stage, settings in attributes["configuration"].items():
-        rows.append((stage, ", ".join(f"{k} = {v}" for k, v in settings.items())))
+        rows.append((stage, settings_line(settings, used.get(stage, {}))))
     rows.append(("versions", ", ".join(f"{k} {v}" for k, v in attributes["versions"].items())))
     return rows
+
+
+def used_settings(store: ReconstructionStore, summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each stage worked with that its settings leave open, or only bound."""
+    plan, chunks = read_plan(store), store.commits("infer").values()
+    shared = [len(plan.overlap(segment)) for segment in plan.segments]
+    grids = [record["grid"] for record in store.commits("tiles").values() if "grid" in record]
+    inferred = {
+        "device": summary.get("device"),
+        "lanes": extent([record.get("lanes") for record in chunks]),
+    }
+    return {
+        "plan": {
+            "segment_frames": extent([segment.frames for segment in plan.segments]),
+            "overlap_frames": extent([frames or None for frames in shared]),
+            "chunk_frames": plan.chunk_frames,
+        },
+        "infer": {name: value for name, value in inferred.items() if value is not None},
+        "align": {"focal_px": extent([summary.get("focal_px")])},
+        "fuse": {name: extent([grid.get(name) for grid in grids]) for name in GRID_SHOWN},
+    }
+
+
+def extent(values: Sequence[float | None]) -> str | None:
+    """Smallest and largest of the values that there are, to four digits if they are no integers."""
+    known = {value for value in values if value is not None}
+    if not known:
+        return None
+    ends = sorted({min(known), max(known)})
+    return " to ".join(str(v) if isinstance(v, int) else f"{v:.4g}" for v in ends)
+
+
+def settings_line(settings: dict[str, Any], used: dict[str, Any]) -> str:
+    """Settings of a stage as it used them; lengths that were given are used to the last digit."""
+    words = []
+    for name in {**settings, **used}:
+        given = settings.get(name)
+        value = given if isinstance(given, float) else used.get(name, given)
+        is_derived = name in used and value is not None and given in (None, "auto")
+        words.append(
+            f"{name} = {'none' if value is None else value}{' (derived)' if is_derived else ''}"
+        )
+    return ", ".join(words)

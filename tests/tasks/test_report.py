@@ -1,7 +1,7 @@
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -122,6 +122,42 @@ def test_new_trajectory_makes_a_new_report_even_of_the_same_mesh(fused):
     fused.commit("align", {**fused.read_commit("align"), "key": "another"})
     report_stage.fn(fused.url)
     assert fused.read_commit("report")["commit_id"] != before
+
+
+def test_settings_are_shown_as_they_were_used_and_figures_with_units(aligned):
+    config = FuseConfig(smallest_piece=1, preview_triangles=500)
+    store = fuse_drive(aligned, config)
+    attributes = store.attributes
+    plan = {**attributes["configuration"]["plan"], "segment_frames": None, "overlap_frames": None}
+    store.update_attributes(
+        {"configuration": {**attributes["configuration"], "plan": plan, "fuse": asdict(config)}}
+    )
+    grid = store.read_commit("tiles/0000")["grid"]
+    text = Reader(page_of(store)).text
+    for said in (
+        "segment_frames = 24 (derived), overlap_frames = 8 (derived), chunk_frames = 8",
+        "focal_px = 50 (derived), scale_prior_sigma = 0.3",
+        f"voxel_m = {grid['voxel_m']:.4g} (derived)",
+        f"depth_limit_m = {grid['depth_limit_m']:.4g} (derived)",
+        "min_confidence = 5 (derived)",
+        "duration4.0 s",
+        "focal length50.0 pixels of the recording",
+    ):
+        assert said in text
+    assert "None" not in text
+    assert not re.search(r"[0-9]\.[0-9]{6}", text)
+
+
+def test_settings_that_differ_between_parts_are_shown_as_a_range(fused):
+    record = fused.read_commit("tiles/0000")
+    grid = {**record["grid"], "voxel_m": 0.3, "min_confidence": None}
+    fused.commit("tiles/0001", {**record, "part": 1, "grid": grid})
+    configuration = fused.attributes["configuration"]
+    fuse = {**configuration["fuse"], "voxel_m": None, "depth_limit_m": 6.00001}
+    fused.update_attributes({"configuration": {**configuration, "fuse": fuse}})
+    text = Reader(page_of(fused)).text
+    assert "voxel_m = 0.15 to 0.3 (derived), depth_limit_m = 6.00001," in text
+    assert "min_confidence = 5 (derived)" in text
 
 
 def test_world_is_said_to_be_that_of_the_part_that_is_shown(corridor_drive, fused_once, tmp_path):
