@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from storage.drives import store_name
 from storage.reconstruction import ReconstructionStore
 from tasks.planned import frame_numbers, longest_part
+from tasks.terms import read_terms
 from ttt3r.metrics import kitti_text, tum_text
 
 
@@ -104,7 +105,8 @@ def write_trajectory(store: ReconstructionStore, format: str, part: int, folder:
     if format == "kitti":
         text = kitti_text(poses, None if _is_whole(store, mine) else frame_numbers(store)[mine])
     else:
-        text = tum_text(store.read_frames()["timestamp"][mine], poses)
+        comments = "".join(f"# {line}\n" for line in read_terms(store).lines)
+        text = comments + tum_text(store.read_frames()["timestamp"][mine], poses)
     path = folder / "trajectory.txt"
     path.write_bytes(text.encode())
     return path

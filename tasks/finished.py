@@ -24,7 +24,8 @@ from ttt3r.weights import weights_info
 log = logging.getLogger(__name__)
 
 FINISHED = "finished"
-VERSIONS = [stage.VERSION for stage in (probe, plan, infer, align, fuse, report)]
+STAGES = (probe, plan, infer, align, fuse, report)
+VERSIONS = [*(stage.VERSION for stage in STAGES), fuse.MERGE_VERSION]
 
 
 def finished_key(location: str, config: ReconstructionConfig) -> str:

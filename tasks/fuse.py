@@ -52,12 +52,13 @@ from tasks.pipelining import prefetch
 from tasks.plan import require_network
 from tasks.planned import longest_part, read_placed_plan, read_plan
 from tasks.retries import STAGE_OPTIONS
+from tasks.terms import Terms, read_terms
 from tasks.tile_merge import TileIndex, TileSet, merge_tiles
 from ttt3r.images import preprocess_fast
 from ttt3r.weights import weights_info
 
 VERSION = 6
-MERGE_VERSION = 1
+MERGE_VERSION = 2
 SAMPLED_FRAMES = 50  # of a part, to choose the grid
 READ_AHEAD = 4  # frames
 SKIPPED_FRAMES = 50  # so many unwanted frames in a row are not decoded
@@ -390,7 +391,8 @@ def merge_tiles_stage(url: str, config: FuseConfig) -> None:
     tiles = store.read_commit("tiles")
     if tiles is None:
         raise ValueError(f"the tiles of {url} are not planned; run `ttt3r reconstruct` again")
-    key = merge_key(tiles["key"])
+    terms = read_terms(store)
+    key = merge_key(tiles["key"], terms)
     if find_key(store, "fuse/merged") == key:
         return
     began = time.perf_counter()
@@ -403,7 +405,7 @@ def merge_tiles_stage(url: str, config: FuseConfig) -> None:
     for part in range(int(parts.max()) + 1):
         folder = "fusion" if part == longest else f"fusion/part{part:04d}"
         mine = [record for record in planned if record["part"] == part]
-        figures, written = merge_part(store, folder, mine, digests, config)
+        figures, written = merge_part(store, folder, mine, digests, config, terms)
         meshes.append({"part": part, "folder": folder, **figures})
         files |= written
     seconds = time.perf_counter() - began
@@ -411,9 +413,9 @@ def merge_tiles_stage(url: str, config: FuseConfig) -> None:
     store.commit("fuse/merged", {**record, "attempt": attempt_id()})
 
 
-def merge_key(tiles: str) -> str:
-    """Key of the meshes of planned tiles, by the key of these."""
-    return stage_key("merge", MERGE_VERSION, tiles)
+def merge_key(tiles: str, terms: Terms) -> str:
+    """Key of the meshes of planned tiles, by the key of these and what the files say."""
+    return stage_key("merge", MERGE_VERSION, tiles, terms)
 
 
 def _require_fused(store: ReconstructionStore, batches: int) -> dict[str, str]:
@@ -438,6 +440,7 @@ def merge_part(
     planned: list[dict[str, Any]],
     digests: dict[str, str],
     config: FuseConfig,
+    terms: Terms,
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Write the meshes of one part into `folder`; return their figures and files' digests.
 
@@ -447,8 +450,8 @@ def merge_part(
         DataDamaged: a tile is gone, or not what was fused.
     """
     if not planned:
-        files = write_mesh(store, f"{folder}/mesh", Mesh.empty())
-        files |= write_mesh(store, f"{folder}/preview", Mesh.empty())
+        files = write_mesh(store, f"{folder}/mesh", Mesh.empty(), terms)
+        files |= write_mesh(store, f"{folder}/preview", Mesh.empty(), terms)
         return {"vertices": 0, "triangles": 0}, files
     part = planned[0]["part"]
     # In the order in which the drive enters them, so that few borders wait for a neighbour.
@@ -463,32 +466,32 @@ def merge_part(
         whole, preview = merge_tiles(
             tiles, config.smallest_piece, config.preview_triangles, Path(scratch)
         )
-        files = write_whole(store, f"{folder}/mesh", whole, Path(scratch))
-    files |= write_mesh(store, f"{folder}/preview", preview)
+        files = write_whole(store, f"{folder}/mesh", whole, Path(scratch), terms)
+    files |= write_mesh(store, f"{folder}/preview", preview, terms)
     return {"vertices": whole.vertices, "triangles": whole.triangles}, files
 
 
 def write_whole(
-    store: ReconstructionStore, name: str, whole: MeshWriter, scratch: Path
+    store: ReconstructionStore, name: str, whole: MeshWriter, scratch: Path, terms: Terms
 ) -> dict[str, str]:
     """Write a mesh of any size as PLY, and as GLB unless it is empty or too large for that."""
-    whole.write_ply(scratch / "mesh.ply")
+    whole.write_ply(scratch / "mesh.ply", terms)
     files = {f"{name}.ply": store.put_file(f"{name}.ply", scratch / "mesh.ply")}
     if whole.triangles > LARGEST_GLB_TRIANGLES:
         log.info("%s: %s has %d triangles; no GLB of it", store.url, name, whole.triangles)
     elif whole.triangles:
-        whole.write_glb(scratch / "mesh.glb")
+        whole.write_glb(scratch / "mesh.glb", terms)
         files[f"{name}.glb"] = store.put_file(f"{name}.glb", scratch / "mesh.glb")
     return files
 
 
-def write_mesh(store: ReconstructionStore, name: str, mesh: Mesh) -> dict[str, str]:
+def write_mesh(store: ReconstructionStore, name: str, mesh: Mesh, terms: Terms) -> dict[str, str]:
     """Write a mesh as PLY and GLB, an empty one as PLY only, as glTF cannot hold it.
 
     Returns:
         Digests of the files by name.
     """
-    files = {f"{name}.ply": store.put_file(f"{name}.ply", write_ply(mesh))}
+    files = {f"{name}.ply": store.put_file(f"{name}.ply", write_ply(mesh, terms))}
     if len(mesh.triangles):
-        files[f"{name}.glb"] = store.put_file(f"{name}.glb", write_glb(mesh))
+        files[f"{name}.glb"] = store.put_file(f"{name}.glb", write_glb(mesh, terms))
     return files

@@ -19,12 +19,16 @@ from typing import Any
 import numpy as np
 
 from tasks.decimation import collapse
+from tasks.terms import Terms
 
 # Rotates OpenCV axes (right, down, forward) into those of glTF (right, up, backward).
 GLTF_FROM_OPENCV = np.diag([1.0, -1.0, -1.0])
 
 _PLY_VERTEX = np.dtype([("position", "<f4", 3), ("color", "u1", 3)])
 _PLY_TRIANGLE = np.dtype([("count", "u1"), ("vertices", "<i4", 3)])
+_PLY_COMMENT = re.compile(rb"^comment [^\n]*\n", re.MULTILINE)
+_PLY_END = b"\nend_header\n"
+_LONGEST_PLY_HEADER = 4096  # of files that `write_ply` made
 _ROWS_AT_ONCE = 100_000  # of a file
 
 
@@ -138,9 +142,12 @@ def decimate(mesh: Mesh, target_triangles: int) -> Mesh:
     return weld(Mesh(points.astype(np.float32), triangles.astype(np.int32), colors))
 
 
-def write_ply(mesh: Mesh) -> bytes:
-    """Binary PLY in world axes (OpenCV: x right, y down, z forward), metres, sRGB colours."""
-    header = _ply_header(len(mesh.vertices), len(mesh.triangles))
+def write_ply(mesh: Mesh, terms: Terms | None = None) -> bytes:
+    """Binary PLY in world axes (OpenCV: x right, y down, z forward), metres, sRGB colours.
+
+    `terms` are comments; tiles, which nobody takes out of a store, go without.
+    """
+    header = _ply_header(len(mesh.vertices), len(mesh.triangles), terms)
     vertices = _ply_vertices(mesh.vertices, mesh.colors)
     return header + vertices.tobytes() + _ply_triangles(mesh.triangles).tobytes()
 
@@ -173,15 +180,15 @@ class MeshWriter:
             with path.open("ab") as file:
                 file.write(values.tobytes())
 
-    def write_ply(self, target: Path) -> None:
+    def write_ply(self, target: Path, terms: Terms | None = None) -> None:
         """Write the mesh to `target`, to the byte as the function `write_ply` makes it."""
         with target.open("wb") as whole:
-            whole.write(_ply_header(self.vertices, self.triangles))
+            whole.write(_ply_header(self.vertices, self.triangles, terms))
             for path in self._paths:
                 with path.open("rb") as part:
                     shutil.copyfileobj(part, whole, 2**20)
 
-    def write_glb(self, target: Path) -> None:
+    def write_glb(self, target: Path, terms: Terms | None = None) -> None:
         """Write the mesh to `target`, to the byte as the function `write_glb` makes it."""
         low, high = np.full(3, np.inf), np.full(3, -np.inf)
         for rows in self._rows(0, _PLY_VERTEX):
@@ -189,7 +196,7 @@ class MeshWriter:
             low = np.minimum(low, positions.min(axis=0))
             high = np.maximum(high, positions.max(axis=0))
         with target.open("wb") as whole:
-            whole.write(_glb_header(self.vertices, self.triangles, low, high))
+            whole.write(_glb_header(self.vertices, self.triangles, low, high, terms))
             for rows in self._rows(0, _PLY_VERTEX):
                 whole.write(_gltf_positions(rows["position"]).tobytes())
             for rows in self._rows(0, _PLY_VERTEX):
@@ -204,10 +211,12 @@ class MeshWriter:
                 yield rows
 
 
-def _ply_header(vertices: int, triangles: int) -> bytes:
+def _ply_header(vertices: int, triangles: int, terms: Terms | None = None) -> bytes:
+    comments = "".join(f"comment {line}\n" for line in (terms.lines if terms else ()))
     return (
         "ply\nformat binary_little_endian 1.0\n"
         "comment metres, axes of the first camera: x right, y down, z forward\n"
+        f"{comments}"
         f"element vertex {vertices}\n"
         "property float x\nproperty float y\nproperty float z\n"
         "property uchar red\nproperty uchar green\nproperty uchar blue\n"
@@ -232,7 +241,7 @@ def read_ply(data: bytes) -> Mesh:
     """Inverse of `write_ply`, for PLY files of any writer that hold coloured triangles."""
     if not data.startswith(b"ply"):
         raise ValueError(f"not a PLY file: it starts with {data[:8]!r}")
-    if b"\nelement face 0\n" in data[:1000]:
+    if b"\nelement face 0\n" in data[:_LONGEST_PLY_HEADER].partition(_PLY_END)[0]:
         return Mesh.empty()
     if (own := _read_own_ply(data)) is not None:
         return own
@@ -247,22 +256,28 @@ def read_ply(data: bytes) -> Mesh:
 
 
 def _read_own_ply(data: bytes) -> Mesh | None:
-    """The mesh of a file that is to the byte as `write_ply` lays it out; None if it is not."""
-    counts = [int(n) for n in re.findall(rb"\nelement (?:vertex|face) (\d+)(?=\n)", data[:1000])]
-    header = _ply_header(*counts) if len(counts) == 2 else b""
-    vertices, triangles = counts if header else (0, 0)
-    first = len(header) + vertices * _PLY_VERTEX.itemsize
-    size = first + triangles * _PLY_TRIANGLE.itemsize
-    if not header or not data.startswith(header) or len(data) != size:
+    """The mesh of a file as `write_ply` lays it out, with any comments; None if it is another."""
+    start = data.find(_PLY_END, 0, _LONGEST_PLY_HEADER) + len(_PLY_END)
+    header = data[:start]
+    counts = [int(n) for n in re.findall(rb"\nelement (?:vertex|face) (\d+)(?=\n)", header)]
+    if len(counts) != 2 or _uncommented(header) != _uncommented(_ply_header(counts[0], counts[1])):
         return None
-    points = np.frombuffer(data, _PLY_VERTEX, vertices, len(header))
+    vertices, triangles = counts
+    first = start + vertices * _PLY_VERTEX.itemsize
+    if len(data) != first + triangles * _PLY_TRIANGLE.itemsize:
+        return None
+    points = np.frombuffer(data, _PLY_VERTEX, vertices, start)
     rows = np.frombuffer(data, _PLY_TRIANGLE, triangles, first)
     if (rows["count"] != 3).any():
         return None
     return Mesh(*map(np.array, (points["position"], rows["vertices"], points["color"])))
 
 
-def write_glb(mesh: Mesh) -> bytes:
+def _uncommented(header: bytes) -> bytes:
+    return _PLY_COMMENT.sub(b"", header)
+
+
+def write_glb(mesh: Mesh, terms: Terms | None = None) -> bytes:
     """Binary glTF 2.0, upright in any viewer: x right, y up, z backward.
 
     World axes are OpenCV's, so y and z change sign; handedness stays. Colours are linear, as
@@ -273,7 +288,7 @@ def write_glb(mesh: Mesh) -> bytes:
         raise ValueError("the mesh has no triangles; glTF cannot hold an empty mesh")
     positions = _gltf_positions(mesh.vertices)
     low, high = positions.min(axis=0), positions.max(axis=0)
-    header = _glb_header(len(mesh.vertices), len(mesh.triangles), low, high)
+    header = _glb_header(len(mesh.vertices), len(mesh.triangles), low, high, terms)
     arrays = positions, _gltf_colors(mesh.colors), mesh.triangles.astype("<u4")
     return b"".join([header, *(array.tobytes() for array in arrays)])
 
@@ -291,15 +306,19 @@ def _gltf_colors(colors: np.ndarray) -> np.ndarray:
     return opaque
 
 
-def _glb_header(vertices: int, triangles: int, low: np.ndarray, high: np.ndarray) -> bytes:
+def _glb_header(
+    vertices: int, triangles: int, low: np.ndarray, high: np.ndarray, terms: Terms | None
+) -> bytes:
     """What comes before the arrays: positions, colours and triangles, one after the other.
 
     `low` and `high` [3] are corners of the box around the positions.
     """
     sizes = 12 * vertices, 8 * vertices, 12 * triangles
-    description = json.dumps(
-        _gltf_description(vertices, triangles, sizes, low, high), separators=(",", ":")
-    ).encode()
+    parts = _gltf_description(vertices, triangles, sizes, low, high)
+    if terms:
+        said = {"copyright": f"{terms.weights}; {terms.licence}", "extras": {"scale": terms.scale}}
+        parts["asset"] |= said
+    description = json.dumps(parts, separators=(",", ":")).encode()
     description += b" " * (-len(description) % 4)
     return b"".join(
         [

@@ -45,6 +45,7 @@ from tasks.rates import (
 )
 from tasks.report import report_key
 from tasks.summary import count_chunks, list_stores
+from tasks.terms import Terms
 from ttt3r.weights import weights_info
 
 ENOUGH = 32  # drives that rates are learnt from: more say little more
@@ -304,7 +305,7 @@ def shares_left(
         "align": lambda: align_key(
             store, plan.without(sorted(read_aside(store))), config.align, config.infer, info
         ),
-        "fuse": lambda: merge_key(tiles_key(store, config.fuse)),
+        "fuse": lambda: merge_key(tiles_key(store, config.fuse), Terms.of_weights(info.to_json())),
         "report": lambda: report_key(store, has_frames=True),
     }
     is_current = infer == 0

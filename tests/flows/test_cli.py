@@ -431,8 +431,19 @@ def test_export_writes_trajectories_that_read_back(run, store, tmp_path):
     assert run("export", store, "--format", "tum", "--to", tmp_path / "t.txt")[0] == 0
     assert run("export", store, "--format", "kitti", "--to", tmp_path / "k.txt")[0] == 0
     timestamps, poses = read_tum(tmp_path / "t.txt")
+    comments = [n for n in (tmp_path / "t.txt").read_text().splitlines() if n.startswith("# ")]
+    assert "# licence of the weights: Apache-2.0" in comments
+    assert any("metres are the network's estimate" in line for line in comments)
+    assert "#" not in (tmp_path / "k.txt").read_text()  # the format knows no comments
     np.testing.assert_allclose(timestamps, np.arange(30) / 10, atol=1e-6)
     np.testing.assert_allclose(poses, read_kitti_indexed(tmp_path / "k.txt")[1], atol=1e-6)
+
+
+def test_exported_meshes_say_the_licence_of_the_weights(run, store, tmp_path):
+    for format in ("ply", "glb"):
+        target = tmp_path / f"mesh.{format}"
+        assert run("export", store, "--format", format, "--to", target)[0] == 0
+        assert b"licence of the weights: Apache-2.0" in target.read_bytes()[:3000]
 
 
 def test_export_writes_the_part_that_is_asked_for(run, tmp_path):

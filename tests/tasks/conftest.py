@@ -62,7 +62,7 @@ class Corridor:
         shutil.copytree(self.url, url)
         return replace(self, url=url)
 
-    def infer_perfectly(self, said_motion: tuple[float, ...] = (1.0, 1.0)) -> None:
+    def infer_perfectly(self, said_motion: tuple[float, ...] = ()) -> None:
         """Write and commit what a network without error would: each segment in its own frame.
 
         With `said_motion` it errs in how far each segment's camera goes, by these factors.
@@ -70,6 +70,7 @@ class Corridor:
         store = ReconstructionStore.open(self.url)
         plan, info = read_plan(store), weights_info(self.config.infer.weights)
         keys = segment_keys(store, plan, plan.segments, self.config.infer, info)
+        said_motion = said_motion or (1.0,) * len(plan.segments)
         for segment, scale, said in zip(plan.segments, self.scales, said_motion, strict=True):
             store.create_segment(segment, plan.chunk_frames, HEIGHT, WIDTH, 2, (1, 4), (1, 8))
             for chunk in segment.chunks(plan.chunk_frames):

@@ -189,6 +189,21 @@ def test_fuse_puts_the_walls_where_they_are_without_a_step_at_the_seam(fused):
     assert abs(before.mean() - after.mean()) < 0.1 * VOXEL_M
 
 
+def test_meshes_say_the_licence_of_the_weights_and_follow_it(fused):
+    store = ReconstructionStore.open(fused.url)
+    names = [f"fusion/{name}" for name in ("mesh.ply", "mesh.glb", "preview.ply", "preview.glb")]
+    for name in names:
+        head = store.get_file(name)[:3000]
+        assert b"licence of the weights: Apache-2.0" in head
+        assert b"metres are the network's estimate" in head
+    store.update_attributes({"weights": {**store.attributes["weights"], "licence": "CC BY-NC"}})
+    tiles = store.commits("fuse/0000")
+    merge_tiles_stage.fn(fused.url, CONFIG)
+    assert all(b"licence of the weights: CC BY-NC" in store.get_file(n)[:3000] for n in names)
+    assert store.commits("fuse/0000") == tiles
+    assert upkeep.verify(store) == []
+
+
 def test_fuse_keeps_the_colours_of_the_walls(fused):
     mesh, unit = mesh_and_unit(fused)
     x, y, _ = (mesh.vertices / unit).T

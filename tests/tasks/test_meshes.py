@@ -23,6 +23,10 @@ from tasks.meshes import (
     write_glb,
     write_ply,
 )
+from tasks.terms import Terms
+
+EVIL = "CC BY-NC\nend_header\nelement face 0\n\u2028\xa9\x00" + 9999 * "x"
+TERMS = Terms.of_weights({"name": "strict", "source": "its makers", "licence": EVIL})
 
 
 def mesh(vertices, triangles, colors=None):
@@ -154,6 +158,33 @@ def test_ply_reads_back_exactly():
     np.testing.assert_array_equal(again.colors, ball.colors)
 
 
+def test_terms_are_comments_that_no_licence_can_break_out_of(monkeypatch):
+    ball = sphere(2)
+    for data, count in ((write_ply(ball, TERMS), len(ball.triangles)), (write_ply(ball), 320)):
+        assert len(trimesh.load_mesh(io.BytesIO(data), file_type="ply").faces) == count
+    header = write_ply(ball, TERMS).partition(b"\nend_header\n")[0].decode("ascii").split("\n")
+    assert "comment made with the weights strict (its makers)" in header
+    assert sum(
+        line.startswith("comment licence of the weights: CC BY-NC end header") for line in header
+    )
+    assert any("metres are the network's estimate" in line for line in header)
+    assert sum(map(len, header)) < 2000
+    monkeypatch.setattr(trimesh, "load_mesh", None)  # read without it, as tiles and previews are
+    again = read_ply(write_ply(ball, TERMS))
+    np.testing.assert_array_equal(again.triangles, ball.triangles)
+    np.testing.assert_array_equal(again.colors, ball.colors)
+    assert len(read_ply(write_ply(Mesh.empty(), TERMS)).triangles) == 0
+
+
+def test_terms_are_the_copyright_of_a_glb_and_its_scale_is_told():
+    data = write_glb(square(0), TERMS)
+    asset = json.loads(data[20 : 20 + struct.unpack_from("<I", data, 12)[0]])["asset"]
+    assert asset["version"] == "2.0"
+    assert "strict (its makers); licence of the weights: CC BY-NC" in asset["copyright"]
+    assert "estimate" in asset["extras"]["scale"]
+    assert len(trimesh.load_mesh(io.BytesIO(data), file_type="glb").faces) == 2
+
+
 def test_ply_of_another_writer_reads_back():
     ball = sphere(2)
     other = trimesh.Trimesh(
@@ -178,10 +209,11 @@ def test_mesh_written_piece_by_piece_is_the_same_file(tmp_path, monkeypatch):
     writer.append(ball.vertices[:50], ball.colors[:50], ball.triangles[:0])
     writer.append(ball.vertices[50:], ball.colors[50:], ball.triangles[:100])
     writer.append(ball.vertices[:0], ball.colors[:0], ball.triangles[100:])
-    writer.write_ply(tmp_path / "ball.ply")
-    assert (tmp_path / "ball.ply").read_bytes() == write_ply(ball)
-    writer.write_glb(tmp_path / "ball.glb")
-    assert (tmp_path / "ball.glb").read_bytes() == write_glb(ball)
+    for terms in (None, TERMS):
+        writer.write_ply(tmp_path / "ball.ply", terms)
+        assert (tmp_path / "ball.ply").read_bytes() == write_ply(ball, terms)
+        writer.write_glb(tmp_path / "ball.glb", terms)
+        assert (tmp_path / "ball.glb").read_bytes() == write_glb(ball, terms)
 
 
 def test_ply_of_an_empty_tile_reads_back():
