@@ -70,7 +70,7 @@ __all__ = [
 BUNDLED_DIR = Path(__file__).parent / "checkpoints"
 BUNDLED = {  # and what their results are worth
     "compact": "a small network, a working example: once their scale is fitted, depth is 13 % off "
-    "in rendered streets and the path 3 % on KITTI 03 (docs/model-card.md)"
+    "in rendered streets and the path 2.4 % on KITTI 03 (docs/model-card.md)"
 }
 UNTRAINED = "untrained"
 UNTRAINED_CONFIG = COMPACT
