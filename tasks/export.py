@@ -9,10 +9,13 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+from fsspec.core import split_protocol
 from numpy.typing import NDArray
 
 from storage.drives import store_name
+from storage.folders import open_folder
 from storage.reconstruction import ReconstructionStore
+from storage.wording import redacted
 from tasks.planned import frame_numbers, longest_part
 from tasks.terms import read_terms
 from ttt3r.metrics import kitti_text, tum_text
@@ -41,14 +44,21 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
     # What the user typed, not what the store says of itself.
     target = to or f"{store_name(url)}.{ending}"
     write = copy_mesh if format in ("ply", "glb") else write_trajectory
-    path = Path(target)
+    protocol = split_protocol(target)[0]
+    if protocol not in (None, "file", "local"):
+        folder_url, name = _remote_place(target)
+        with tempfile.TemporaryDirectory() as folder:
+            # Not into an open file: leaving that completes what an interruption left half sent.
+            open_folder(folder_url).upload(name, write(store, format, part, Path(folder)))
+        return target
+    path = Path(target if protocol is None else fsspec.core.url_to_fs(target)[1])
     if path.is_dir():
         raise ValueError(f"{target} is a folder; give the file to write in it")
-    if "://" in target or (path.exists() and not path.is_file()):  # a pipe is no file to replace
+    if path.exists() and not path.is_file():  # a pipe is no file to replace
         with (
             tempfile.TemporaryDirectory() as folder,
             write(store, format, part, Path(folder)).open("rb") as made,
-            fsspec.open(target, "wb") as file,
+            path.open("wb") as file,
         ):
             shutil.copyfileobj(made, file)
         return target
@@ -60,6 +70,16 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         os.replace(write(store, format, part, Path(folder)), path)
     return target
+
+
+def _remote_place(target: str) -> tuple[str, str]:
+    """The folder and name that a URL gives to a file."""
+    folder_url, _, name = target.rpartition("/")
+    if target.startswith(("http://", "https://")):
+        raise ValueError(f"{redacted(target)} is on a web server, which takes no files")
+    if not name or "://" not in folder_url.rstrip("/"):
+        raise ValueError(f"{redacted(target)} names no file in a folder or bucket; add its name")
+    return folder_url, name
 
 
 def describe_part(url: str, format: str, part: int | None = None) -> str:
