@@ -28,7 +28,7 @@ from storage.errors import (
     StoreRefused,
     StoreTooNew,
 )
-from storage.failures import explaining, is_expired
+from storage.failures import explaining, is_refused_everything
 from storage.images import is_picture
 from storage.media import (
     IMAGE_SUFFIXES,
@@ -245,7 +245,7 @@ def _drives_in(location: str, depth: int, is_given: bool = False) -> list[str]:
         videos, images = drive_files(location)
         folders = list_folder(location)[1] if depth < DEEPEST else []
     except PermissionError as error:
-        if is_given or is_expired(error):
+        if is_given or is_refused_everything(error):
             raise
         pass_over(location, "this folder may not be read")
         return []

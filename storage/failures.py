@@ -15,7 +15,8 @@ from storage.wording import redacted
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
 # Classes by name, as not every file system brings these libraries.
 LOST_CONNECTION = ("HTTPClientError", "ClientConnectionError", "ClientPayloadError")
-EXPIRED_CODES = ("ExpiredToken", "ExpiredTokenException", "RequestTimeTooSkewed")
+EXPIRED_CODES = ("ExpiredToken", "ExpiredTokenException")
+WRONG_CLOCK = "RequestTimeTooSkewed"
 GONE_STATUSES, DENIED_STATUSES = (404, 410), (401, 403)  # of a web server
 NO_SPACE = "no space is left; make room and run again, what is finished is kept"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -87,6 +88,11 @@ def is_expired(error: BaseException) -> bool:
     return code_of(error) in EXPIRED_CODES
 
 
+def is_refused_everything(error: BaseException) -> bool:
+    """Whether the server would refuse any request of this process, not only the one for this."""
+    return is_expired(error) or code_of(error) == WRONG_CLOCK
+
+
 def _is_refusal(error: Exception) -> bool:
     """Whether the same attempt would fail again, unlike a lost connection or a full disk."""
     is_final = isinstance(error, (PermissionError, *NO_FILE)) and not is_expired(error)
@@ -112,6 +118,11 @@ def _reason(error: Exception) -> str | None:
         return f"the server fails (HTTP status {status}); run again, what is finished is kept"
     if is_expired(error):
         return "the credentials have expired; renew them and run again, what is finished is kept"
+    if code_of(error) == WRONG_CLOCK:
+        return (
+            "this machine's clock differs from the server's by more than 15 minutes; set it (NTP) "
+            "and run again, what is finished is kept"
+        )
     if _is_full(error):
         return NO_SPACE
     if isinstance(error, PermissionError):

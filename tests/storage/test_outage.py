@@ -3,11 +3,13 @@
 import errno
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+from botocore.exceptions import ClientError
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from recordings import moving_squares, write_video
@@ -130,6 +132,48 @@ def test_disk_that_fails_is_one_line(tmp_path, monkeypatch, failure):
         next(read_frames(record, table, 0, 8))
     with pytest.raises(StoreUnavailable, match=r"^failing://trip: cannot be used"):
         probe_drive(url)
+
+
+def refused(code: str) -> PermissionError:
+    """A refusal as s3fs raises it."""
+    error = PermissionError("refused")
+    error.__cause__ = ClientError({"Error": {"Code": code, "Message": ""}}, "GetObject")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "is_final"),
+    [
+        ("ExpiredToken", "the credentials have expired; renew them", False),
+        ("RequestTimeTooSkewed", "this machine's clock differs from the server's", True),
+        ("AccessDenied", "access denied", True),
+    ],
+)
+def test_each_refusal_says_what_to_do(monkeypatch, code, said, is_final):
+    monkeypatch.setattr(FailingFileSystem, "failure", refused(code))
+    with pytest.raises(StoreUnavailable, match=rf"^failing://trip: {said}") as told:
+        probe_drive("failing://trip")
+    assert isinstance(told.value, StoreRefused) == is_final
+
+
+@pytest.mark.parametrize(
+    ("code", "ends"),
+    [("ExpiredToken", True), ("RequestTimeTooSkewed", True), ("AccessDenied", False)],
+)
+def test_only_a_folder_of_others_is_passed_over(tmp_path, monkeypatch, code, ends):
+    make_clips(tmp_path)
+    upload(tmp_path, "failing://drives/mine")
+    upload(tmp_path, "failing://drives/theirs")
+    listed = FailingFileSystem.ls
+
+    def ls(self, path, *arguments, **options):
+        if path.rstrip("/").endswith("theirs"):
+            raise refused(code)
+        return listed(self, path, *arguments, **options)
+
+    monkeypatch.setattr(FailingFileSystem, "ls", ls)
+    with pytest.raises(StoreUnavailable) if ends else nullcontext():
+        assert [drive.name for drive in list_drives("failing://drives")] == ["mine"]
 
 
 def test_clip_that_is_gone_is_still_the_clips_own_fault(tmp_path):

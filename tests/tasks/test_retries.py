@@ -35,6 +35,7 @@ def refused(code: str) -> PermissionError:
         (ConnectionError("reset"), True),
         (refused("ExpiredToken"), True),
         (refused("AccessDenied"), False),
+        (refused("RequestTimeTooSkewed"), False),
         (StoreRefused("access denied"), False),
         (NotAStore("something else is there"), False),
         (ValueError("unknown rule"), False),
