@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sqlite3
 import subprocess
+import tempfile
+import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+from flows.commands.printing import say
+from storage.errors import StoreRefused, StoreUnavailable
+from storage.failures import DISK_FULL, NO_SPACE
+
 MOST_BYTES = 500_000_000  # of the database; a drive takes some 0.4 MB
+ROOM_BYTES = 8_000_000  # what a new history takes
+LONGEST_CHECK_S = 2.0  # of the database; 400 MB take 0.6 s once they are in memory
 LOCK = "ttt3r.lock"  # held, shared, by every process whose server uses the folder
 # Settings that name a server, or the database of the embedded one.
 SERVERS = (
@@ -66,26 +75,66 @@ def is_set_up() -> bool:
 
 
 def use_home(home: Path, most_bytes: int = MOST_BYTES) -> int:
-    """Say that this process uses the folder; begin a new history where the old one is large.
+    """Say that this process uses the folder; begin a new history where the old one is no good.
 
-    A history that another process uses is left as it is.
+    That is one that is large or damaged. A history that another process uses is left as it is.
 
     Returns:
         The lock that says so; it is free again when this process has ended.
+
+    Raises:
+        StoreRefused: the folder may not be written.
+        StoreUnavailable: there is no room in it.
     """
-    home.mkdir(parents=True, exist_ok=True)
-    lock = os.open(home / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        pass
-    else:
-        files = [home / name for name in DATABASE if (home / name).exists()]
-        if sum(file.stat().st_size for file in files) > most_bytes:
-            for file in files:
-                file.unlink()
-    fcntl.flock(lock, fcntl.LOCK_SH)
+        home.mkdir(parents=True, exist_ok=True)
+        lock = os.open(home / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        else:
+            _begin_anew(home, most_bytes)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        with tempfile.TemporaryFile(dir=home) as file:
+            file.write(bytes(ROOM_BYTES))
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise StoreUnavailable(f"{home}: {NO_SPACE}") from error
+        raise StoreRefused(
+            f"{home} cannot be written ({error.strerror}), and Prefect keeps its records there; "
+            "set HOME or PREFECT_HOME to a folder that can be written"
+        ) from error
     return lock
+
+
+def _begin_anew(home: Path, most_bytes: int) -> None:
+    """Remove a history that is large or damaged."""
+    files = [home / name for name in DATABASE if (home / name).exists()]
+    for file in files:
+        file.open("r+b").close()  # else Prefect would find out that it may not
+    is_large = sum(file.stat().st_size for file in files) > most_bytes
+    if not is_large and _is_sound(home / DATABASE[0]):
+        return
+    if not is_large:
+        say(f"{home / DATABASE[0]} is damaged; a new history of runs is begun", err=True)
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def _is_sound(database: Path) -> bool:
+    """Whether nothing is wrong with the database, as far as that shows in a short time."""
+    if not database.exists():
+        return True
+    end = time.monotonic() + LONGEST_CHECK_S
+    try:
+        with closing(sqlite3.connect(database)) as connection:
+            connection.set_progress_handler(lambda: time.monotonic() > end, 1000)
+            return connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+    except sqlite3.OperationalError:
+        return True  # no time is left, or it is in use: that is no damage
+    except sqlite3.DatabaseError:
+        return False
 
 
 def shelter_server() -> None:

@@ -111,6 +111,8 @@ def run_reconstruction(
     processes: int = 1,
 ) -> None:
     """Run the flow that fits the input, show its progress, print what came out."""
+    if os.environ.get("PREFECT_HOME") == str(prefect_cache()):
+        use_home(prefect_cache())
     from flows.progress import progress_of
     from flows.reconstruct_drive import check_config
     from storage.drives import is_collection, list_drives, require_output, store_url
@@ -121,8 +123,6 @@ def run_reconstruction(
     require_output(output)
     if budget.prices:
         read_prices(budget.prices)
-    if os.environ.get("PREFECT_HOME") == str(prefect_cache()):
-        use_home(prefect_cache())
     shelter_server()
     check_config(config)
     drives = retried(list_drives)(source, output, may_take_over)

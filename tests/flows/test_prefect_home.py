@@ -2,8 +2,11 @@
 
 import os
 import re
+import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,25 +20,76 @@ from flows.prefect_home import (
     unwatched,
     use_home,
 )
+from storage.errors import StoreUnavailable
 
 HOLD = "import sys, time; from pathlib import Path; from flows.prefect_home import use_home; "
 
 
 def fill(home: Path, size: int) -> list[Path]:
+    """Make a database that has some bytes."""
     home.mkdir(exist_ok=True)
-    files = [home / name for name in DATABASE]
-    for file in files:
-        file.write_bytes(bytes(size))
-    return files
+    with closing(sqlite3.connect(home / "prefect.db")) as connection:
+        connection.execute("CREATE TABLE runs (name)")
+        connection.execute("INSERT INTO runs VALUES (zeroblob(?))", (size,))
+        connection.commit()
+    return [home / name for name in DATABASE]
 
 
-@pytest.mark.parametrize(("size", "stays"), [(100, True), (101, False)])
-def test_history_larger_than_allowed_is_begun_anew(tmp_path, size, stays):
-    files = fill(tmp_path / "prefect", size)
+def runs_in(home: Path) -> int | None:
+    """How many runs the history has; None where there is none."""
+    if not (home / "prefect.db").exists():
+        return None
+    with closing(sqlite3.connect(home / "prefect.db")) as connection:
+        return connection.execute("SELECT count(*) FROM runs").fetchone()[0]
+
+
+@pytest.mark.parametrize(("room", "left"), [(0, 1), (-1, None)])
+def test_history_larger_than_allowed_is_begun_anew(tmp_path, room, left):
+    fill(tmp_path / "prefect", 100)
+    size = (tmp_path / "prefect/prefect.db").stat().st_size
     (tmp_path / "prefect" / "profiles.toml").write_text("kept")
-    os.close(use_home(tmp_path / "prefect", 300))
-    assert [file.exists() for file in files] == [stays] * 3
+    os.close(use_home(tmp_path / "prefect", size + room))
+    assert runs_in(tmp_path / "prefect") == left
     assert (tmp_path / "prefect" / "profiles.toml").read_text() == "kept"
+
+
+def no_database(file: Path) -> None:
+    file.write_bytes(b"no database at all" * 1000)
+
+
+def torn(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 8 * 3)
+
+
+def overwritten(file: Path) -> None:
+    """All pages but the first, as a disk does that forgot them."""
+    file.write_bytes(file.read_bytes()[:4096] + bytes(file.stat().st_size - 4096))
+
+
+@pytest.mark.parametrize("damage", [no_database, torn, overwritten])
+def test_damaged_history_is_begun_anew_and_said_to_be(tmp_path, capsys, damage):
+    damage(fill(tmp_path / "prefect", 100_000)[0])
+    os.close(use_home(tmp_path / "prefect"))
+    assert runs_in(tmp_path / "prefect") is None
+    said = f"{tmp_path}/prefect/prefect.db is damaged; a new history of runs is begun\n"
+    assert capsys.readouterr().err == said
+    os.close(use_home(tmp_path / "prefect"))
+    assert capsys.readouterr().err == ""
+
+
+def test_sound_history_goes_on_even_after_a_kill(tmp_path, capsys):
+    """What is in the log of the database only is as good."""
+    fill(tmp_path / "made", 100_000)
+    shutil.copytree(tmp_path / "made", tmp_path / "prefect")
+    with closing(sqlite3.connect(tmp_path / "made/prefect.db")) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("INSERT INTO runs VALUES ('second')")
+        connection.commit()
+        shutil.rmtree(tmp_path / "prefect")
+        shutil.copytree(tmp_path / "made", tmp_path / "prefect")
+    os.close(use_home(tmp_path / "prefect"))
+    assert runs_in(tmp_path / "prefect") == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_history_in_use_is_left_alone(tmp_path):
@@ -43,13 +97,54 @@ def test_history_in_use_is_left_alone(tmp_path):
     code = f"{HOLD} use_home(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, home], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
-        files = fill(home, 101)
+        fill(home, 101)
         os.close(use_home(home, 300))
-        assert all(file.exists() for file in files)
+        assert runs_in(home) == 1
         other.kill()
         other.wait()
     os.close(use_home(home, 300))
-    assert not any(file.exists() for file in files)
+    assert runs_in(home) is None
+
+
+USE_AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from flows.prefect_home import use_home
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    use_home(Path(sys.argv[1]))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("closed", ["", "prefect", "prefect/prefect.db"])
+def test_home_that_may_not_be_written_is_one_line_that_says_what_to_set(public_path, closed):
+    (public_path / "prefect").mkdir()
+    (public_path / "prefect").chmod(0o777)
+    fill(public_path / "prefect", 100)
+    home = public_path / ("prefect" if closed else "cache/prefect")
+    (public_path / closed).chmod(0o444 if closed.endswith("db") else 0o555)
+    command = [sys.executable, "-c", USE_AS_NOBODY, str(home)]
+    said = subprocess.check_output(command, text=True).strip()
+    assert said == (
+        f"StoreRefused {home} cannot be written (Permission denied), and Prefect keeps its records "
+        "there; set HOME or PREFECT_HOME to a folder that can be written"
+    )
+
+
+def test_home_without_room_is_said_to_be_before_anything_starts(tmp_path):
+    home = tmp_path / "full"
+    home.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(home)]
+    if os.getuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("SKIPPED LOUDLY: no file system may be mounted here; a full disk is untested")
+    try:
+        with pytest.raises(StoreUnavailable, match=rf"^{home}: no space is left; make room"):
+            use_home(home)
+    finally:
+        subprocess.run(["umount", "-l", str(home)], check=True)
 
 
 def test_signs_of_life_are_left_out_while_nobody_watches():
