@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, ParamSpec, TypeVar
 
 from storage.errors import StoreError, StoreRefused, StoreUnavailable
@@ -63,6 +64,21 @@ def filling(target: Path) -> Iterator[None]:
         if error.errno not in DISK_FULL:
             raise
         raise StoreUnavailable(f"{target.parent}: {NO_SPACE}") from error
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for temporary files, removed at the end; says of a full disk that it is theirs."""
+    try:
+        with TemporaryDirectory() as folder:
+            yield Path(folder)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise StoreUnavailable(
+            f"{gettempdir()}: no space is left for temporary files; make room or set TMPDIR to a "
+            "folder that has some, and run again, what is finished is kept"
+        ) from error
 
 
 def explain(error: Exception, url: str) -> StoreUnavailable | None:

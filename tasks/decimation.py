@@ -6,10 +6,9 @@ bytes a triangle: a process that lives long would hold hundreds of megabytes for
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
@@ -31,9 +30,12 @@ def collapse(points: np.ndarray, triangles: np.ndarray, target_triangles: int) -
     Raises:
         MemoryError: the process was killed, as the system does when memory gives out.
         RuntimeError: it failed; says how.
+        StoreUnavailable: no space is left for temporary files.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        given, made = Path(folder) / "given.npz", Path(folder) / "made.npz"
+    from storage.failures import DISK_FULL, scratch_folder  # it is no script's
+
+    with scratch_folder() as folder:
+        given, made = folder / "given.npz", folder / "made.npz"
         np.savez(given, points=points, triangles=triangles, target=target_triangles)
         # -P: the folder of this file is no place to import from.
         command = [sys.executable, "-P", __file__, str(given), str(made)]
@@ -43,6 +45,8 @@ def collapse(points: np.ndarray, triangles: np.ndarray, target_triangles: int) -
                 f"the process that simplifies a mesh of {len(triangles):,} triangles was ended by "
                 f"signal {-done.returncode}; is there memory left?"
             )
+        if done.returncode in DISK_FULL:
+            raise OSError(done.returncode, os.strerror(done.returncode), str(made))
         if done.returncode:
             raise RuntimeError(
                 f"a mesh of {len(triangles):,} triangles could not be simplified: "
@@ -53,7 +57,7 @@ def collapse(points: np.ndarray, triangles: np.ndarray, target_triangles: int) -
 
 
 def main(given: str, made: str) -> None:
-    """What that process does."""
+    """What that process does; an error of the disk is its exit code."""
     import fast_simplification
 
     with np.load(given) as arrays:
@@ -65,7 +69,10 @@ def main(given: str, made: str) -> None:
     points, triangles, target = fast_simplification.replay_simplification(
         points, triangles, collapses
     )
-    np.savez(made, points=points, triangles=triangles, target=target)
+    try:
+        np.savez(made, points=points, triangles=triangles, target=target)
+    except OSError as error:
+        sys.exit(error.errno)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from fsspec.core import split_protocol
 from numpy.typing import NDArray
 
 from storage.drives import store_name
+from storage.failures import scratch_folder
 from storage.folders import open_folder
 from storage.reconstruction import ReconstructionStore
 from storage.wording import redacted
@@ -47,17 +48,17 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
     protocol = split_protocol(target)[0]
     if protocol not in (None, "file", "local"):
         folder_url, name = _remote_place(target)
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder() as folder:
             # Not into an open file: leaving that completes what an interruption left half sent.
-            open_folder(folder_url).upload(name, write(store, format, part, Path(folder)))
+            open_folder(folder_url).upload(name, write(store, format, part, folder))
         return target
     path = Path(target if protocol is None else fsspec.core.url_to_fs(target)[1])
     if path.is_dir():
         raise ValueError(f"{target} is a folder; give the file to write in it")
     if path.exists() and not path.is_file():  # a pipe is no file to replace
         with (
-            tempfile.TemporaryDirectory() as folder,
-            write(store, format, part, Path(folder)).open("rb") as made,
+            scratch_folder() as folder,
+            write(store, format, part, folder).open("rb") as made,
             path.open("wb") as file,
         ):
             shutil.copyfileobj(made, file)
@@ -67,8 +68,8 @@ def export_store(url: str, format: str, to: str | None = None, part: int | None 
             f"there is no folder {path.parent} to write {path.name} to; create it first"
         )
     # If that fails, an earlier file is still there.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        os.replace(write(store, format, part, Path(folder)), path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
+        os.replace(write(store, format, part, Path(beside)), path)
     return target
 
 

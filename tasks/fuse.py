@@ -8,7 +8,6 @@ holds more than a batch of tiles in memory, however long the drive.
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from prefect import task
 
 from storage.errors import GivenUp
+from storage.failures import scratch_folder
 from storage.reconstruction import ReconstructionStore
 from storage.records import Plan
 from storage.video import read_frames
@@ -462,11 +462,11 @@ def merge_part(
         return _read_tile(store, name, digests[name])
 
     tiles = TileSet(indices, read, _grid(planned[0]))
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         whole, preview = merge_tiles(
-            tiles, config.smallest_piece, config.preview_triangles, Path(scratch)
+            tiles, config.smallest_piece, config.preview_triangles, scratch
         )
-        files = write_whole(store, f"{folder}/mesh", whole, Path(scratch), terms)
+        files = write_whole(store, f"{folder}/mesh", whole, scratch, terms)
     files |= write_mesh(store, f"{folder}/preview", preview, terms)
     return {"vertices": whole.vertices, "triangles": whole.triangles}, files
 

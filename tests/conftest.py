@@ -1,6 +1,7 @@
 """Fixtures that several test folders share."""
 
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from s3fs import S3FileSystem
 from seaweed import Seaweed, SeaweedProcess, running_seaweed
+
+
+class SmallDisk:
+    """A file system in memory of a size that can be changed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def resize(self, megabytes: int) -> None:
+        options = f"remount,size={megabytes}m"
+        subprocess.run(["mount", "-o", options, str(self.path)], check=True)
+
 
 # Take minutes each. Without this, two processes would begin them last, as they hold few tests.
 BEGUN_FIRST = (
@@ -47,6 +60,18 @@ def public_path() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A disk of one megabyte; skips where nothing may be mounted."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
+    if os.getuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("SKIPPED LOUDLY: no file system may be mounted here; a full disk is untested")
+    yield SmallDisk(path)
+    subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 @pytest.fixture(scope="session")

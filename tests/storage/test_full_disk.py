@@ -3,8 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from recordings import moving_squares, write_video
@@ -13,29 +11,6 @@ from small_segment import SEGMENT, SHAPE, chunk_arrays
 from storage import upkeep
 from storage.errors import StoreRefused, StoreUnavailable
 from storage.reconstruction import ReconstructionStore
-
-
-class SmallDisk:
-    """A file system in memory of a size that can be changed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def resize(self, megabytes: int) -> None:
-        options = f"remount,size={megabytes}m"
-        subprocess.run(["mount", "-o", options, str(self.path)], check=True)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    """A disk of one megabyte; skips where nothing may be mounted."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
-    if os.getuid() or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("SKIPPED LOUDLY: no file system may be mounted here; a full disk is untested")
-    yield SmallDisk(path)
-    subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 def test_full_disk_costs_no_committed_chunk(small_disk):

@@ -1,3 +1,4 @@
+import os
 import threading
 from dataclasses import replace
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from storage import upkeep, video
-from storage.errors import ChunkMissing, Claimed, DataDamaged
+from storage.errors import ChunkMissing, Claimed, DataDamaged, StoreUnavailable
 from storage.local_folder import LocalFolder
 from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord
@@ -352,6 +353,20 @@ def test_damaged_mesh_is_named_and_made_anew(fused, name, commit):
     fuse_drive(fused)
     assert upkeep.verify(store) == []
     assert store.get_file(name) == sound
+
+
+def test_full_temporary_folder_is_named_by_the_merge(fused, small_disk, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk.path))
+    room = os.statvfs(small_disk.path)
+    (small_disk.path / "other").write_bytes(bytes(room.f_bavail * room.f_frsize))
+    store = ReconstructionStore.open(fused.url)
+    store.drop_commits("fuse/merged")
+    with pytest.raises(StoreUnavailable, match=rf"^{small_disk.path}: no space .* set TMPDIR"):
+        merge_tiles_stage.fn(fused.url, CONFIG)
+    (small_disk.path / "other").unlink()
+    small_disk.resize(100)
+    merge_tiles_stage.fn(fused.url, CONFIG)
+    assert upkeep.verify(store) == []
 
 
 def test_mesh_too_large_for_viewers_gets_no_glb(fused, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 import trimesh
 from mesh_oracles import merge_meshes, remove_small_components
 
+from storage.errors import StoreUnavailable
 from tasks import meshes
 from tasks.meshes import (
     Mesh,
@@ -46,6 +47,19 @@ def sphere(subdivisions=4):
     ball = trimesh.creation.icosphere(subdivisions)
     colors = np.where(ball.vertices[:, :1] > 0, [[200, 0, 0]], [[0, 0, 200]])
     return mesh(ball.vertices, ball.faces, colors)
+
+
+@pytest.mark.parametrize("taken", [1_000_000, 300_000])  # that of the process too
+def test_full_temporary_folder_is_named_by_decimation(small_disk, monkeypatch, taken):
+    monkeypatch.setenv("TMPDIR", str(small_disk.path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # as read from TMPDIR once
+    assert tempfile.gettempdir() == str(small_disk.path)
+    (small_disk.path / "other").write_bytes(bytes(taken))
+    with pytest.raises(StoreUnavailable, match=rf"^{small_disk.path}: no space .* set TMPDIR"):
+        decimate(sphere(5), 18_000)
+    (small_disk.path / "other").unlink()
+    small_disk.resize(10)
+    assert len(decimate(sphere(5), 18_000).triangles) <= 18_000
 
 
 def test_merge_meshes_joins_tiles_along_their_common_edge():
