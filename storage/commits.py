@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from storage.bounds import MOST_RECORDS_BYTES
-from storage.errors import CommitExists, DataDamaged
+from storage.errors import UNREADABLE, CommitExists, DataDamaged
 from storage.layout import COMMITS
-from storage.objects import Folder, check_name, in_batches, is_name
+from storage.objects import NO_RECORD, Damage, Folder, check_name, in_batches, is_name
 from storage.wording import redacted
 
 logger = logging.getLogger(__name__)
@@ -85,18 +85,19 @@ class Commits:
         batches = map(self.read_many, in_batches(dict(sorted(sizes.items()))))
         return {name: record for records in batches for name, record in records.items()}
 
-    def each(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def each(self, damage: Damage = NO_RECORD) -> Iterator[tuple[str, dict[str, Any]]]:
         """All records with their names, in name order; empty where an object is none.
 
+        `damage`: errors of a single object that mean that it is none.
         A few are held at a time, so that any number of them can be read, large or torn ones too.
         """
         sizes = {_object(name): size for name, size in sorted(self._sizes().items())}
-        for name, data in self._folder.each_record(sizes):
+        for name, data in self._folder.each_record(sizes, damage):
             yield _name(name), _parsed(_name(name), data) or {}
 
     def read_malformed(self, name: str) -> dict[str, Any] | None:
-        """The record, empty where the object is none; None where there is no object."""
-        for data in self._folder.read_records([_object(name)]).values():
+        """The record, empty where the object is none or unreadable; None where there is none."""
+        for data in self._folder.read_records([_object(name)], UNREADABLE).values():
             return _parsed(name, data) or {}
         return None
 

@@ -12,7 +12,7 @@ from storage.arrays import UNDECODABLE, StoredArrays, digest_of
 from storage.bounds import is_array, is_range
 from storage.commits import mapping_in
 from storage.encoding import coordinates
-from storage.errors import DataDamaged
+from storage.errors import UNREADABLE, ObjectUnreadable
 from storage.failures import explaining
 from storage.layout import by_name, segment_name
 from storage.objects import Folder
@@ -31,6 +31,7 @@ class Damage:
     def of_commit(self, commit: str, record: dict[str, Any]) -> list[str]:
         """Names of the arrays, chunks and files of one commit that are not as committed."""
         if not _is_record(commit, record):
+            self._check_disk()
             return [f"{layout.COMMITS}/{commit}.json"]
         numbers = layout.chunk_numbers(commit)
         if numbers is not None and not self._is_of_segment(record, *numbers):
@@ -56,7 +57,9 @@ class Damage:
         group = segment_name(index)
         specs = {f"{path}/zarr.json": layout.spec_at(path) for path in chunk_paths(index)}
         sizes = {n: s for n, s in self._folder.sizes(group).items() if n in specs}
-        sound = {n for n, data in self._folder.each_record(sizes) if is_array(data, specs[n])}
+        sound = {
+            n for n, data in self._folder.each_record(sizes, UNREADABLE) if is_array(data, specs[n])
+        }
         wanted = coordinates(found["start"], found["stop"], found["chunk_frames"])
         known = {f"{group}/{name}": digest_of(values) for name, values in wanted.items()}
         broken = [name for name in specs if name not in sound]
@@ -75,20 +78,26 @@ class Damage:
     def _layout(self, index: int) -> dict[str, Any] | None:
         """What a segment's group says, None also where it is too large to be one."""
         name = f"{segment_name(index)}/zarr.json"
-        return layout_in(self._folder.read_records([name]).get(name))
+        return layout_in(self._folder.read_records([name], UNREADABLE).get(name))
 
     def _file_digest(self, name: str) -> str | None:
         try:
             return self._folder.sha256(name)
-        except DataDamaged:
+        except UNREADABLE:
+            self._check_disk()
             return None
 
     def _array_digest(self, path: str, record: dict[str, Any], chunk: int | None) -> str | None:
         try:
             with explaining(self._folder.url):
                 return digest_of(self._committed(path, record, chunk))
-        except UNDECODABLE:  # not StoreUnavailable: a lost connection is no damage
+        except (*UNDECODABLE, ObjectUnreadable):  # other StoreUnavailable: a lost connection
+            self._check_disk()
             return None
+
+    def _check_disk(self) -> None:
+        """Make sure that it is not the whole disk that cannot be read: nothing is damaged then."""
+        self._folder.read("zarr.json")
 
     def _committed(self, path: str, record: dict[str, Any], chunk: int | None) -> np.ndarray:
         """The rows that a commit vouches for."""

@@ -27,6 +27,10 @@ class StoreRefused(StoreUnavailable):
     """The location answers that it may not or cannot be used: trying again changes nothing."""
 
 
+class ObjectUnreadable(StoreUnavailable):
+    """The disk gives one object no more; that is damage, unless the whole disk fails."""
+
+
 class ChunkMissing(StoreError):
     """The asked data are not finished: no commit vouches for them."""
 
@@ -49,3 +53,6 @@ class GivenUp(Exception):
 
 class ClaimLost(StoreError):
     """The right to work on something was lost: nothing more may be written."""
+
+
+UNREADABLE = (DataDamaged, ObjectUnreadable)

@@ -22,6 +22,8 @@ GONE_STATUSES, DENIED_STATUSES = (404, 410), (401, 403)  # of a web server
 NO_SPACE = "no space is left; make room and run again, what is finished is kept"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_CODES = ("XMinioStorageFull", "InsufficientStorage", "507")
+# Of a single file, by the disk or the file system's own checksums; the last is Linux's.
+BROKEN = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 T = TypeVar("T")

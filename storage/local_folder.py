@@ -9,8 +9,8 @@ import shutil
 import stat
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 
@@ -18,8 +18,13 @@ from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
-from storage.errors import CommitExists, DataDamaged, StoreRefused
-from storage.failures import NO_FILE, explained, explaining, filling
+from storage.errors import (
+    CommitExists,
+    DataDamaged,
+    ObjectUnreadable,
+    StoreRefused,
+)
+from storage.failures import BROKEN, NO_FILE, explained, explaining, filling
 from storage.objects import (
     MOST_DOCUMENT_BYTES,
     MOST_FILE_BYTES,
@@ -30,7 +35,7 @@ from storage.objects import (
     in_parallel,
     is_unfinished,
 )
-from storage.wording import redacted
+from storage.wording import how_to_mend, redacted
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -46,9 +51,10 @@ class LocalFolder(Folder):
     def read(self, name: str, most: int = MOST_DOCUMENT_BYTES) -> bytes | None:
         path = _own_file(self.root, name)
         try:
-            check_size(name, path.stat().st_size, most)
-            return path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            with _reading(self.root, path):
+                check_size(name, path.stat().st_size, most)
+                return path.read_bytes()
+        except NO_FILE:
             return None
 
     @explained
@@ -126,16 +132,18 @@ class LocalFolder(Folder):
         _fsync(target.parent)
 
     def download(self, name: str, target: Path) -> None:
-        with explaining(self.url, FileNotFoundError), filling(target):
+        path = _own_file(self.root, name)
+        with _reading(self.root, path), filling(target):
             try:
-                shutil.copyfile(_own_file(self.root, name), target)
+                shutil.copyfile(path, target)
             except (NotADirectoryError, IsADirectoryError, shutil.SpecialFileError) as error:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from error
 
     @explained
     def sha256(self, name: str) -> str | None:
+        path = _own_file(self.root, name)
         try:
-            with _own_file(self.root, name).open("rb") as file:
+            with _reading(self.root, path), path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except NO_FILE:
             return None
@@ -218,9 +226,32 @@ class _OwnFiles(LocalStore):
         prototype: BufferPrototype | None = None,
         byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
-        """As `LocalStore`; DataDamaged where a link leads out of the folder."""
-        _own_file(self.root, key)
-        return await super().get(key, prototype, byte_range)
+        """As `LocalStore`; DataDamaged where a link leads out of the folder.
+
+        An object that cannot be read is named.
+        """
+        with _reading(self.root, _own_file(self.root, key)):
+            return await super().get(key, prototype, byte_range)
+
+
+@contextmanager
+def _reading(root: Path, path: Path) -> Iterator[None]:
+    """Name the file of a store that cannot be read.
+
+    Raises:
+        ObjectUnreadable: the disk cannot read it, or finds that it is not as written.
+        StoreUnavailable: anything else keeps it from being read, unless there is none.
+    """
+    with explaining(str(path), *NO_FILE):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in BROKEN:
+                raise
+            raise ObjectUnreadable(
+                f"{path} cannot be read ({error.strerror}); where that stays so, "
+                f"{how_to_mend(str(root))}"
+            ) from error
 
 
 def _link(temporary: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from zarr.abc.store import Store
 
-from storage.errors import CommitExists, DataDamaged
+from storage.errors import CommitExists, DataDamaged, StoreError
 
 MOST_DOCUMENT_BYTES = 32 * 2**20  # of a JSON object; the plan of a day has up to 24 MiB
 MOST_NAME_BYTES, MOST_PART_BYTES = 800, 200  # what S3 and disks take, with room for our own
@@ -28,6 +28,8 @@ MOST_FILE_BYTES = 2**32  # of a mesh or picture that is read into memory
 WRITERS = 4  # objects that are written at the same time
 
 T = TypeVar("T")
+Damage = tuple[type[StoreError], ...]
+NO_RECORD: Damage = (DataDamaged,)  # by its size
 
 
 @dataclass(frozen=True)
@@ -159,27 +161,32 @@ class Folder(ABC):
         found = {name: self.read(name) for name in names}
         return {name: data for name, data in found.items() if data is not None}
 
-    def read_records(self, names: Iterable[str]) -> dict[str, bytes]:
-        """As `read_many`, with nothing in place of what is larger than any record."""
+    def read_records(self, names: Iterable[str], damage: Damage = NO_RECORD) -> dict[str, bytes]:
+        """As `read_many`, with nothing in place of what is larger than any record.
+
+        `damage`: errors of a single object that count as such.
+        """
         wanted = list(names)
         try:
             return self.read_many(wanted)
-        except DataDamaged:
-            found = {name: self._read_record(name) for name in wanted}
+        except damage:
+            found = {name: self._read_record(name, damage) for name in wanted}
         return {name: data for name, data in found.items() if data is not None}
 
-    def each_record(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+    def each_record(
+        self, sizes: Mapping[str, int], damage: Damage = NO_RECORD
+    ) -> Iterator[tuple[str, bytes]]:
         """As `read_records`, one by one, of objects whose sizes in bytes are known by name.
 
         Held at a time are so many as are together no larger than the largest record.
         """
         for names in in_batches(sizes):
-            yield from self.read_records(names).items()
+            yield from self.read_records(names, damage).items()
 
-    def _read_record(self, name: str) -> bytes | None:
+    def _read_record(self, name: str, damage: Damage) -> bytes | None:
         try:
             return self.read(name)
-        except DataDamaged:
+        except damage:
             return b""
 
     def object_url(self, name: str) -> str:

@@ -15,6 +15,7 @@ from storage.bounds import MOST_METADATA_BYTES
 from storage.claims import Claim, claimed_names
 from storage.commits import Commits
 from storage.encoding import attributes_in
+from storage.errors import UNREADABLE
 from storage.garbage import Referenced, find_garbage
 from storage.layout import segment_claim, segment_name
 from storage.objects import Folder
@@ -117,8 +118,9 @@ def verify(store: ReconstructionStore) -> list[str]:
     coordinates of a segment, "segments/0000/frame", and the metadata of its arrays,
     "segments/0000/gate/zarr.json", whatever is committed of it. Those of the segment itself,
     "segments/0000/zarr.json", are named where they are not what chunks were committed to.
+    What a disk cannot read any more, while it reads others, is damaged too.
     """
-    commits = Commits(store.folder).each()
+    commits = Commits(store.folder).each(UNREADABLE)
     damaged = [n for commit, record in commits for n in store.damage.of_commit(commit, record)]
     broken = [name for names in store.damage.of_segments().values() for name in names]
     return list(dict.fromkeys(damaged + broken))
@@ -147,7 +149,7 @@ def repair(store: ReconstructionStore) -> list[str]:
         broken = {segment_claim(index): index for index in store.damage.of_segments()}
         damaged = {
             name: _claim_for(name)
-            for name, record in Commits(store.folder).each()
+            for name, record in Commits(store.folder).each(UNREADABLE)
             if store.damage.of_commit(name, record)
         }
         _claim_others(store, stack, claims, {*damaged.values(), *broken})

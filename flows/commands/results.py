@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from typing import Annotated, Literal
 
 import typer
@@ -46,15 +47,18 @@ def inspect(
 ) -> None:
     """Say what is stored, what is finished and how good it is."""
     from storage import upkeep
+    from storage.errors import StoreError
     from storage.reconstruction import ReconstructionStore
     from tasks.summary import summarise
 
     store = ReconstructionStore.open(url)
     damaged = upkeep.verify(store) if verify else None
-    if as_json:
-        print_json({**upkeep.describe(store), "figures": summarise(store), "damaged": damaged})
-    else:
-        print_figures(summarise(store))
+    # Figures may be among what is damaged, which is said below.
+    with suppress(StoreError) if damaged else nullcontext():
+        if as_json:
+            print_json({**upkeep.describe(store), "figures": summarise(store), "damaged": damaged})
+        else:
+            print_figures(summarise(store))
     if damaged == []:
         say("all that is committed is there and undamaged", err=True)
     if damaged:

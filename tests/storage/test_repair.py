@@ -1,7 +1,11 @@
 """Repair: what is damaged is declared unfinished, and never anything else."""
 
+import errno
+import io
 import json
+import os
 from itertools import product
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -10,7 +14,7 @@ from small_segment import SEGMENT, SHAPE, chunk_arrays
 
 from storage import layout, upkeep
 from storage.encoding import whole_array
-from storage.errors import Claimed, ClaimLost
+from storage.errors import Claimed, ClaimLost, StoreRefused, StoreUnavailable
 from storage.reconstruction import ReconstructionStore
 
 CHUNKS = SEGMENT.chunks(16)
@@ -180,3 +184,74 @@ def test_segment_whose_coordinates_are_damaged_is_named_and_removed(store, name,
     assert upkeep.repair(store) == ["segments/0000"]
     assert upkeep.verify(store) == []
     assert store.commit_names("infer") == []
+
+
+@pytest.fixture
+def failing_disk(monkeypatch) -> dict[str, int]:
+    """Error numbers of files whose paths end so, as the system gives them on opening."""
+    failing: dict[str, int] = {}
+    opened = io.open
+
+    def open_unless_failing(file, *arguments, **options):
+        for ending, number in failing.items():
+            if isinstance(file, (str, Path)) and str(file).endswith(ending):
+                raise OSError(number, os.strerror(number), str(file))
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", open_unless_failing)
+    monkeypatch.setattr("builtins.open", open_unless_failing)
+    return failing
+
+
+@pytest.mark.parametrize("output_url", ["local"], indirect=True)
+@pytest.mark.parametrize("number", [errno.EIO, errno.EBADMSG, errno.EUCLEAN])
+@pytest.mark.parametrize(
+    ("name", "damaged", "dropped"),
+    [
+        (f"{GATE}/c.1.0", [f"{GATE} chunk 1"], ["infer/0000/0001"]),
+        ("fusion/a.ply", ["fusion/a.ply"], ["fuse/0000"]),
+        ("commits/infer/0000/0001.json", None, ["infer/0000/0001"]),
+        (f"{GATE}/zarr.json", None, None),
+    ],
+)
+def test_object_that_the_disk_cannot_read_is_damaged(
+    store, tmp_path, failing_disk, name, damaged, dropped, number
+):
+    overwrite(store, f"{GATE}/c.0.0")
+    failing_disk[name] = number
+    found = upkeep.verify(store)
+    assert set(damaged or [name]) < set(found)
+    assert f"{GATE} chunk 0" in found or name.startswith(GATE)
+    for read in (store.folder.read, lambda name: store.folder.download(name, tmp_path / "copy")):
+        with pytest.raises(StoreUnavailable, match=f"^{store.url}/{name} cannot be read"):
+            read(name)
+    assert set(dropped or ["segments/0000"]) < set(upkeep.repair(store))
+    assert upkeep.verify(store) == []
+
+
+@pytest.mark.parametrize("output_url", ["local"], indirect=True)
+def test_object_that_may_not_be_read_is_named_and_no_damage(store, failing_disk):
+    name = f"{GATE}/c.1.0"
+    failing_disk[name] = errno.EACCES
+    for act in (upkeep.verify, upkeep.repair):
+        with pytest.raises(StoreRefused, match=f"{store.url}/{name}: access denied"):
+            act(store)
+    assert len(store.commit_names("infer")) == len(CHUNKS)
+
+
+@pytest.mark.parametrize("output_url", ["local"], indirect=True)
+def test_disk_that_reads_nothing_has_no_damage(store, failing_disk):
+    failing_disk[".json"] = errno.EIO
+    for act in (upkeep.verify, upkeep.repair, lambda store: upkeep.list_garbage(store, 0)):
+        with pytest.raises(StoreUnavailable, match="cannot be read"):
+            act(store)
+    failing_disk.clear()
+    assert upkeep.verify(store) == []
+    assert len(store.commit_names()) == len(CHUNKS) + 1
+
+
+@pytest.mark.parametrize("output_url", ["local"], indirect=True)
+def test_commit_that_the_disk_cannot_read_makes_no_garbage(store, failing_disk):
+    failing_disk["commits/fuse/0000.json"] = errno.EIO
+    with pytest.raises(StoreUnavailable, match=r"commits/fuse/0000.json cannot be read"):
+        upkeep.list_garbage(store, 0)
