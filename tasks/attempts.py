@@ -23,9 +23,9 @@ from typing import Any, ParamSpec, TypeVar
 from storage.errors import StoreError
 from storage.reconstruction import ReconstructionStore
 from tasks import metrics
+from tasks.keys import ATTEMPTS
 from tasks.memory import return_freed_memory
 
-ATTEMPTS = "attempts"
 HEARTBEAT_S = 15.0
 TRIM_S = 0.25
 SHORTEST_FAILURE_S = 1.0  # a refusal at the door is no attempt

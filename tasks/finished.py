@@ -7,7 +7,6 @@ drive unfinished too.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from typing import Any
 
@@ -15,15 +14,13 @@ from storage.drives import absolute
 from storage.errors import StoreError
 from storage.reconstruction import ReconstructionStore
 from tasks import align, fuse, infer, plan, probe, report
-from tasks.attempts import ATTEMPTS
 from tasks.config import ReconstructionConfig
-from tasks.keys import find_key, stage_key
+from tasks.keys import FINISHED, commits_digest, find_key, stage_key
 from tasks.planned import ASIDE
 from ttt3r.weights import weights_info
 
 log = logging.getLogger(__name__)
 
-FINISHED = "finished"
 STAGES = (probe, plan, infer, align, fuse, report)
 VERSIONS = [*(stage.VERSION for stage in STAGES), fuse.MERGE_VERSION]
 
@@ -53,7 +50,7 @@ def write_finished(location: str, url: str, config: ReconstructionConfig) -> Non
     names = store.commit_names()
     if any(name.startswith(f"{ASIDE}/") for name in names):
         return
-    record = {"key": _key(files, config), "commits": _digest(names)}
+    record = {"key": _key(files, config), "commits": commits_digest(names)}
     known = store.read_commit(FINISHED) or {}
     if {name: known.get(name) for name in record} != record:
         store.commit(FINISHED, record)
@@ -72,13 +69,8 @@ def is_finished(location: str, url: str, config: ReconstructionConfig) -> bool:
     try:
         store = ReconstructionStore.open(url)
         record = store.read_commit(FINISHED)
-        if record is None or record.get("commits") != _digest(store.commit_names()):
+        if record is None or record.get("commits") != commits_digest(store.commit_names()):
             return False
         return bool(record.get("key") == finished_key(location, config))
     except (StoreError, OSError, ValueError):
         return False  # nothing there, or nothing that can be read now: its run will tell
-
-
-def _digest(names: list[str]) -> str:
-    counted = sorted(n for n in names if n != FINISHED and not n.startswith(f"{ATTEMPTS}/"))
-    return hashlib.sha256("\n".join(counted).encode()).hexdigest()

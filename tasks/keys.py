@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from storage.reconstruction import ReconstructionStore
 
+FINISHED = "finished"  # commit of a drive, after those of all stages
+ATTEMPTS = "attempts"  # commits "attempts/infer-...": what stages took, as `tasks.attempts` says
 STAGES = ("probe", "plan", "infer", "align", "fuse", "report")
 # Commits of the stages in order. Chunks of `infer` are not among them: each has its own key.
 STAGE_COMMITS = ("probe", "plan", "align", "tiles", "fuse", "report")
@@ -23,6 +26,12 @@ def stage_key(stage: str, version: int, *inputs: Any) -> str:
     plain = [asdict(i) if is_dataclass(i) and not isinstance(i, type) else i for i in inputs]
     text = json.dumps([stage, version, *plain], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def commits_digest(names: Iterable[str]) -> str:
+    """Digest of the names of all commits that a finished drive needs."""
+    counted = sorted(n for n in names if n != FINISHED and not n.startswith(f"{ATTEMPTS}/"))
+    return hashlib.sha256("\n".join(counted).encode()).hexdigest()
 
 
 def drop_later(store: ReconstructionStore, stage: str) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 from storage.reconstruction import ReconstructionStore
 from storage.records import DriveRecord, Plan
 from tasks import metrics
-from tasks.attempts import ATTEMPTS
-from tasks.keys import require_key, stage_key
+from tasks.keys import ATTEMPTS, require_key, stage_key
 from tasks.prices import Prices
 from tasks.rates import BYTES, GPU_STAGES, Observation, Workload
 from tasks.summary import path_length

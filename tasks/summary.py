@@ -16,8 +16,8 @@ from storage.media import is_there
 from storage.reconstruction import ReconstructionStore
 from storage.records import NOWHERE
 from storage.remote_folder import REMOTE_OPTIONS
-from tasks.keys import STAGES
-from tasks.planned import list_aside, read_plan, read_record
+from tasks.keys import FINISHED, STAGES, commits_digest
+from tasks.planned import ASIDE, list_aside, read_plan, read_record
 
 # What one thread each is busy with during inference, by the seconds in the chunks' commits.
 BUSY = {
@@ -89,6 +89,19 @@ def progress(url: str) -> dict[str, Any]:
         "set_aside": aside,
         "error": None if failed is None else failed.get("error", "the reason is not recorded"),
     }
+
+
+def has_lost_commits(store: ReconstructionStore) -> bool:
+    """Whether the drive was finished, and some of the commits that it had then are gone.
+
+    A later run that failed has left one more, and says so itself.
+    """
+    finished = store.read_commit(FINISHED)
+    if finished is None:
+        return False
+    names = store.commit_names()
+    before = [n for n in names if n != "failed" and not n.startswith(f"{ASIDE}/")]
+    return finished.get("commits") not in (commits_digest(names), commits_digest(before))
 
 
 def count_chunks(store: ReconstructionStore, aside: Collection[int] = ()) -> tuple[int, int]:

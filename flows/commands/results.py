@@ -49,7 +49,7 @@ def inspect(
     from storage import upkeep
     from storage.errors import StoreError
     from storage.reconstruction import ReconstructionStore
-    from tasks.summary import summarise
+    from tasks.summary import has_lost_commits, summarise
 
     store = ReconstructionStore.open(url)
     damaged = upkeep.verify(store) if verify else None
@@ -59,6 +59,12 @@ def inspect(
             print_json({**upkeep.describe(store), "figures": summarise(store), "damaged": damaged})
         else:
             print_figures(summarise(store))
+    if damaged == [] and has_lost_commits(store):
+        fail(
+            "finished once, but commits are missing since: run `ttt3r reconstruct` again; what "
+            "is committed is undamaged",
+            WORK_ERROR,
+        )
     if damaged == []:
         say("all that is committed is there and undamaged", err=True)
     if damaged:
@@ -71,8 +77,12 @@ def repair(url: StoreUrl) -> None:
     """Declare damaged data unfinished; the next `ttt3r reconstruct` computes it again."""
     from storage import upkeep
     from storage.reconstruction import ReconstructionStore
+    from tasks.keys import FINISHED
 
-    dropped = upkeep.repair(ReconstructionStore.open(url))
+    store = ReconstructionStore.open(url)
+    dropped = upkeep.repair(store)
+    if dropped:
+        store.drop_commits(FINISHED)  # what is missing from now on is not lost
     for name in dropped:
         say(name)
     say(f"{len(dropped)} damaged commits and segments dropped", err=True)

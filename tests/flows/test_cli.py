@@ -390,6 +390,18 @@ def test_inspect_verify_names_damaged_data(run, store, tmp_path):
     assert state["chunks_done"] == state["chunks"] - 1
 
 
+@pytest.mark.parametrize("lost", ["align", "infer/0000/0000", "fuse/merged"])
+def test_inspect_verify_says_that_commits_were_lost(run, store, tmp_path, lost):
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(store, copy)
+    ReconstructionStore.open(str(copy)).commit("failed", {"error": "of a later run"})
+    assert run("inspect", copy, "--verify")[0] == 0
+    (copy / f"commits/{lost}.json").unlink()
+    code, _, err = run("inspect", copy, "--verify")
+    assert code == 1
+    assert "finished once, but commits are missing since: run `ttt3r reconstruct` again" in err
+
+
 def test_gc_lists_what_killed_runs_left_and_removes_it_only_when_told(run, store, tmp_path):
     copy = tmp_path / "copy.zarr"
     shutil.copytree(store, copy)
