@@ -25,7 +25,9 @@ THUMBNAIL = (36, 64)  # rows, columns
 CUT_CORRELATION = 0.65  # at or above it, two frames show the same scene
 CUT_RATIO = 2.5  # times the second largest change nearby
 CUT_CHANGE = 4.0  # grey levels; below it nothing happens
-CUT_NEIGHBOURS = 4  # frames each side
+CUT_NEIGHBOURS = 4  # frames each side, of those that show a change
+CUT_REACH = 30  # frames each side among which they are looked for
+REPEATED_CHANGE = 0.1  # grey levels; repeats differ by less, frames of still cameras by 0.4
 SAME_PICTURE = 0.85  # correlation across a single odd frame: a glitch, not two cuts
 
 DUPLICATE_CHANGE = 0.02  # grey levels of 255: no visible change
@@ -131,11 +133,18 @@ def _correlation(a: NDArray[np.float32], b: NDArray[np.float32] | None) -> float
 
 
 def _is_sudden(change: NDArray[np.float32], frame: int) -> bool:
-    """Whether the change at `frame` stands out; one more cut nearby does not hide it."""
-    window = np.r_[
-        change[max(0, frame - CUT_NEIGHBOURS) : frame], change[frame + 1 :][:CUT_NEIGHBOURS]
-    ]
-    nearby = np.sort(window[np.isfinite(window)])
+    """Whether the change at `frame` stands out; one more cut nearby does not hide it.
+
+    Where a video repeats frames, those that show a change are the rhythm.
+    """
+    before, after = change[max(0, frame - CUT_REACH) : frame], change[frame + 1 :][:CUT_REACH]
+    before, after = before[np.isfinite(before)], after[np.isfinite(after)]
+    if len(before) + len(after) < 2:
+        return False  # nothing to stand out from
+    changed = before > REPEATED_CHANGE, after > REPEATED_CHANGE
+    nearby = np.sort(
+        np.r_[before[changed[0]][-CUT_NEIGHBOURS:], after[changed[1]][:CUT_NEIGHBOURS]]
+    )
     usual = nearby[-2] if len(nearby) > 1 else 0.0
     return bool(change[frame] > CUT_RATIO * usual)
 

@@ -26,7 +26,7 @@ from tasks.interruption import run_until_stopped
 from tasks.keys import drop_later, find_key, stage_key
 from tasks.retries import STAGE_OPTIONS
 
-VERSION = 2
+VERSION = 3
 COMPARED_FILES = 16  # of two drives that look alike
 COMPARED_BYTES = 2**16  # at both ends
 

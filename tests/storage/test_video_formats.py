@@ -271,6 +271,30 @@ def test_single_odd_frame_is_no_cut_and_a_new_scene_is(tmp_path):
     assert probe_video(str(tmp_path / "cut.mp4"))[0].cuts == (20,)
 
 
+def cuts_of(change: list[float]) -> list[int]:
+    """Hard cuts of frames that change so much; where it is much they do not look alike."""
+    values = np.array([np.nan, *change], np.float32)
+    correlation = np.where(values > 15, 0.3, 0.95).astype(np.float32)
+    return hard_cuts(SceneSeries(values, correlation, 0 * correlation, values, values))
+
+
+def test_repeated_frames_make_no_cuts_of_motion_and_hide_none():
+    repeated = [20.0, *[0.0] * 5] * 20
+    assert cuts_of(repeated) == []
+    repeated[60] = 80.0
+    assert cuts_of(repeated) == [61]
+
+
+def test_camera_that_stands_still_between_fast_turns_hides_no_cut():
+    assert cuts_of([40.0] * 10 + [0.4] * 6 + [60.0] + [0.4] * 6 + [40.0] * 10) == [17]
+
+
+@pytest.mark.parametrize("frames", [2, 3])
+def test_too_few_frames_to_compare_with_make_no_cut(tmp_path, frames):
+    encode(tmp_path / "a.mp4", [85, 240, 85][:frames])
+    assert probe_video(str(tmp_path / "a.mp4"))[0].cuts == ()
+
+
 def test_very_many_cuts_take_little_time():
     frames = np.arange(200_000)
     is_cut = (frames % 5 == 0) & (frames > 0)
