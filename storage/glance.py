@@ -14,6 +14,11 @@ from storage.drives import drive_files
 from storage.failures import explaining
 from storage.images import ASSUMED_HZ, BAD_IMAGE, open_image
 from storage.media import UnreadableVideo, is_file, open_video, require
+from storage.records import MOST_FRAMES
+
+# A frame takes more, even one that repeats the last. What promises more frames than fit into the
+# file has a clock that jumps, or that began elsewhere than at 0.
+LEAST_PACKET_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,9 @@ def _clip(location: str) -> Glance:
         with open_video(location) as (container, stream):
             duration = _duration_s(stream, container.duration)
             rate = stream.average_rate or stream.guessed_rate or Fraction(0)
-            frames = stream.frames or round(duration * rate) or _count_packets(container, stream)
+            frames = stream.frames or round(duration * rate)
+            if not 0 < frames <= min(MOST_FRAMES, container.size / LEAST_PACKET_BYTES):
+                frames, duration = _count_packets(container, stream), 0.0
             duration = duration or (float(frames / rate) if rate else 0.0)
             return Glance(frames, duration, stream.width, stream.height)
     except UnreadableVideo:

@@ -1,3 +1,6 @@
+from fractions import Fraction
+
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +16,23 @@ def test_glance_counts_frames_of_all_clips_from_their_headers(tmp_path):
     seen = glance_at(str(tmp_path))
     assert seen.frames == 28
     assert seen.duration_s == pytest.approx(3.5)
+
+
+@pytest.mark.parametrize("jump_s", [40 * 3600, 54 * 365 * 86400])
+@pytest.mark.parametrize("jumps_at", [0, 6])
+def test_clock_that_jumps_or_begins_late_promises_no_more_frames(tmp_path, jump_s, jumps_at):
+    path = tmp_path / "clock.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.time_base = 64, 48, Fraction(1, 8)
+        for i, picture in enumerate(moving_squares(12)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = i + 8 * jump_s * (i >= jumps_at), Fraction(1, 8)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    seen = glance_at(str(path))
+    assert seen.frames == 12
+    assert seen.duration_s == pytest.approx(12 / 8, rel=0.2)
 
 
 def test_glance_counts_images_of_a_folder(tmp_path):
