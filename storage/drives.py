@@ -81,8 +81,8 @@ def list_drives(
       groups (results of earlier runs, whose reports hold pictures) are ignored.
     - A glob: what each match holds, by the rules above.
     - Previews that cameras put beside their videos (.lrv) are no videos where there are others.
-    - Links in a folder or glob that lead out of their own folder, names that are not UTF-8, and
-      folders found that may not be read are passed over.
+    - Links in a folder or glob that lead out of their own folder, or nowhere, names that are not
+      UTF-8, and folders found that may not be read are passed over.
 
     Names that clash are prefixed by those of their parent folders. With the `output` that takes
     `<name>.zarr` a drive keeps the name under which it is there, for as long as it is; others are
@@ -93,6 +93,8 @@ def list_drives(
         ValueError: nothing is found; says what was looked for.
         StoreUnavailable: the location or the output cannot be read.
     """
+    if not collection.strip():
+        raise ValueError("no drives are given; expected a video, a folder or a glob of these")
     with explaining(collection):
         roots = _roots(collection)
         found = [location for root in roots for location in _drives_in(root, 0, root == collection)]
@@ -129,8 +131,11 @@ def require_output(output: str) -> None:
     """Make sure that reconstructions can be under `output`, as far as its address tells.
 
     Raises:
-        ValueError: it is on a web server, a file, a reconstruction itself, or a mistyped URL.
+        ValueError: it is empty, on a web server, a file, a reconstruction itself, or a mistyped
+            URL.
     """
+    if not output.strip():
+        raise ValueError("the output is empty; expected a folder or URL")
     if output.startswith(WEB):
         raise ValueError(
             f"output {output} is on a web server, which takes no results; expected a local folder "

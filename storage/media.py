@@ -141,6 +141,9 @@ def is_passed_over(path: str) -> bool:
     if _leads_out(path):
         pass_over(path, "this link leads out of its folder")
         return True
+    if os.path.islink(path) and not os.path.exists(path):
+        pass_over(path, "this link leads nowhere")
+        return True
     return False
 
 

@@ -259,6 +259,7 @@ def test_help_says_what_options_are_by_default(run):
         ("{video}", "is a file; give a folder"),
         ("http://127.0.0.1:1/out", "is on a web server, which takes no results"),
         ("s3:/bucket/out", "expected s3://BUCKET/FOLDER"),
+        ("", "the output is empty"),
     ],
 )
 def test_output_that_takes_no_results_is_refused(run, store, tmp_path, command, output, reason):

@@ -259,6 +259,8 @@ def test_nothing_found_says_what_was_looked_for(tmp_path):
     touch(tmp_path, "notes.txt")
     with pytest.raises(ValueError, match="there is no such file or folder; check the path"):
         list_drives(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="no drives are given"):
+        list_drives("")
     for location in (tmp_path, f"{tmp_path}/*.mp4"):
         with pytest.raises(ValueError, match=r"no drive is found; expected a video file"):
             list_drives(str(location))
@@ -275,7 +277,7 @@ def test_results_of_earlier_runs_are_no_drives(tmp_path):
         list_drives(f"{tmp_path}/trip/out/*")
 
 
-def test_links_that_lead_out_of_their_folder_are_passed_over(tmp_path):
+def test_links_that_lead_out_of_their_folder_or_nowhere_are_passed_over(tmp_path):
     touch(tmp_path, "elsewhere/secret.mp4", "drives/a.mp4", "drives/pool/b.mp4")
     drives = tmp_path / "drives"
     (drives / "out.mp4").symlink_to("../elsewhere/secret.mp4")
@@ -283,6 +285,7 @@ def test_links_that_lead_out_of_their_folder_are_passed_over(tmp_path):
     (drives / "folder").symlink_to(tmp_path / "elsewhere")
     (drives / "loop").symlink_to("..")
     (drives / "inside.mp4").symlink_to("pool/b.mp4")
+    (drives / "nowhere.mp4").symlink_to("gone.mp4")
     names = {drive.name for drive in list_drives(str(drives))}
     assert names == {"a", "inside", "pool"}
     assert {d.name for d in list_drives(f"{drives}/*.mp4")} == {"a", "inside"}
