@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from storage import layout
-from storage.commits import plain
+from storage.commits import Commits, plain
 from storage.encoding import attributes_in, group_document
 from storage.errors import CommitExists, NotAStore, StoreMissing, StoreTooNew
 from storage.objects import MOST_DOCUMENT_BYTES, Folder
@@ -28,6 +28,7 @@ def new_root(folder: Folder, attributes: Mapping[str, Any]) -> dict[str, Any]:
             folder.write_new("zarr.json", _document(_merged({}, attributes)))
     found = root_attributes(folder)
     if found is None:
+        _refuse_lost(folder)
         raise NotAStore(
             f"{redacted(folder.url)} exists and is not a reconstruction (found: "
             f"{', '.join(content[:1])}); it is left as it is, choose another location"
@@ -57,6 +58,7 @@ def root_attributes(folder: Folder) -> dict[str, Any] | None:
         return None
     found = attributes_in(data)
     if found.get("schema") != layout.SCHEMA:
+        _refuse_lost(folder)
         raise NotAStore(
             f"{redacted(folder.url)} holds a Zarr node that is not a reconstruction; it is left "
             "as it is, choose another location"
@@ -76,11 +78,31 @@ def require_root(folder: Folder) -> dict[str, Any]:
     """As `root_attributes`; StoreMissing where nothing is."""
     found = root_attributes(folder)
     if found is None:
+        _refuse_lost(folder)
         raise StoreMissing(
             f"no reconstruction at {redacted(folder.url)}; check the location, or run "
             "the reconstruction that makes it"
         )
     return found
+
+
+def is_lost(folder: Folder) -> bool:
+    """Whether a reconstruction is there whose root is missing or torn: its commits are found."""
+    if attributes_in(folder.read("zarr.json")):
+        return False
+    return any(stage in ("probe", "plan", "infer") for stage in _stages_committed(folder))
+
+
+def _stages_committed(folder: Folder) -> set[str]:
+    return {name.split("/")[0] for name in Commits(folder).names()}
+
+
+def _refuse_lost(folder: Folder) -> None:
+    if is_lost(folder):
+        raise NotAStore(
+            f"{redacted(folder.url)} is a reconstruction whose zarr.json is missing or torn; "
+            "`ttt3r repair` makes it anew, and the next run keeps what is inferred"
+        )
 
 
 def _document(attributes: Mapping[str, Any]) -> bytes:

@@ -16,10 +16,13 @@ from storage.claims import Claim, claimed_names
 from storage.commits import Commits
 from storage.encoding import attributes_in
 from storage.errors import UNREADABLE
+from storage.failures import explaining
+from storage.folders import open_folder
 from storage.garbage import Referenced, find_garbage
 from storage.layout import segment_claim, segment_name
 from storage.objects import Folder
 from storage.reconstruction import ReconstructionStore
+from storage.root import is_lost, write_root
 from storage.segments import layout_in
 from storage.wording import redacted
 
@@ -124,6 +127,30 @@ def verify(store: ReconstructionStore) -> list[str]:
     damaged = [n for commit, record in commits for n in store.damage.of_commit(commit, record)]
     broken = [name for names in store.damage.of_segments().values() for name in names]
     return list(dict.fromkeys(damaged + broken))
+
+
+def restore_root(url: str) -> bool:
+    """Write the root of the reconstruction at `url` where it is missing or torn; say whether it is.
+
+    What it said of the drive and the plan is found out again by the next run, for which their
+    commits are dropped; chunks stay.
+
+    Raises:
+        Claimed: a run is at work; nothing is changed.
+        StoreUnavailable: the store cannot be read or written.
+    """
+    with explaining(url):
+        folder = open_folder(url.rstrip("/"))
+        if not is_lost(folder):
+            return False
+        store = ReconstructionStore(folder)
+        with store.claim("drive"):
+            if not is_lost(folder):
+                return False
+            for stage in ("plan", "probe"):
+                store.drop_commits(stage)
+            write_root(folder, {}, {})
+    return True
 
 
 def repair(store: ReconstructionStore) -> list[str]:

@@ -79,6 +79,8 @@ def repair(url: StoreUrl) -> None:
     from storage.reconstruction import ReconstructionStore
     from tasks.keys import FINISHED
 
+    if upkeep.restore_root(url):
+        say("zarr.json is made anew: the next run probes and plans the drive again", err=True)
     store = ReconstructionStore.open(url)
     dropped = upkeep.repair(store)
     if dropped:

@@ -391,6 +391,28 @@ def test_inspect_verify_names_damaged_data(run, store, tmp_path):
     assert state["chunks_done"] == state["chunks"] - 1
 
 
+def test_drive_whose_root_is_lost_is_mended_and_not_inferred_anew(run, prefect_server, tmp_path):
+    video = write_video(tmp_path / "squares.mp4", moving_squares(22))
+    call = ("reconstruct", video, "--output", tmp_path / "out", "--weights", "untrained")
+    call += ("--segment-frames", 12, "--overlap-frames", 2, "--chunk-frames", 6, "--voxel-m", 0.1)
+    assert run(*call)[0] == 0
+    url = tmp_path / "out" / "squares.zarr"
+    inferred = ReconstructionStore.open(url).commits("infer")
+    (url / "zarr.json").unlink()
+    for command in (call, ("inspect", url, "--verify"), ("gc", url)):
+        code, _, err = run(*command)
+        assert code == (1 if command == call else 2)
+        assert "zarr.json is missing or torn; `ttt3r repair` makes it anew" in err
+    code, _, err = run("repair", url)
+    assert code == 0
+    assert "zarr.json is made anew" in err
+    assert run(*call)[0] == 0
+    assert ReconstructionStore.open(url).commits("infer") == inferred
+    assert run("inspect", url, "--verify")[0] == 0
+    _, out, _ = run("status", url, "--json")
+    assert json.loads(out)[0]["stage"] == "done"
+
+
 @pytest.mark.parametrize("lost", ["align", "infer/0000/0000", "fuse/merged"])
 def test_inspect_verify_says_that_commits_were_lost(run, store, tmp_path, lost):
     copy = tmp_path / "copy.zarr"

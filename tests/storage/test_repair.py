@@ -14,7 +14,7 @@ from small_segment import SEGMENT, SHAPE, chunk_arrays
 
 from storage import layout, upkeep
 from storage.encoding import whole_array
-from storage.errors import Claimed, ClaimLost, StoreRefused, StoreUnavailable
+from storage.errors import Claimed, ClaimLost, NotAStore, StoreRefused, StoreUnavailable
 from storage.reconstruction import ReconstructionStore
 
 CHUNKS = SEGMENT.chunks(16)
@@ -42,6 +42,31 @@ def store(output_url: str) -> ReconstructionStore:
     files = {"fusion/a.ply": made.put_file("fusion/a.ply", b"mesh")}
     made.commit("fuse/0000", {"key": "key", "files": files})
     return made
+
+
+@pytest.mark.parametrize("document", [b"", b'{"zarr_format": 3, "attri', b"null"])
+def test_torn_root_is_made_anew_and_chunks_stay(store, document):
+    store.commit("plan", {"key": "key"})
+    store.folder.write("zarr.json", document)
+    with pytest.raises(NotAStore, match=r"missing or torn; `ttt3r repair`"):
+        ReconstructionStore.create(store.url, {})
+    with pytest.raises(Claimed), store.claim("drive"):
+        upkeep.restore_root(store.url)
+    assert upkeep.restore_root(store.url)
+    assert not upkeep.restore_root(store.url)
+    mended = ReconstructionStore.open(store.url)
+    assert len(mended.commit_names("infer")) == len(CHUNKS)
+    assert mended.read_commit("plan") is None
+    assert upkeep.verify(mended) == []
+
+
+def test_folders_of_others_are_no_lost_reconstructions(output_url):
+    with fsspec.open(f"{output_url}/other/commits/mine.json", "wb") as file:
+        file.write(b"{}")
+    assert not upkeep.restore_root(f"{output_url}/other")
+    assert not upkeep.restore_root(f"{output_url}/nothing")
+    with pytest.raises(NotAStore, match="choose another location"):
+        ReconstructionStore.create(f"{output_url}/other", {})
 
 
 @pytest.mark.parametrize("name", ["drive", "infer/0000", "fuse/0000", "fuse/0001"])
