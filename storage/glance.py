@@ -35,7 +35,7 @@ def glance_at(location: str) -> Glance:
     """What the headers of a drive's files say; clips that have none count nothing.
 
     Raises:
-        UnreadableVideo: nothing is there, or no header gives a number of frames.
+        UnreadableVideo: nothing is there, or no header gives a number of frames; says why.
         StoreUnavailable: the disk or server that holds them fails.
     """
     with explaining(location, FileNotFoundError):
@@ -43,7 +43,15 @@ def glance_at(location: str) -> Glance:
         videos, images = ([location], []) if is_file(fs, path) else drive_files(location)
         if images and not videos:
             return Glance(len(images), len(images) / ASSUMED_HZ, *_image_size(images[0]))
-        found = [glance for glance in map(_clip, videos) if glance.frames]
+        seen, reasons = [], []
+        for video in videos:
+            try:
+                seen.append(_clip(video))
+            except UnreadableVideo as error:
+                reasons.append(error)
+    found = [glance for glance in seen if glance.frames]
+    if not found and reasons:
+        raise reasons[0]
     if not found:
         raise UnreadableVideo(
             f"{location}: its header gives no number of frames; `ttt3r probe` decodes it and "
@@ -62,17 +70,14 @@ def _image_size(location: str) -> tuple[int, int]:
 
 
 def _clip(location: str) -> Glance:
-    try:
-        with open_video(location) as (container, stream):
-            duration = _duration_s(stream, container.duration)
-            rate = stream.average_rate or stream.guessed_rate or Fraction(0)
-            frames = stream.frames or round(duration * rate)
-            if not 0 < frames <= min(MOST_FRAMES, container.size / LEAST_PACKET_BYTES):
-                frames, duration = _count_packets(container, stream), 0.0
-            duration = duration or (float(frames / rate) if rate else 0.0)
-            return Glance(frames, duration, stream.width, stream.height)
-    except UnreadableVideo:
-        return Glance(0, 0.0)
+    with open_video(location) as (container, stream):
+        duration = _duration_s(stream, container.duration)
+        rate = stream.average_rate or stream.guessed_rate or Fraction(0)
+        frames = stream.frames or round(duration * rate)
+        if not 0 < frames <= min(MOST_FRAMES, container.size / LEAST_PACKET_BYTES):
+            frames, duration = _count_packets(container, stream), 0.0
+        duration = duration or (float(frames / rate) if rate else 0.0)
+        return Glance(frames, duration, stream.width, stream.height)
 
 
 def _duration_s(stream: VideoStream, container_duration: int | None) -> float:
