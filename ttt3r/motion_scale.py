@@ -28,7 +28,9 @@ _LEAST_SEEN = 0.25  # share of the points that both frames have to see
 # of the logarithm of scales: around that of their drive, and of drives around 1. By drives of
 # rendered streets with known motion (docs/accuracy.md).
 _SHARPNESS = 10.0
-_WITHIN_DRIVE = 0.3
+_WITHIN_DRIVE = 0.3  # at most
+_LEAST_SPREAD = 0.01
+_ROUNDS = 30
 _OF_DRIVES = 0.5
 
 
@@ -56,15 +58,17 @@ def motion_costs(images: Tensor, pointmap: Tensor, T_seg_cam: Tensor, intrinsics
     points = points.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # behind the nearest: not seen
     # Contiguous: the median of an expanded tensor is what lies in memory by chance (torch 2.13).
     matrix = intrinsics.float().contiguous().median(dim=0).values
+    R, centres = T_seg_cam[:, :3, :3].float(), T_seg_cam[:, :3, 3].float()
     scales = torch.tensor(SCALES, device=images.device)
     costs = torch.zeros(len(SCALES), device=images.device)
     for gap in GAPS:
         if gap >= len(images):
             break
         # From the later frame to the earlier one, which sees more if the camera goes ahead.
-        T = torch.linalg.inv(T_seg_cam[:-gap].float()) @ T_seg_cam[gap:].float()
-        turned = points[gap:] @ T[:, :3, :3].mT
-        moved = turned[:, None] + (scales[:, None] * T[:, None, :3, 3])[:, :, None]  # [N, S, P, 3]
+        R_earlier_seg = R[:-gap].mT
+        turned = points[gap:] @ (R_earlier_seg @ R[gap:]).mT
+        way = R_earlier_seg @ (centres[gap:] - centres[:-gap])[..., None]  # [N, 3, 1]
+        moved = turned[:, None] + (scales * way).mT[:, :, None]  # [N, S, P, 3]
         z = moved[..., 2].clamp(min=_NEAREST)
         x = moved[..., 0] / z * matrix[0, 0] + matrix[0, 2]
         y = moved[..., 1] / z * matrix[1, 1] + matrix[1, 2]
@@ -85,7 +89,9 @@ def motion_scales(costs: np.ndarray) -> np.ndarray:
     """What a drive's motions are to be multiplied by, segment by segment: the most probable.
 
     Where pictures tell little, as of a camera that stands still, it is the drive's; where those of
-    all tell little, 1.
+    all tell little, 1. How much segments differ is taken from what their pictures say beyond their
+    noise (expectation maximisation, Dempster, Laird and Rubin 1977): those of a network whose
+    motions are right hardly do.
 
     Args:
         costs: [K, S], of each segment the sum of its `motion_costs`.
@@ -95,19 +101,25 @@ def motion_scales(costs: np.ndarray) -> np.ndarray:
     """
     scales = np.log(SCALES)
     likelihood = _SHARPNESS * np.asarray(costs, np.float64)
-    drive = _lowest(likelihood.sum(axis=0) + scales**2 / (2 * _OF_DRIVES**2))
-    prior = (scales - drive) ** 2 / (2 * _WITHIN_DRIVE**2)
-    return np.exp([_lowest(of_segment + prior) for of_segment in likelihood])
+    drive, _ = _lowest(likelihood.sum(axis=0) + scales**2 / (2 * _OF_DRIVES**2))
+    found, spread = np.zeros(len(likelihood)), _WITHIN_DRIVE
+    for _ in range(_ROUNDS):
+        prior = (scales - drive) ** 2 / (2 * spread**2)
+        found, variance = np.transpose([_lowest(of_segment + prior) for of_segment in likelihood])
+        spread = np.sqrt(np.mean((found - drive) ** 2 + variance))
+        spread = float(np.clip(spread, _LEAST_SPREAD, _WITHIN_DRIVE))
+    return np.exp(found)
 
 
-def _lowest(values: np.ndarray) -> float:
-    """Logarithm of the scale where a curve [S] over `SCALES` is lowest, by a parabola."""
+def _lowest(values: np.ndarray) -> tuple[float, float]:
+    """Logarithm of the scale where a curve [S] is lowest, by a parabola, and its variance there."""
     scales = np.log(SCALES)
     k = int(np.clip(values.argmin(), 1, len(scales) - 2))
+    width = scales[k + 1] - scales[k]
     before, here, after = values[k - 1 : k + 2]
-    bend = before - 2 * here + after
-    step = 0.5 * (before - after) / bend if bend > 0 else 0.0
-    return float(scales[k] + np.clip(step, -1, 1) * (scales[k + 1] - scales[k]))
+    bend = max(before - 2 * here + after, 1e-12)
+    step = float(np.clip(0.5 * (before - after) / bend, -1, 1))
+    return float(scales[k] + step * width), float(width**2 / bend)
 
 
 def _own(points: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,10 +76,12 @@ def test_segment_that_fails_is_set_aside_and_tried_again_by_the_next_run(tmp_pat
     assert np.isnan(around["cam_to_world"][lost]).all()
     assert np.isfinite(around["cam_to_world"][around["part"] >= 0]).all()
     assert sorted(set(around["part"].tolist())) == [-1, 0, 1]
-    # A part has one scale, balanced over its segments: with fewer of them it is another one.
+    # Scales are balanced over a drive's segments: with fewer of them they are others.
     ours, theirs = around["cam_to_world"][:8], before["cam_to_world"][:8]
     np.testing.assert_allclose(ours[:, :3, :3], theirs[:, :3, :3], atol=1e-12)
-    factor = around["scale"][0] / before["scale"][0]
+    factor = 1.0
+    for name in ("scale", "motion_scale"):
+        factor *= around[name][0] / before[name][0]
     np.testing.assert_allclose(ours[:, :3, 3], factor * theirs[:, :3, 3], atol=1e-12)
     page = store.get_file("report/report.html").decode()
     assert "Segment 2 (frames 16 to 27) was set aside" in page

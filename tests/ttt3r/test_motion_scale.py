@@ -41,6 +41,13 @@ def test_each_segment_has_a_scale_of_its_own():
     np.testing.assert_allclose(motion_scales(np.array(costs)) * factors, 1, rtol=0.15)
 
 
+def test_segments_of_a_network_that_is_right_hardly_differ():
+    costs = [motion_costs(*seen("streets", seed)).numpy() for seed in range(20, 30)]
+    scales = motion_scales(np.array(costs))
+    assert np.log(scales).std() < 0.01
+    assert scales.mean() == pytest.approx(1, abs=0.08)
+
+
 def test_metres_of_depth_do_not_matter_only_those_of_motion_against_them():
     images, points, T, matrices = seen("streets")
     one = motion_costs(images, points, T, matrices)
