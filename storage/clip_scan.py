@@ -34,6 +34,9 @@ NO_PTS = -(2**63)
 PROGRESS_FRAMES = 50
 HIDDEN_PICTURE_CODECS = frozenset({"vp8", "vp9", "av1"})  # packets that show nothing are normal
 JUMP_BACK_S = 1.0  # a timestamp that falls by more starts a new clock
+# Share of timestamps that may be out of order. AVI has none: those of frames that wait for later
+# ones are made up, and a fifth and more of them is.
+MOST_DISORDER = 0.1
 NO_PICTURE = "the decoder gave no picture for it; frames that it refers to are missing"
 
 Progress = Callable[[int], None]
@@ -298,14 +301,14 @@ def clip_times(scan: ClipScan) -> ClipTimes:
     known = pts != NO_PTS
     tick = float(scan.time_base)
     if not known.any():
-        period = 1 / float(scan.nominal_rate or 10)
-        why = f"no frame has a timestamp: {1 / period:.4g} frames a second are assumed"
-        return ClipTimes(np.arange(len(pts), dtype=np.float64) * period, period, False, (why,))
+        return _by_number(scan, "no frame has a timestamp")
     values = pts[known]
     steps = np.diff(values)
     period = _usual_period(steps[steps > 0] * tick, scan.nominal_rate)
     rebased, problems = _restart_clocks(values, steps, round(period / tick), tick)
     in_order = np.r_[True, rebased[1:] > np.maximum.accumulate(rebased)[:-1]]
+    if scan.nominal_rate and np.count_nonzero(~in_order) > MOST_DISORDER * len(values):
+        return _by_number(scan, "timestamps are not in the order of the frames")
     good = np.flatnonzero(known)[in_order]
     seconds = (rebased[in_order] - rebased[0]).astype(np.float64) * tick
     if len(good) < len(pts):
@@ -315,6 +318,14 @@ def clip_times(scan: ClipScan) -> ClipTimes:
         )
         seconds = _fill(good, seconds, len(pts), period)
     return ClipTimes(seconds, period, not problems, tuple(problems))
+
+
+def _by_number(scan: ClipScan, why: str) -> ClipTimes:
+    """Times of frames at one rate, in their order."""
+    period = 1 / float(scan.nominal_rate or 10)
+    seconds = np.arange(len(scan.pts), dtype=np.float64) * period
+    words = f"{why}: {1 / period:.4g} frames a second are assumed"
+    return ClipTimes(seconds, period, False, (words,))
 
 
 def _usual_period(intervals: NDArray[np.float64], nominal: Fraction | None) -> float:

@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from numbered_video import X264, encode, number_in, picture
+from numbered_video import RATE, X264, encode, number_in, picture
 from PIL import Image
 
 from storage import probe
@@ -269,6 +269,16 @@ def test_single_odd_frame_is_no_cut_and_a_new_scene_is(tmp_path):
     assert not np.array_equal(same, other)
     assert probe_video(str(tmp_path / "glitch.mp4"))[0].cuts == ()
     assert probe_video(str(tmp_path / "cut.mp4"))[0].cuts == (20,)
+
+
+def test_avi_whose_frames_wait_for_later_ones_has_the_times_of_its_rate(tmp_path):
+    encode(tmp_path / "b.avi", range(40))  # with B-frames; AVI has no timestamps of its own
+    record, table = probe_video(str(tmp_path / "b.avi"))
+    assert (record.frames, record.fps) == (40, RATE)
+    np.testing.assert_allclose(table.timestamp, np.arange(40) / RATE)
+    assert any("25 frames a second are assumed" in problem for problem in record.problems)
+    shown = [number_in(frame) for frame in read_frames(record, table, 0, 40)]
+    assert shown == list(range(40))
 
 
 def cuts_of(change: list[float]) -> list[int]:
