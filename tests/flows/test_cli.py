@@ -27,6 +27,10 @@ from ttt3r.weights import WeightsInfo, save_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
+SMALL_SEGMENTS = (
+    "--weights", "untrained", "--segment-frames", 12, "--overlap-frames", 2,
+    "--chunk-frames", 6, "--voxel-m", 0.1,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -106,8 +110,7 @@ def test_missing_and_unreadable_videos_are_one_line_errors(run, tmp_path):
 
 def test_segment_that_is_set_aside_gives_exit_code_3(run, prefect_server, tmp_path):
     video = write_video(tmp_path / "squares.mp4", moving_squares(22))
-    call = ("reconstruct", video, "--output", tmp_path / "out", "--weights", "untrained")
-    call += ("--segment-frames", 12, "--overlap-frames", 2, "--chunk-frames", 6, "--voxel-m", 0.1)
+    call = ("reconstruct", video, "--output", tmp_path / "out", *SMALL_SEGMENTS)
     assert run(*call)[0] == 0
     url = tmp_path / "out" / "squares.zarr"
     ReconstructionStore.open(url).drop_commits("infer/0001/0001")
@@ -121,8 +124,7 @@ def test_segment_that_is_set_aside_gives_exit_code_3(run, prefect_server, tmp_pa
 def test_meshes_of_all_parts_of_a_drive_are_named(run, prefect_server, tmp_path):
     dark = [frame // 8 for frame in moving_squares(12, seed=1)]
     video = write_video(tmp_path / "cut.mp4", [*moving_squares(12), *dark])
-    call = ("reconstruct", video, "--output", tmp_path / "out", "--weights", "untrained")
-    call += ("--segment-frames", 12, "--overlap-frames", 2, "--chunk-frames", 6, "--voxel-m", 0.1)
+    call = ("reconstruct", video, "--output", tmp_path / "out", *SMALL_SEGMENTS)
     code, out, _ = run(*call)
     assert code == 0
     url = tmp_path / "out" / "cut.zarr"
@@ -393,8 +395,7 @@ def test_inspect_verify_names_damaged_data(run, store, tmp_path):
 
 def test_drive_whose_root_is_lost_is_mended_and_not_inferred_anew(run, prefect_server, tmp_path):
     video = write_video(tmp_path / "squares.mp4", moving_squares(22))
-    call = ("reconstruct", video, "--output", tmp_path / "out", "--weights", "untrained")
-    call += ("--segment-frames", 12, "--overlap-frames", 2, "--chunk-frames", 6, "--voxel-m", 0.1)
+    call = ("reconstruct", video, "--output", tmp_path / "out", *SMALL_SEGMENTS)
     assert run(*call)[0] == 0
     url = tmp_path / "out" / "squares.zarr"
     inferred = ReconstructionStore.open(url).commits("infer")
